@@ -1,0 +1,1 @@
+"""AFA in PyTorch: backbone, model, pseudo-labels, training, evaluation, prediction."""

@@ -1,0 +1,66 @@
+"""Fixtures every test file shares: recorded numbers, photographs, poisoned allocations."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _first_existing(*paths: Path | None) -> Path | None:
+    return next((path for path in paths if path is not None and path.exists()), None)
+
+
+def _from_env(name: str) -> Path | None:
+    return Path(os.environ[name]) if os.environ.get(name) else None
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """``golden(name)`` gives the recorded arrays of the public implementation as a dict; skips where they are absent."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        folders = (_from_env("AFA_GOLDEN"), ROOT / "tests" / "golden", ROOT.parent / "shared" / "golden")
+        path = _first_existing(*(folder / f"{name}.npz" for folder in folders if folder is not None))
+        if path is None:
+            pytest.skip(f"recorded numbers {name}.npz not found: set AFA_GOLDEN to their folder")
+        with np.load(path) as file:
+            return {key: file[key] for key in file.files}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def voc_root() -> Path:
+    """A folder of real photographs in VOC layout; skips where there is none."""
+    root = _first_existing(_from_env("AFA_VOC"), ROOT.parent / "shared" / "data" / "voc32")
+    if root is None:
+        pytest.skip("no photographs: set AFA_VOC to a folder in VOC layout")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    """Fresh tensors hold NaN, so that an output element which is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = previous
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(20220614)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted, in float64."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
