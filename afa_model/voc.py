@@ -1,0 +1,316 @@
+"""Data sets in VOC layout for training (image-level labels) and evaluation (masks), and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .transforms import AugmentSettings, TrainingTransform, normalize, resize_long_side
+from .voc_check import CheckLevel, FileReport, check_files, in_threads
+from .voc_files import DataError, class_names, find_image, read_label, read_photo, read_split
+from .voc_labels import LabelFile, find_label_file, labels_from_xml, multi_hot
+
+LabelSource = Literal["auto", "file", "xml", "masks"]
+
+
+@dataclass
+class DataSettings:
+    """Where a data set lies and what its image-level labels come from.
+
+    Args:
+        root: folder with ``JPEGImages``, ``SegmentationClassAug`` and ``ImageSets/Segmentation``.
+        train_split: list of training images: a name in ``list_dir``, or a path.
+        val_split: list of images to evaluate on.
+        num_classes: number of classes, the background counted; None: as ``classes.txt`` in the root says,
+            else 21.
+        label_source: ``file``, ``xml`` (``Annotations/*.xml``) or ``masks``; ``auto`` takes the first of
+            these that is there for training, and the masks for evaluation, which reads them anyway.
+        label_file: ``.npy`` or ``.json`` file with a label per image name; looked for in the root if not
+            given.
+        check: what to look at before training starts: ``full`` decodes every file, ``headers`` opens them,
+            ``off``.
+        image_dir: folder of the photographs in the root.
+        mask_dir: folder of the masks in the root.
+        list_dir: folder of the list files in the root.
+        xml_dir: folder of the XML annotations in the root.
+        num_workers: processes that load and augment training images; 0 does it in the training process.
+    """
+
+    root: str = "data/voc"
+    train_split: str = "train_aug"
+    val_split: str = "val"
+    num_classes: int | None = None
+    label_source: LabelSource = "auto"
+    label_file: str | None = None
+    check: CheckLevel = "full"
+    image_dir: str = "JPEGImages"
+    mask_dir: str = "SegmentationClassAug"
+    list_dir: str = "ImageSets/Segmentation"
+    xml_dir: str = "Annotations"
+    num_workers: int = 2
+
+
+class VOCData(Dataset):
+    """Names, labels and files of one split; what training and evaluation sets share.
+
+    Attributes:
+        names: the image names, in the order of the list file.
+        class_names: K names, background first.
+        num_classes: K.
+        label_source: where image-level labels come from (``file``, ``xml`` or ``masks``).
+
+    Raises:
+        DataError: with a line for every missing or broken file of the split.
+    """
+
+    def __init__(self, settings: DataSettings, split: str, for_training: bool):
+        self.settings = settings
+        self.split = split
+        self.root = Path(settings.root)
+        self.names = read_split(self.root, split, settings.list_dir)
+        self.class_names = class_names(settings.root, settings.num_classes)
+        self.num_classes = len(self.class_names)
+        self.label_source, label_file = self._choose_source(for_training)
+
+        masks_needed = not for_training or self.label_source == "masks"
+        reports = check_files(
+            self.root,
+            self.names,
+            image_dir=settings.image_dir,
+            mask_dir=settings.mask_dir if masks_needed else None,
+            num_classes=self.num_classes,
+            level=settings.check,
+            title=f"checking {split}",
+        )
+        self.labels = self._read_labels(label_file, reports, for_training)
+        problems = [line for report in reports for line in report.problems]
+        if problems:
+            broken = sum(bool(report.problems) for report in reports)
+            raise DataError(
+                f"split {split!r} of {self.root}: {broken} of {len(self.names)} images cannot be used",
+                problems,
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def photo_path(self, index: int) -> Path:
+        """The file of a photograph."""
+        path = find_image(self.root / self.settings.image_dir, self.names[index])
+        if path is None:
+            raise DataError(f"{self.settings.image_dir}/{self.names[index]}.jpg is gone since the check")
+        return path
+
+    def mask_path(self, index: int) -> Path:
+        """The file of a mask."""
+        return self.root / self.settings.mask_dir / f"{self.names[index]}.png"
+
+    def _choose_source(self, for_training: bool) -> tuple[str, Path | None]:
+        settings = self.settings
+        given = Path(settings.label_file) if settings.label_file else None
+        if given is not None and not given.is_file() and (self.root / given).is_file():
+            given = self.root / given
+        found = given or find_label_file(self.root, settings.list_dir)
+        source = settings.label_source
+        if source == "auto":
+            if not for_training and given is None:
+                source = "masks"
+            elif found is not None:
+                source = "file"
+            else:
+                source = "xml" if (self.root / settings.xml_dir).is_dir() else "masks"
+        if source == "file" and found is None:
+            raise DataError(
+                f"label_source is 'file' but no label_file is given and none is found in {self.root}"
+            )
+        if source == "masks" and not (self.root / settings.mask_dir).is_dir():
+            raise DataError(
+                f"no labels: {self.root} has no label file, no {settings.xml_dir} and no {settings.mask_dir}"
+            )
+        return source, found if source == "file" else None
+
+    def _read_labels(self, label_file: Path | None, reports: list[FileReport], for_training: bool) -> Tensor:
+        """The labels of all images [N, K-1]; what is wrong with one is added to its report."""
+        table = LabelFile(label_file, self.class_names) if label_file else None
+
+        def read(item: tuple[str, FileReport]) -> Tensor:
+            name, report = item
+            none = torch.zeros(self.num_classes - 1)
+            where = name
+            try:
+                if table is not None:
+                    label = table[name]
+                elif self.label_source == "xml":
+                    where = f"{self.settings.xml_dir}/{name}.xml"
+                    label = labels_from_xml(self.root / where, self.class_names)
+                else:
+                    where = f"{self.settings.mask_dir}/{name}.png"
+                    if report.problems:
+                        return none  # said already
+                    present = (
+                        report.classes
+                        if report.classes is not None
+                        else read_label(self.root / where).unique()
+                    )
+                    label = multi_hot(present, self.num_classes)
+                if for_training and not label.any():
+                    raise ValueError("empty annotation: no class but background")
+                return label
+            except FileNotFoundError:
+                report.problems.append(f"{where}: not found")
+            except (ValueError, OSError) as error:
+                report.problems.append(f"{where}: {error}")
+            return none
+
+        return torch.stack(in_threads(read, list(zip(self.names, reports)), f"labels of {self.split}"))
+
+
+class TrainingSet(VOCData):
+    """Augmented crops with image-level labels; masks are never given out.
+
+    ``dataset[index, seed]`` is a dict:
+
+    - ``image`` float32 [3, crop, crop], normalised by ImageNet's mean and standard deviation, 0 where padded;
+    - ``cls_labels`` float32 [K-1], 1 for every class the photograph shows;
+    - ``img_box`` int64 [4] (y0, y1, x0, x1): where the photograph lies in the crop, ends not included;
+    - ``name`` the image's name.
+
+    The sample depends on ``(index, seed)`` alone.
+    """
+
+    def __init__(
+        self, settings: DataSettings, augment: AugmentSettings | None = None, split: str | None = None
+    ):
+        super().__init__(settings, split or settings.train_split, for_training=True)
+        self.transform = TrainingTransform(augment or AugmentSettings())
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        index, seed = item if isinstance(item, tuple) else (item, 0)
+        image, img_box = self.transform(read_photo(self.photo_path(index)), seed)
+        return {
+            "image": image,
+            "cls_labels": self.labels[index],
+            "img_box": img_box,
+            "name": self.names[index],
+        }
+
+
+class EvaluationSet(VOCData):
+    """Whole photographs with their masks.
+
+    ``dataset[index]`` is a dict:
+
+    - ``image`` float32 [3, h, w], normalised, its longer side resized to ``long_side`` (None: as it is);
+    - ``mask`` int64 [H, W] at the photograph's own size, 0..K-1 and 255 (ignored);
+    - ``cls_labels`` float32 [K-1];
+    - ``name`` the image's name.
+    """
+
+    def __init__(self, settings: DataSettings, split: str | None = None, long_side: int | None = 512):
+        super().__init__(settings, split or settings.val_split, for_training=False)
+        self.long_side = long_side
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        photo = resize_long_side(read_photo(self.photo_path(index)), self.long_side)
+        return {
+            "image": normalize(photo),
+            "mask": read_label(self.mask_path(index)),
+            "cls_labels": self.labels[index],
+            "name": self.names[index],
+        }
+
+
+class ResumableBatchSampler(Sampler):
+    """Endless batches of ``(index, sample_seed)`` whose order is a function of the iteration count alone.
+
+    The data are shuffled anew in every epoch (the permutation comes from ``(seed, epoch)``) and the epochs
+    follow each other without a gap, so no image is dropped and batches have one size. Position ``p`` of that
+    endless line belongs to iteration ``p // (batch_size * world_size)``; each rank takes ``batch_size``
+    neighbours, so that two ranks with one image each see what one rank with two images sees. The sample's
+    seed comes from ``(seed, p)``.
+
+    Args:
+        size: number of images.
+        batch_size: images per rank and iteration.
+        seed: of the run.
+        rank: this process's number, 0..world_size-1.
+        world_size: number of processes that train together.
+        start_iteration: how many iterations the run has done already.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_iteration: int = 0,
+    ):
+        for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0..world_size-1 = {world_size - 1}, got {rank}")
+        if start_iteration < 0:
+            raise ValueError(f"start_iteration: expected at least 0, got {start_iteration}")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size, self.start_iteration = rank, world_size, start_iteration
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        iteration = self.start_iteration
+        while True:
+            yield self.batch(iteration)
+            iteration += 1
+
+    def batch(self, iteration: int) -> list[tuple[int, int]]:
+        """What this rank gets in an iteration, counted from 0."""
+        first = (iteration * self.world_size + self.rank) * self.batch_size
+        return [self._at(position) for position in range(first, first + self.batch_size)]
+
+    def epoch(self, iteration: int) -> int:
+        """How many times all images have been seen before an iteration."""
+        return iteration * self.world_size * self.batch_size // self.size
+
+    def _at(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            self._order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.size)
+            self._epoch = epoch
+        sample_seed = int(np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] >> 1)
+        return int(self._order[place]), sample_seed
+
+
+def training_loader(
+    dataset: TrainingSet,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_iteration: int = 0,
+    num_workers: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """An endless loader of training batches from ``start_iteration`` on, the same whatever the number of
+    workers.
+
+    It never touches the global random state, so the order in which a run is built or resumed does not matter.
+    """
+    sampler = ResumableBatchSampler(len(dataset), batch_size, seed, rank, world_size, start_iteration)
+    workers = dataset.settings.num_workers if num_workers is None else num_workers
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),
+    )
