@@ -1,4 +1,4 @@
-"""Files of a data set in VOC layout: where they lie, how to read and write them, what its classes are called."""
+"""Files of a data set in VOC layout: where they lie, how they are read and written, names of classes."""
 
 from __future__ import annotations
 
