@@ -1,0 +1,74 @@
+"""The compiled module, if there is one, and how a tensor is handed to it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch  # before the native module: both then share one OpenMP runtime and one thread pool
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        return importlib.import_module("afa_kernels._native"), None
+    except ImportError as error:
+        reason = build_info().get("native_reason")
+        return None, reason or f"the native module could not be loaded: {error}"
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled, and why something was not: ``native``, ``native_reason``, ``cuda``, ``cuda_reason``, ``cuda_archs``."""
+    try:
+        info = importlib.import_module("afa_kernels._build_info")
+    except ImportError:
+        missing = "afa is used without having been installed (pip install -e .)"
+        return {"native": False, "native_reason": missing, "cuda": False, "cuda_reason": missing, "cuda_archs": None}
+    return {key: value for key, value in vars(info).items() if not key.startswith("_")}
+
+
+native, native_reason = _load()
+
+
+def cpu_reason(*tensors: torch.Tensor) -> str | None:
+    """Why the native CPU kernels cannot take these tensors, or None if they can."""
+    if native is None:
+        return native_reason
+    for tensor in tensors:
+        if tensor.dtype not in DTYPE_CODES:
+            return f"the native kernels take float32, float16 and bfloat16, not {tensor.dtype}"
+    return None
+
+
+def cuda_reason(*tensors: torch.Tensor) -> str | None:
+    """Why the native CUDA kernels cannot take these tensors, or None if they can."""
+    reason = cpu_reason(*tensors)
+    if reason is None and not native.cuda:
+        reason = f"built without CUDA: {build_info().get('cuda_reason')}"
+    if reason is None and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    return reason
+
+
+def native_can_run(operator: str, device: torch.device, *tensors: torch.Tensor) -> str | None:
+    """Why the native backend cannot run an operator on a device, or None: the predicate most operators register."""
+    if device.type == "cpu":
+        reason = cpu_reason(*tensors)
+    elif device.type == "cuda":
+        reason = cuda_reason(*tensors)
+    else:
+        return f"the native kernels run on cpu and cuda, not on {device.type}"
+    if reason is None and not hasattr(native, f"{operator}_{device.type}"):
+        reason = f"no native {device.type} kernel for {operator}"
+    return reason
+
+
+def view(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """A tensor as the kernels take it: address, element type, shape, strides in elements."""
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+def workspace(size: int, device: torch.device) -> torch.Tensor:
+    """Scratch memory of at least ``size`` bytes; torch's allocators align it to 64 bytes."""
+    return torch.empty(max(int(size), 1), dtype=torch.uint8, device=device)

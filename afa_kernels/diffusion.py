@@ -1,0 +1,164 @@
+"""Diffusion over a fixed set of taps: the step that PAR, PAMR and the random walk share.
+
+    out[b,c,y,x] = sum_t weights[b,t,y,x] * masks[b,c,y+dy_t,x+dx_t]        repeated num_iter times
+
+A neighbour outside the image is its nearest pixel (``border="replicate"``) or 0 (``border="zero"``). The gradient of the
+masks is the adjoint of the same linear map, exact at the borders; that of the weights goes through the reference path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _backends, _native_module, diffusion_reference
+from ._checks import FLOATS, check_class_mask, check_int, check_same_device, check_tensor
+from ._native_module import native, view, workspace
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+BORDERS = ("replicate", "zero")
+FARTHEST = 1 << 20
+
+
+def _check_offsets(offsets: Tensor | Sequence[Sequence[int]], taps: int) -> tuple[Tensor, list[tuple[int, int]] | None]:
+    """Offsets as an int64 tensor, and as a list where they came as one."""
+    if isinstance(offsets, Tensor):
+        if offsets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+            raise TypeError(f"offsets must hold integers, got {offsets.dtype}")
+        if tuple(offsets.shape) != (taps, 2):
+            raise ValueError(f"offsets must have shape [T, 2] with T = {taps} as in weights, got {tuple(offsets.shape)}")
+        return offsets.to(torch.int64), None
+    pairs = [tuple(check_int(value, "offsets", -FARTHEST, FARTHEST) for value in pair) for pair in offsets]
+    if len(pairs) != taps or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"offsets must be {taps} pairs (dy, dx), one for each channel of weights, got {len(pairs)} entries")
+    return torch.tensor(pairs, dtype=torch.int64), pairs
+
+
+def diffuse(
+    weights: Tensor,
+    masks: Tensor,
+    offsets: Tensor | Sequence[Sequence[int]],
+    num_iter: int,
+    border: str = "replicate",
+    class_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Diffuse masks over weighted taps, num_iter times (the iteration of AFA's Eq. 12; with one step, the walk of Eq. 8).
+
+    Args:
+        weights: [B, T, H, W] float32, float16 or bfloat16 (float64 in the reference path): one channel per tap, any range.
+        masks: [B, C, H, W], likewise; may differ in dtype from weights.
+        offsets: T pairs (dy, dx) in pixels, a sequence or an integer tensor [T, 2] (on the CPU, lest a call wait for the GPU).
+        num_iter: how many steps, at least 0; 0 returns a copy of masks.
+        border: what a tap outside the image reads: ``"replicate"``, its nearest pixel, or ``"zero"``.
+        class_mask: [B, C] bool; channels that are False are skipped and returned as 0.
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
+
+    Returns:
+        [B, C, H, W] in the dtype of masks, contiguous; sums are taken in float32, in the order of the taps.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+    """
+    check_tensor(weights, "weights", ("B", "T", "H", "W"))
+    batch, taps, height, width = weights.shape
+    check_tensor(masks, "masks", ("B", "C", "H", "W"), FLOATS, B=batch, H=height, W=width)
+    check_same_device(weights, "weights", masks=masks)
+    check_class_mask(class_mask, masks)
+    num_iter = check_int(num_iter, "num_iter", 0)
+    if border not in BORDERS:
+        raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")
+    offsets, pairs = _check_offsets(offsets, taps)
+    chosen = _backends.choose("diffuse", backend, weights, masks)
+    if chosen == "reference":
+        pairs = pairs or [tuple(pair) for pair in offsets.tolist()]
+        return diffusion_reference.diffuse(weights, masks, pairs, num_iter, border, class_mask)
+    return torch.ops.afa.diffuse(weights, masks, offsets, num_iter, border, class_mask, False, chosen)
+
+
+# --- forward and its adjoint ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("afa::diffuse", mutates_args=())
+def _diffuse(
+    weights: Tensor,
+    masks: Tensor,
+    offsets: Tensor,
+    num_iter: int,
+    border: str,
+    class_mask: Tensor | None,
+    transpose: bool,
+    backend: str,
+) -> Tensor:
+    out = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
+    taps = offsets.flatten().clamp(-FARTHEST, FARTHEST).tolist()
+    threads = torch.get_num_threads()
+    size = native.diffuse_cpu_workspace(view(weights), view(masks), taps, threads)
+    scratch = workspace(size, masks.device)
+    present = [] if class_mask is None else class_mask.flatten().tolist()
+    native.diffuse_cpu(
+        view(weights), view(masks), view(out), taps, present, num_iter, border == "zero", transpose, scratch.data_ptr(), threads
+    )
+    return out
+
+
+@_diffuse.register_fake
+def _(weights, masks, offsets, num_iter, border, class_mask, transpose, backend):
+    return torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx, inputs, output):
+    weights, masks, offsets, num_iter, border, class_mask, transpose, backend = inputs
+    ctx.save_for_backward(weights, masks if ctx.needs_input_grad[0] else None, offsets, class_mask)
+    ctx.options = num_iter, border, transpose, backend, masks.dtype
+
+
+def _backward(ctx, grad):
+    weights, masks, offsets, class_mask = ctx.saved_tensors
+    num_iter, border, transpose, backend, dtype = ctx.options
+    grad_weights = grad_masks = None
+    if ctx.needs_input_grad[1]:
+        grad_masks = torch.ops.afa.diffuse(weights, grad, offsets, num_iter, border, class_mask, not transpose, backend)
+        grad_masks = grad_masks.to(dtype)
+    if ctx.needs_input_grad[0]:
+        # <grad, A masks> is also <A^T grad, masks>: the adjoint's weights have the same gradient with the two exchanged.
+        start, end = (grad, masks) if transpose else (masks, grad)
+        grad_weights = _weights_gradient(weights, start, end, offsets, num_iter, border, class_mask)
+    return grad_weights, grad_masks, None, None, None, None, None, None
+
+
+@torch.library.custom_op("afa::diffuse_weights_gradient", mutates_args=())
+def _weights_gradient(
+    weights: Tensor, masks: Tensor, grad: Tensor, offsets: Tensor, num_iter: int, border: str, class_mask: Tensor | None
+) -> Tensor:
+    pairs = [tuple(pair) for pair in offsets.tolist()]
+    with torch.enable_grad():
+        leaf = weights.detach().float().requires_grad_()
+        out = diffusion_reference.diffuse(leaf, masks.detach().float(), pairs, num_iter, border, class_mask)
+        if num_iter == 0:
+            return torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        return torch.autograd.grad(out, leaf, grad.float())[0].to(weights.dtype).contiguous()
+
+
+@_weights_gradient.register_fake
+def _(weights, masks, grad, offsets, num_iter, border, class_mask):
+    return torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_diffuse.register_autograd(_backward, setup_context=_save)
+
+
+def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
+    return _native_module.native_can_run("diffuse", device, *tensors)
+
+
+_backends.register("diffuse", native=_native_reason)

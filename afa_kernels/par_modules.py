@@ -1,0 +1,80 @@
+"""PAR and PAMR as modules, with the constructors, forwards, buffers and attributes the field's repositories already use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .par import _check_factors, _refine, check_dilations, check_int
+
+
+def _neighbour_kernel(*, difference: bool) -> Tensor:
+    """[8, 1, 3, 3]: one 3x3 kernel per neighbour that picks it out, minus the centre when ``difference``."""
+    picks = torch.eye(9)[[0, 1, 2, 3, 5, 6, 7, 8]]
+    if difference:
+        picks = -picks
+        picks[:, 4] = 1
+    return picks.view(8, 1, 3, 3)
+
+
+class PAR(nn.Module):
+    """Drop-in for AFA's ``PAR``: ``PAR(dilations, num_iter)(imgs, masks)``, argument names, buffer and attributes kept.
+
+    forward(imgs [B, 3, H, W] in 0..1, masks [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.par`. The attributes keep their
+    published meaning and may be changed: ``w1`` (0.3) is the smoothing of both terms, ``w2`` (0.01) the position term's share.
+    """
+
+    def __init__(self, dilations: Sequence[int], num_iter: int) -> None:
+        super().__init__()
+        self.dilations = check_dilations(dilations)
+        self.num_iter = check_int(num_iter, "num_iter", 0)
+        self.register_buffer("kernel", _neighbour_kernel(difference=False))
+        self.dim = 2
+        self.w1 = 0.3
+        self.w2 = 0.01
+        self.pos = self._positions()
+
+    def _positions(self) -> Tensor:
+        """[1, 1, 8*D, 1, 1]: distance of every tap in pixels."""
+        ring = torch.tensor([2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 2.0]).sqrt()
+        return torch.cat([ring * dilation for dilation in self.dilations]).view(1, 1, -1, 1, 1)
+
+    def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
+        # The published class calls both smoothing factors w1 and the share of the position term w2.
+        factors = _check_factors(self.w1, self.w1, self.w2)
+        return _refine(imgs, masks, self.dilations, self.num_iter, factors, None, None, ("imgs", "masks"))
+
+    def extra_repr(self) -> str:
+        return f"dilations={self.dilations}, num_iter={self.num_iter}"
+
+
+class _Kernel(nn.Module):
+    """Holds a buffer ``kernel`` under the published state key."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kernel", kernel)
+
+
+class PAMR(nn.Module):
+    """Drop-in for 1-stage-wseg's ``PAMR``: ``PAMR(num_iter=1, dilations=[1])(x, mask)``, state keys kept.
+
+    forward(x [B, 3, H, W] in 0..1, mask [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.pamr`. Note the argument order of the
+    constructor, the reverse of `PAR`'s.
+    """
+
+    def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,)) -> None:
+        super().__init__()
+        self.num_iter = check_int(num_iter, "num_iter", 0)
+        self.dilations = check_dilations(dilations)
+        self.aff_x = _Kernel(_neighbour_kernel(difference=True))
+        self.aff_m = _Kernel(_neighbour_kernel(difference=False))
+        self.aff_std = _Kernel(torch.eye(9).view(9, 1, 3, 3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return _refine(x, mask, self.dilations, self.num_iter, [], None, None, ("x", "mask"))
+
+    def extra_repr(self) -> str:
+        return f"num_iter={self.num_iter}, dilations={self.dilations}"

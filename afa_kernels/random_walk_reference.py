@@ -1,0 +1,62 @@
+"""Random-walk propagation over the affinity window in plain PyTorch: the oracle of the other backends.
+
+    D_jj = sum_i A_ij^p + eps,   T = D^-1 A^p,   M' = T M       (AFA, Eq. 7 and 8), repeated num_steps times
+
+In window layout tap t of pixel i holds A_ij for j = i + offset_t, so D sums each tap's plane moved by its
+offset and the product is a diffusion with zero border. Computes in float32, or float64 where given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .affinity_reference import window_neighbours
+from .diffusion_reference import diffuse
+
+
+def walk_weights(affinity: torch.Tensor, radius: int, power: float, eps: float) -> torch.Tensor:
+    """T in window layout, [B, taps, h, w]. What a tap outside the image holds plays no part."""
+    batch, taps, height, width = affinity.shape
+    _, inside = window_neighbours(height, width, radius, affinity.device)
+    dtype = torch.promote_types(affinity.dtype, torch.float32)
+    powered = torch.where(inside.view(taps, height, width), affinity.to(dtype), 0) ** power
+    # fold adds every tap of every pixel onto the pixel it points at: the sums of the columns of A^p.
+    column = F.fold(powered.flatten(2), (height, width), kernel_size=2 * radius + 1, padding=radius)
+    return powered / (column + eps)
+
+
+def window_offsets(radius: int) -> list[tuple[int, int]]:
+    """(dy, dx) of every tap of the window, row-major."""
+    steps = range(-radius, radius + 1)
+    return [(dy, dx) for dy in steps for dx in steps]
+
+
+def random_walk(
+    affinity: torch.Tensor,
+    cams: torch.Tensor,
+    radius: int,
+    power: float = 2,
+    num_steps: int = 1,
+    eps: float = 0.1,
+    class_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """affinity [B, taps, h, w], cams [B, C, h, w] -> [B, C, h, w] in the dtype of cams."""
+    weights = walk_weights(affinity, radius, power, eps)
+    return diffuse(weights, cams, window_offsets(radius), num_steps, "zero", class_mask)
+
+
+def background_softmax(
+    cams: torch.Tensor, cls_labels: torch.Tensor, scores: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [B, S, K+1, h, w] over background and the present classes, and which channels are present [B, S, K+1]."""
+    batch, classes, height, width = cams.shape
+    cams = cams.to(torch.promote_types(cams.dtype, torch.float32))
+    background = torch.stack([torch.full_like(cams[:, 0], float(score)) for score in scores], dim=1)
+    logits = torch.cat([background[:, :, None], cams[:, None].expand(-1, len(scores), -1, -1, -1)], dim=2)
+    present = F.pad(cls_labels > 0, (1, 0), value=True)
+    absent = ~present[:, None, :, None, None]
+    probabilities = torch.softmax(logits.masked_fill(absent, -torch.inf), dim=2)
+    return probabilities, present[:, None].expand(-1, len(scores), -1)

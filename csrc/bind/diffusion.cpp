@@ -1,0 +1,35 @@
+#include "../diffusion.h"
+
+#include "bind.h"
+
+namespace py = pybind11;
+
+namespace afa {
+
+static DiffusionArgs diffusion_args(const View<4>& weights, const View<4>& masks, const View<4>& out,
+                                    const std::vector<int32_t>& offsets, const std::vector<uint8_t>& class_mask,
+                                    int64_t num_iter, bool zero_border, bool transpose) {
+  DiffusionArgs args;
+  args.weights = weights, args.masks = masks, args.out = out;
+  args.offsets = offsets.data(), args.taps = int64_t(offsets.size()) / 2;
+  args.class_mask = class_mask.empty() ? nullptr : class_mask.data();
+  args.num_iter = num_iter, args.border = zero_border ? Border::zero : Border::replicate, args.transpose = transpose;
+  return args;
+}
+
+void bind_diffusion(py::module_& module) {
+  module.def("diffuse_cpu_workspace", [](const View<4>& weights, const View<4>& masks, const std::vector<int32_t>& offsets,
+                                         int threads) {
+    return diffuse_cpu_workspace(diffusion_args(weights, masks, masks, offsets, {}, 1, false, false), threads);
+  });
+  module.def("diffuse_cpu", [](const View<4>& weights, const View<4>& masks, const View<4>& out,
+                               const std::vector<int32_t>& offsets, const std::vector<uint8_t>& class_mask, int64_t num_iter,
+                               bool zero_border, bool transpose, uint64_t workspace, int threads) {
+    py::gil_scoped_release release;
+    check(diffuse_cpu(diffusion_args(weights, masks, out, offsets, class_mask, num_iter, zero_border, transpose),
+                      pointer<void>(workspace), threads),
+          "diffuse_cpu");
+  });
+}
+
+}  // namespace afa

@@ -1,0 +1,24 @@
+// The module afa_kernels._native.
+#include "../cpu.h"
+#include "bind.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "AFA's kernels: raw addresses and sizes in, nothing of torch. Use the functions of afa_kernels instead.";
+  module.def("cpu_isa", &afa::cpu_isa_name, "The instruction set the CPU kernels run with: baseline, avx2 or avx512.");
+#ifdef _OPENMP
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
+#if AFA_WITH_CUDA
+  module.attr("cuda") = true;
+#else
+  module.attr("cuda") = false;
+#endif
+  afa::bind_diffusion(module);
+  afa::bind_par(module);
+}

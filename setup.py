@@ -1,0 +1,123 @@
+"""Drives CMakeLists.txt and records what was built, so that ``afa doctor`` can say why something was not.
+
+AFA_CUDA=0          CPU kernels only              AFA_CUDA=1    fail rather than leave the CUDA kernels out
+AFA_CUDA_ARCHS      CUDA architectures, as CMake takes them ("80;90"); default: the visible GPU's, else 80;90 plus PTX
+AFA_NATIVE=0        no native module at all       CXX, CUDACXX  compilers
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+import build_backend  # noqa: E402
+
+
+def wheel_cuda() -> Path | None:
+    """Root of the CUDA compiler wheels (nvidia/cu13) in this build environment, if they are complete."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        root = Path(folder) / "cu13"
+        if (root / "bin" / "nvcc").exists() and (root / "nvvm" / "bin" / "cicc").exists():
+            return root
+    return None
+
+
+def visible_architectures() -> str:
+    """Compute capabilities of the GPUs here as CMake's list, e.g. "90"; the default when there is none."""
+    if os.environ.get("AFA_CUDA_ARCHS"):
+        return os.environ["AFA_CUDA_ARCHS"]
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        numbers = sorted({line.strip().replace(".", "") for line in found.stdout.splitlines()})
+        if found.returncode == 0 and numbers and all(number.isdigit() for number in numbers):
+            return ";".join(numbers)
+    return "80-real;90"
+
+
+def cuda_options() -> tuple[list[str], str]:
+    """CMake options that build the CUDA kernels, and a line that says which compiler, or ([], why not)."""
+    if not build_backend.wants_cuda():
+        return [], "AFA_CUDA=0 was set when this was built"
+    options = ["-DAFA_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={visible_architectures()}"]
+    nvcc = build_backend.system_nvcc()
+    if nvcc:
+        return [*options, f"-DCMAKE_CUDA_COMPILER={nvcc}"], nvcc
+    root = wheel_cuda()
+    if root:
+        # The wheels keep their libraries in lib, where the compiler's own profile looks in lib64.
+        options += [f"-DCMAKE_CUDA_COMPILER={root / 'bin' / 'nvcc'}", f"-DAFA_CUDA_LIBRARY_DIR={root / 'lib'}"]
+        options += [f"-DCMAKE_CUDA_FLAGS_INIT=-L{root / 'lib'}", f"-DCUDAToolkit_ROOT={root}"]
+        return options, "the CUDA compiler wheels"
+    return [], "no nvcc on the system and no CUDA compiler wheels for this platform"
+
+
+class CMakeBuild(build_ext):
+    """Configure, build, install into the place setuptools names; leave the reason behind when something is missing."""
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        info = {"native": False, "native_reason": None, "cuda": False, "cuda_reason": None, "cuda_archs": None}
+        cxx = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if os.environ.get("AFA_NATIVE") == "0":
+            info["native_reason"] = "AFA_NATIVE=0 was set when this was built"
+        elif cxx is None or shutil.which(cxx) is None:
+            info["native_reason"] = "no C++ compiler was found when this was built (install g++ or set CXX)"
+        if info["native_reason"]:
+            info["cuda_reason"] = info["native_reason"]
+            print(f"afa: native module left out: {info['native_reason']}", file=sys.stderr)
+        else:
+            self.build_native(target, info, cxx)
+        places = {target} if not self.inplace and not self.editable_mode else {target, ROOT / "afa_kernels"}
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            lines = [f"{key} = {value!r}" for key, value in info.items()]
+            (place / "_build_info.py").write_text('"""Written by setup.py."""\n' + "\n".join(lines) + "\n")
+
+    def build_native(self, target: Path, info: dict, cxx: str) -> None:
+        import pybind11
+
+        common = [
+            f"-DCMAKE_CXX_COMPILER={shutil.which(cxx)}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]
+        options, compiler = cuda_options()
+        if options:
+            try:
+                self.cmake("cuda", common + options)
+                info.update(native=True, cuda=True, cuda_reason=compiler, cuda_archs=visible_architectures())
+                return
+            except subprocess.CalledProcessError as error:
+                if os.environ.get("AFA_CUDA") == "1":
+                    raise
+                compiler = f"compiling with {compiler} failed ({error}); build with AFA_CUDA=1 to see it stop there"
+                print(f"afa: CUDA kernels left out: {compiler}", file=sys.stderr)
+        info["cuda_reason"] = compiler
+        self.cmake("cpu", common)
+        info["native"] = True
+
+    def cmake(self, name: str, options: list[str]) -> None:
+        folder = Path(self.build_temp).resolve() / name
+        # A folder configured by another build environment points at compilers and headers that are gone.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        subprocess.run(["cmake", str(ROOT), *generator, *options], cwd=folder, check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", ".", "-j", jobs], cwd=folder, check=True)
+
+
+setup(ext_modules=[Extension("afa_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
