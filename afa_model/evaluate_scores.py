@@ -17,16 +17,8 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from .predict_maps import KINDS
 from .voc_files import IGNORE
-
-# how the parts are called in tables and pictures, in the order in which they build on each other
-TITLES = {
-    "cam": "CAM",
-    "refined_cam": "CAM + PAR",
-    "random_walk": "random walk",
-    "refined_random_walk": "random walk + PAR",
-    "segmentation": "segmentation",
-}
 
 
 @dataclass(frozen=True)
@@ -35,8 +27,8 @@ class Scores:
 
     Attributes:
         confusion: int64 [K, K], rows the mask's class, columns the predicted one, in pixels.
-        iou: float64 [K], true / (true + missed + wrongly found) per class; NaN for a class that is neither in the masks
-            nor predicted.
+        iou: float64 [K], true / (true + missed + wrongly found) per class; NaN for a class that is neither in
+            the masks nor predicted.
         miou: mean of ``iou`` over the classes that have one.
         pixel_accuracy: right pixels over all pixels that count.
         mean_accuracy: mean over the classes in the masks of the share of their pixels that were found.
@@ -73,7 +65,8 @@ class Scores:
 
 
 class ScoreKeeper:
-    """Adds up confusion matrices for several kinds of label map; sums over processes when asked for the scores.
+    """Adds up confusion matrices for several kinds of label map; sums over processes when asked for the
+    scores.
 
     Args:
         kinds: names of the kinds of label map.
@@ -92,15 +85,17 @@ class ScoreKeeper:
     def add(self, kind: str, label: Tensor, mask: Tensor) -> None:
         """Count one image: ``label`` [H, W] in 0..K-1, ``mask`` [H, W] in 0..K-1 and 255 (not counted)."""
         if label.shape != mask.shape:
-            raise ValueError(f"label: expected the mask's shape {tuple(mask.shape)}, got {tuple(label.shape)}")
+            raise ValueError(
+                f"label: expected the mask's shape {tuple(mask.shape)}, got {tuple(label.shape)}"
+            )
+        matrix = self.matrices[kind]
+        label, mask = label.to(matrix.device), mask.to(matrix.device)
         counted = mask != IGNORE
         for name, values in (("label", label[counted]), ("mask", mask[counted])):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
-                raise ValueError(
-                    f"{name}: expected classes 0..{self.num_classes - 1}, got {int(values.min())}..{int(values.max())}"
-                )
-        matrix = self.matrices[kind]
-        matrix.update(label.to(matrix.device), mask.to(matrix.device))
+                found = f"{int(values.min())}..{int(values.max())}"
+                raise ValueError(f"{name}: expected classes 0..{self.num_classes - 1}, got {found}")
+        matrix.update(label, mask)
 
     def scores(self) -> dict[str, Scores]:
         """The scores of all images on all processes (every process of a group must call this)."""
@@ -112,7 +107,8 @@ class EvaluationResult:
     """Scores of every kind of label map that was asked for.
 
     Attributes:
-        scores: kind (``cam``, ``refined_cam``, ``random_walk``, ``refined_random_walk``, ``segmentation``) -> Scores.
+        scores: kind (``cam``, ``refined_cam``, ``random_walk``, ``refined_random_walk``, ``segmentation``) ->
+            Scores.
         class_names: K names, background first.
         images: number of images scored, over all processes.
         seconds: how long it took.
@@ -129,7 +125,9 @@ class EvaluationResult:
         return self.scores[kind]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: ``{"images", "seconds", "about", "scores": {kind: {"miou", ..., "iou": {class: value}}}}``."""
+        """For JSON: ``{"images", "seconds", "about", "scores": {kind: {"miou", ..., "iou": {class:
+        value}}}}``.
+        """
         return {
             "images": self.images,
             "seconds": round(self.seconds, 3),
@@ -157,20 +155,28 @@ class EvaluationResult:
 
     def table(self, per_class: bool = True) -> Table:
         """A table for the terminal, in percent: IoU of every class that has one, the means below."""
-        table = Table(title=f"IoU in percent, {self.images} images", box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column("class")
+        table = Table(
+            title=f"IoU in percent, {self.images} images", box=box.SIMPLE_HEAD, title_justify="left"
+        )
+        table.add_column("class", no_wrap=True)
         for kind in self.scores:
-            table.add_column(TITLES.get(kind, kind), justify="right")
-        best = [max((s.iou[row].nan_to_num(-1).item() for s in self.scores.values())) for row in range(len(self.class_names))]
+            table.add_column(KINDS.get(kind, kind), justify="right")
         if per_class:
             for row, name in enumerate(self.class_names):
                 values = [float(scores.iou[row]) for scores in self.scores.values()]
+                best = max((value for value in values if value > 0), default=None)
                 if not all(map(math.isnan, values)):
-                    table.add_row(name, *(_percent(value, bold=value == best[row] > 0) for value in values))
+                    table.add_row(name, *(_percent(value, bold=value == best) for value in values))
             table.add_section()
-        for title, name in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy"), ("mean accuracy", "mean_accuracy")):
+        for title, name in (
+            ("mIoU", "miou"),
+            ("pixel accuracy", "pixel_accuracy"),
+            ("mean accuracy", "mean_accuracy"),
+        ):
             values = [getattr(scores, name) for scores in self.scores.values()]
-            table.add_row(title, *(_percent(value) for value in values), style="bold" if name == "miou" else None)
+            table.add_row(
+                title, *(_percent(value) for value in values), style="bold" if name == "miou" else None
+            )
         return table
 
     def print(self, console: Console | None = None, per_class: bool = True) -> None:

@@ -264,7 +264,7 @@ def _draw_legend(
         handles=entries,
         loc="upper left",
         bbox_to_anchor=(0, 1),
-        fontsize=10,
+        fontsize=10 if columns == 1 else 9,
         frameon=False,
         ncols=columns,
         title="classes and the classifier's score" if probabilities is not None else "classes",

@@ -63,18 +63,6 @@ def denormalize(image: Tensor) -> Tensor:
     return (image * std + mean).clamp(0, 1)
 
 
-def resize_long_side(photo: Tensor, long_side: int | None) -> Tensor:
-    """uint8 [3, H, W] resized (bilinear, antialiased) so that its longer side is ``long_side``; None leaves
-    it.
-    """
-    height, width = photo.shape[-2:]
-    if long_side is None or max(height, width) == long_side:
-        return photo
-    factor = long_side / max(height, width)
-    size = [max(1, round(height * factor)), max(1, round(width * factor))]
-    return F.resize(photo, size, antialias=True)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random choices on the CPU inside come from ``seed``; the state outside, CUDA's too, is left alone."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .transforms import AugmentSettings, TrainingTransform, normalize, resize_long_side
+from .transforms import AugmentSettings, TrainingTransform, normalize
 from .voc_check import CheckLevel, FileReport, check_files, in_threads
 from .voc_files import DataError, class_names, find_image, read_label, read_photo, read_split
 from .voc_labels import LabelFile, find_label_file, labels_from_xml, multi_hot
@@ -207,20 +207,18 @@ class EvaluationSet(VOCData):
 
     ``dataset[index]`` is a dict:
 
-    - ``image`` float32 [3, h, w], normalised, its longer side resized to ``long_side`` (None: as it is);
-    - ``mask`` int64 [H, W] at the photograph's own size, 0..K-1 and 255 (ignored);
+    - ``image`` float32 [3, H, W], normalised;
+    - ``mask`` int64 [H, W], 0..K-1 and 255 (ignored);
     - ``cls_labels`` float32 [K-1];
     - ``name`` the image's name.
     """
 
-    def __init__(self, settings: DataSettings, split: str | None = None, long_side: int | None = 512):
+    def __init__(self, settings: DataSettings, split: str | None = None):
         super().__init__(settings, split or settings.val_split, for_training=False)
-        self.long_side = long_side
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        photo = resize_long_side(read_photo(self.photo_path(index)), self.long_side)
         return {
-            "image": normalize(photo),
+            "image": normalize(read_photo(self.photo_path(index))),
             "mask": read_label(self.mask_path(index)),
             "cls_labels": self.labels[index],
             "name": self.names[index],
