@@ -6,21 +6,38 @@ Every operator takes ``backend=None`` (the best that can run), ``"native"``, ``"
 
 from ._backends import backends, use_backend
 from ._native_module import build_info
+from .affinity import (
+    affinity_from_maps,
+    affinity_loss,
+    attention_affinity_loss,
+    dense_to_window,
+    window_affinity,
+    window_to_dense,
+)
 from .diffusion import diffuse
 from .par import pamr, pamr_weights, par, par_weights
 from .par_modules import PAMR, PAR
+from .random_walk import random_walk, random_walk_with_background
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PAMR",
     "PAR",
+    "affinity_from_maps",
+    "affinity_loss",
+    "attention_affinity_loss",
     "backends",
     "build_info",
+    "dense_to_window",
     "diffuse",
     "pamr",
     "pamr_weights",
     "par",
     "par_weights",
+    "random_walk",
+    "random_walk_with_background",
     "use_backend",
+    "window_affinity",
+    "window_to_dense",
 ]

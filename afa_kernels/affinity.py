@@ -1,4 +1,4 @@
-"""Affinity from attention: which pixels of a window belong together, read off queries and keys, and the loss that teaches it.
+"""Affinity from attention: which pixels of a window belong together, and the loss that teaches it.
 
     S_h,ij = q_h,i . k_h,j                                   raw attention scores of every head, unscaled
     A_ij   = sigmoid(sum_h w_h (S_h,ij + S_h,ji) + bias)     for |dy| <= r and |dx| <= r     (AFA, Eq. 5)
@@ -42,8 +42,7 @@ def _check_query_key(query: Tensor, key: Tensor, height: int, width: int) -> Non
     check_same_device(query, "query", key=key)
     if count != height * width:
         raise ValueError(
-            f"query must have N = height * width = {height} * {width} = {height * width} pixels, got N =
-            {count}"
+            f"query must have N = height * width = {height} * {width} = {height * width}, got {count}"
         )
 
 
@@ -56,10 +55,7 @@ def check_window(affinity: Tensor, radius: int) -> None:
     taps = (2 * radius + 1) ** 2
     check_tensor(affinity, "affinity", ("B", "taps", "h", "w"))
     if affinity.shape[1] != taps:
-        raise ValueError(
-            f"affinity must have (2 * radius + 1)^2 = {taps} channels for radius {radius}, got
-            {affinity.shape[1]}"
-        )
+        raise ValueError(f"affinity must have {taps} channels, (2 * radius + 1)^2, got {affinity.shape[1]}")
 
 
 @torch.library.custom_op("afa::pair_labels", mutates_args=())
@@ -134,7 +130,7 @@ def affinity_from_maps(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """As `window_affinity`, from score maps that exist already: maps [B, heads, N, N], unscaled and before any softmax.
+    """As `window_affinity`, from score maps [B, heads, N, N] that exist already, unscaled, before softmax.
 
     For models whose attention gives out its maps; where queries and keys are at hand, `window_affinity` needs
     neither the memory nor most of the time. Other arguments, result and errors as there.
@@ -143,10 +139,8 @@ def affinity_from_maps(
     check_tensor(maps, "maps", ("B", "heads", "N", "N"))
     for axis in (2, 3):
         if maps.shape[axis] != height * width:
-            wanted = f"{height} * {width} = {height * width}"
             raise ValueError(
-                f"maps must have shape [B, heads, N, N] with N = height * width = {wanted}, got
-                {tuple(maps.shape)}"
+                f"maps must be [B, heads, N, N] with N = {height} * {width}, got {tuple(maps.shape)}"
             )
     head_weight, head_bias = _check_head(head_weight, head_bias, maps, "maps")
     _backends.choose("affinity_from_maps", backend, maps)
@@ -176,7 +170,8 @@ def affinity_loss(
         is 0 and gradients are 0.
 
     Raises:
-        TypeError, ValueError: naming the argument that is wrong. On CUDA labels out of range raise a device-side assertion.
+        TypeError, ValueError: naming the argument that is wrong. On CUDA, labels out of range end in an
+            assertion on the device instead.
     """
     radius = check_int(radius, "radius", 0)
     check_window(affinity, radius)
@@ -226,21 +221,18 @@ def attention_affinity_loss(
 
 
 def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
-    """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w, any dtype: A_ij of every pair, 0 outside the window."""
+    """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w: A_ij of every pair, 0 outside the window."""
     radius = check_int(radius, "radius", 0)
     check_window(affinity, radius)
     return affinity_reference.window_to_dense(affinity, radius)
 
 
 def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tensor:
-    """[B, N, N] with N = height * width -> [B, (2 * radius + 1)^2, height, width], any dtype, 0 where a tap points outside."""
+    """[B, N, N], N = height * width -> [B, (2 * radius + 1)^2, height, width], 0 for taps that leave it."""
     height, width, radius = _check_grid(height, width, radius)
     check_tensor(dense, "dense", ("B", "N", "N"))
     if tuple(dense.shape[1:]) != (height * width,) * 2:
-        wanted = f"{height} * {width} = {height * width}"
-        raise ValueError(
-            f"dense must have shape [B, N, N] with N = height * width = {wanted}, got {tuple(dense.shape)}"
-        )
+        raise ValueError(f"dense must be [B, N, N] with N = {height} * {width}, got {tuple(dense.shape)}")
     return affinity_reference.dense_to_window(dense, height, width, radius)
 
 

@@ -1,4 +1,4 @@
-"""Affinity from attention in plain PyTorch, dense maps and all: the oracle of the other backends and the form that is published.
+"""Affinity from attention in plain PyTorch, dense maps and all: the published form, and everyone's oracle.
 
     S_h,ij = q_h,i . k_h,j                                   raw attention scores of every head, unscaled
     A_ij   = sigmoid(sum_h w_h (S_h,ij + S_h,ji) + bias)     for |dy| <= r and |dx| <= r
@@ -17,7 +17,7 @@ import torch
 def window_neighbours(
     height: int, width: int, radius: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pixel each tap of each pixel reaches, ``[taps, N]`` int64, and whether it lies inside the image, ``[taps, N]`` bool.
+    """The pixel that each tap of each pixel reaches, [taps, N] int64, and whether it exists, [taps, N] bool.
 
     Taps run row-major over (dy, dx) from (-radius, -radius). Outside the image the index is N, one past the
     last pixel.

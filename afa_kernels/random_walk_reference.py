@@ -51,7 +51,7 @@ def random_walk(
 def background_softmax(
     cams: torch.Tensor, cls_labels: torch.Tensor, scores: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, S, K+1, h, w] over background and the present classes, and which channels are present [B, S, K+1]."""
+    """Probabilities [B, S, K+1, h, w] over background and present classes; who is present, [B, S, K+1]."""
     batch, classes, height, width = cams.shape
     cams = cams.to(torch.promote_types(cams.dtype, torch.float32))
     background = torch.stack([torch.full_like(cams[:, 0], float(score)) for score in scores], dim=1)
