@@ -156,7 +156,9 @@ class EvaluationResult:
     def table(self, per_class: bool = True) -> Table:
         """A table for the terminal, in percent: IoU of every class that has one, the means below."""
         table = Table(
-            title=f"IoU in percent, {self.images} images", box=box.SIMPLE_HEAD, title_justify="left"
+            title=f"IoU in percent, {self.images} image{'s' * (self.images != 1)}",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
         )
         table.add_column("class", no_wrap=True)
         for kind in self.scores:

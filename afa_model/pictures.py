@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from .pictures_overlays import (
@@ -237,7 +238,8 @@ def _draw_tile(axis: Axes, tile: Tile) -> None:
     if tile.colors is not None:
         bar = axis.inset_axes((0.70, 0.935, 0.27, 0.03))
         bar.imshow(np.linspace(0, 1, 128)[None], aspect="auto", cmap=tile.colors, vmin=0, vmax=1)
-        bar.set_xticks([0, 127], ["0", "1"], fontsize=7.5, color="white")
+        for text in bar.set_xticks([0, 127], ["0", "1"], fontsize=8, color="white"):
+            text.label1.set_path_effects([withStroke(linewidth=1.6, foreground="black")])
         bar.tick_params(length=0, pad=1.5)
         bar.set_yticks([])
         for spine in bar.spines.values():

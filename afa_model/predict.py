@@ -74,7 +74,7 @@ def predict(
 
     Raises:
         DataError: files that are missing or no photographs, all of them, before anything is written.
-        ValueError: unknown names in ``labels``, or ``affinity_at`` outside a photograph.
+        ValueError: unknown names in ``labels``, or ``affinity_at`` outside a photograph or without attention.
     """
     settings = settings or PredictSettings()
     if len(class_names) != model.num_classes:
@@ -82,6 +82,10 @@ def predict(
             f"class_names: expected the model's {model.num_classes} names, got {len(class_names)}"
         )
     cls_labels = None if settings.labels is None else _known(settings.labels, class_names)
+    if settings.affinity_at is not None and model.cam_only:
+        raise ValueError(
+            f"affinity_at: the backbone {model.backbone} has no attention, so no affinity either"
+        )
     paths = photos(images)
     _check_photos(paths, settings.affinity_at)
     targets = _targets(paths, Path(out))

@@ -130,6 +130,8 @@ class VOCData(Dataset):
             raise DataError(
                 f"label_source is 'file' but no label_file is given and none is found in {self.root}"
             )
+        if not for_training and not (self.root / settings.mask_dir).is_dir():
+            raise DataError(f"evaluation needs masks: {self.root} has no folder {settings.mask_dir}")
         if source == "masks" and not (self.root / settings.mask_dir).is_dir():
             raise DataError(
                 f"no labels: {self.root} has no label file, no {settings.xml_dir} and no {settings.mask_dir}"
