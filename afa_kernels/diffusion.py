@@ -3,7 +3,7 @@
     out[b,c,y,x] = sum_t weights[b,t,y,x] * masks[b,c,y+dy_t,x+dx_t]        repeated num_iter times
 
 A neighbour outside the image is its nearest pixel (``border="replicate"``) or 0 (``border="zero"``). The gradient of the
-masks is the adjoint of the same linear map, exact at the borders; that of the weights goes through the reference path.
+masks is the adjoint of the same linear map, exact at the borders; that of the weights repeats the steps and correlates each with its gradient.
 """
 
 from __future__ import annotations
@@ -130,26 +130,46 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         # <grad, A masks> is also <A^T grad, masks>: the adjoint's weights have the same gradient with the two exchanged.
         start, end = (grad, masks) if transpose else (masks, grad)
-        grad_weights = _weights_gradient(weights, start, end, offsets, num_iter, border, class_mask)
+        grad_weights = _weights_gradient(weights, start, end, offsets, num_iter, border, class_mask, backend)
     return grad_weights, grad_masks, None, None, None, None, None, None
 
 
-@torch.library.custom_op("afa::diffuse_weights_gradient", mutates_args=())
 def _weights_gradient(
-    weights: Tensor, masks: Tensor, grad: Tensor, offsets: Tensor, num_iter: int, border: str, class_mask: Tensor | None
+    weights: Tensor,
+    masks: Tensor,
+    grad: Tensor,
+    offsets: Tensor,
+    num_iter: int,
+    border: str,
+    class_mask: Tensor | None,
+    backend: str,
 ) -> Tensor:
+    """Sum over steps k and channels of grad_k * neighbour of masks_(k-1): the steps are run again and kept."""
+    steps = [masks.float()]
+    for _ in range(num_iter - 1):
+        steps.append(torch.ops.afa.diffuse(weights, steps[-1], offsets, 1, border, class_mask, False, backend))
+    grad, total = grad.float(), None
+    for step in reversed(steps[:num_iter]):
+        term = torch.ops.afa.diffuse_correlation(grad, step, offsets, border, class_mask)
+        total = term if total is None else total + term
+        grad = torch.ops.afa.diffuse(weights, grad, offsets, 1, border, class_mask, True, backend)
+    return torch.zeros_like(weights) if total is None else total.to(weights.dtype)
+
+
+@torch.library.custom_op("afa::diffuse_correlation", mutates_args=())
+def _correlation(grad: Tensor, masks: Tensor, offsets: Tensor, border: str, class_mask: Tensor | None) -> Tensor:
+    """[B, T, H, W]: sum over channels of grad * neighbour of masks, the gradient of one step's weights."""
     pairs = [tuple(pair) for pair in offsets.tolist()]
-    with torch.enable_grad():
-        leaf = weights.detach().float().requires_grad_()
-        out = diffusion_reference.diffuse(leaf, masks.detach().float(), pairs, num_iter, border, class_mask)
-        if num_iter == 0:
-            return torch.zeros_like(weights, memory_format=torch.contiguous_format)
-        return torch.autograd.grad(out, leaf, grad.float())[0].to(weights.dtype).contiguous()
+    if class_mask is not None:
+        keep = class_mask[:, :, None, None]
+        grad, masks = torch.where(keep, grad, 0), torch.where(keep, masks, 0)
+    return (grad.unsqueeze(2) * diffusion_reference.shifted(masks, pairs, border)).sum(dim=1)
 
 
-@_weights_gradient.register_fake
-def _(weights, masks, grad, offsets, num_iter, border, class_mask):
-    return torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+@_correlation.register_fake
+def _(grad, masks, offsets, border, class_mask):
+    batch, _, height, width = grad.shape
+    return torch.empty((batch, offsets.shape[0], height, width), dtype=grad.dtype, device=grad.device)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def diffuse(
     if keep is not None:
         result = torch.where(keep, result, 0)
     for _ in range(num_iter):
-        result = torch.einsum("bthw,bcthw->bchw", weights, shifted(result, offsets, border))
+        result = (weights.unsqueeze(1) * shifted(result, offsets, border)).sum(dim=2)
     if keep is not None:
         result = torch.where(keep, result, 0)
     return result.to(masks.dtype, copy=num_iter == 0)

@@ -210,7 +210,6 @@ def _backward(ctx, grad):
     return grad_images, grad_masks, None, None, None, None, None, None
 
 
-@torch.library.custom_op("afa::par_images_gradient", mutates_args=())
 def _images_gradient(
     images: Tensor,
     masks: Tensor,
@@ -221,19 +220,13 @@ def _images_gradient(
     class_mask: Tensor | None,
 ) -> Tensor:
     if num_iter == 0:
-        return torch.zeros_like(images, memory_format=torch.contiguous_format)
+        return torch.zeros_like(images)
     with torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
         out = par_reference.refine(leaf, masks.detach().float(), dilations, num_iter, tuple(factors) or None, class_mask)
-        return torch.autograd.grad(out, leaf, grad.float())[0].to(images.dtype).contiguous()
+        return torch.autograd.grad(out, leaf, grad.float())[0].to(images.dtype)
 
 
-@_images_gradient.register_fake
-def _(images, masks, grad, dilations, num_iter, factors, class_mask):
-    return torch.empty(images.shape, dtype=images.dtype, device=images.device)
-
-
-@torch.library.custom_op("afa::par_weights_gradient", mutates_args=())
 def _weights_gradient(images: Tensor, grad: Tensor, dilations: list[int], factors: list[float]) -> Tensor:
     with torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
@@ -241,12 +234,7 @@ def _weights_gradient(images: Tensor, grad: Tensor, dilations: list[int], factor
             weights = par_reference.par_weights(leaf, dilations, *factors)
         else:
             weights = par_reference.pamr_weights(leaf, dilations)
-        return torch.autograd.grad(weights, leaf, grad.float())[0].to(images.dtype).contiguous()
-
-
-@_weights_gradient.register_fake
-def _(images, grad, dilations, factors):
-    return torch.empty(images.shape, dtype=images.dtype, device=images.device)
+        return torch.autograd.grad(weights, leaf, grad.float())[0].to(images.dtype)
 
 
 def _save_images(ctx, inputs, output):
