@@ -1,0 +1,36 @@
+# make demo    trains a small AFA on a generated data set and prints what each step of the method gains
+# make test    the test suite         make test-slow   with the tests that take minutes
+# make bench   the benchmarks         make lint        ruff
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow bench lint clean
+
+# Installed again whenever something that is compiled changes. Python files are used in place.
+NATIVE := $(wildcard csrc/* csrc/bind/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
+
+$(VENV)/installed: $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/afa demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m ''
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py
+
+lint: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/ruff check
+
+clean:
+	rm -rf build $(VENV)/installed afa_kernels/_native*.so
