@@ -1,0 +1,69 @@
+"""The command `afa`: finds the subcommand, imports it, hands it the rest of the line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# name -> what it does
+COMMANDS = {
+    "train": "train on a data set in VOC layout, set up by YAML and dotted options",
+    "evaluate": "score a checkpoint: CAM, refined CAM, random walk, segmentation",
+    "predict": "label photographs: a palette PNG and an explaining panel for each",
+    "demo": "generate a data set, train on it from scratch, show what each part adds",
+    "doctor": "what is installed, which backends run here, and why the others do not",
+    "bench": "measure operators, training step or data loading",
+}
+
+# name -> module and the function in it that takes the rest of the line and returns an exit code
+_WHERE = {
+    "evaluate": ("afa_model.commands", "evaluate_main"),
+    "predict": ("afa_model.commands", "predict_main"),
+}
+
+
+def usage() -> str:
+    """What `afa --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: afa COMMAND [OPTION...]",
+            "",
+            "Weakly-supervised semantic segmentation with transformers: affinity from attention (AFA).",
+            "",
+            *lines,
+            "",
+            "`afa COMMAND --help` lists a command's options. Start with `afa doctor` and `afa demo`.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `afa`; returns the exit code (2 for a mistake in what was asked)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from afa_kernels import __version__
+
+        print(f"afa {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"afa: error: no command {argv[0]!r} (there are {', '.join(COMMANDS)})", file=sys.stderr)
+        return 2
+    try:
+        module, function = _WHERE.get(argv[0], (f"afa_model.{argv[0]}", "main"))
+        return getattr(importlib.import_module(module), function)(argv[1:]) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `afa ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
