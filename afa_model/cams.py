@@ -59,7 +59,7 @@ def multi_scale_cam(
         for scale in scales:
             x = images
             if scale != 1:
-                size = (int(height * scale), int(width * scale))
+                size = (max(int(height * scale), 1), max(int(width * scale), 1))
                 x = F.interpolate(images, size, mode="bilinear", align_corners=False)
             out = model.cam_and_attention(torch.cat([x, x.flip(3)]))
             cam = F.interpolate(out.cam.float(), (height, width), mode="bilinear", align_corners=False)

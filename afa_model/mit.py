@@ -29,8 +29,6 @@ from torch.utils.checkpoint import checkpoint
 
 from afa_model.mit_weights import checkpoint_filter_fn
 
-MINIMUM_SIDE = 29  # a shorter image leaves stage 1 with fewer rows than its spatial reduction's kernel has
-
 
 class Pyramid(NamedTuple):
     """What one pass of the backbone gives.
@@ -103,10 +101,18 @@ class Attention(nn.Module):
         query = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         source = x
         if self.sr_ratio > 1:
-            source = self.norm(_image_to_tokens(self.sr(_tokens_to_image(x, height, width))))
+            source = self.norm(_image_to_tokens(self.sr(self._at_least_one_patch(x, height, width))))
         key, value = self.kv(source).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(query, key, value)
         return self.drop(self.proj(x.transpose(1, 2).flatten(2))), query, key
+
+    def _at_least_one_patch(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Tokens as a map; one smaller than the reduction kernel (image side < 29) repeats its border."""
+        image = _tokens_to_image(x, height, width)
+        if min(height, width) >= self.sr_ratio:
+            return image
+        padding = (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0))
+        return F.pad(image, padding, mode="replicate")
 
 
 class Block(nn.Module):
@@ -178,14 +184,14 @@ class MixTransformer(nn.Module):
                 raise ValueError(f"{name}: expected four positive integers, got {tuple(value)}")
         if global_pool not in ("avg", ""):
             raise ValueError(f"global_pool: expected 'avg' or '', got {global_pool!r}")
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.num_features = self.head_hidden_size = embed_dims[3]
         self.embed_dims, self.depths, self.stride = tuple(embed_dims), tuple(depths), tuple(stride)
         self.affinity_blocks = min(affinity_blocks, depths[3])
         self.affinity_heads = self.affinity_blocks * num_heads[3]
         self.grad_checkpointing = False
         self.feature_info = []
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = [drop_path_rate * j / max(sum(depths) - 1, 1) for j in range(sum(depths))]
         reduction, previous = 1, in_chans
         for i in range(4):
             dim = embed_dims[i]
@@ -232,11 +238,9 @@ class MixTransformer(nn.Module):
         return _tokens_to_image(getattr(self, f"norm{i + 1}")(x), height, width), queries, keys
 
     def forward_pyramid(self, x: Tensor) -> Pyramid:
-        """[B, in_chans, H, W], both sides at least 29, -> :class:`Pyramid`. Grids are ceil(side / stride)."""
-        if x.ndim != 4 or min(x.shape[2:]) < MINIMUM_SIDE:
-            raise ValueError(
-                f"images: expected [B, C, H, W] with sides of {MINIMUM_SIDE} or more, got {list(x.shape)}"
-            )
+        """[B, in_chans, H, W] of any size -> :class:`Pyramid`. Each grid is ceil(side / stride so far)."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans or not x.numel():
+            raise ValueError(f"images: expected [B, {self.in_chans}, H, W], got {list(x.shape)}")
         maps = []
         for i in range(4):
             x, queries, keys = self._stage(i, x)

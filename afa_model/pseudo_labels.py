@@ -6,7 +6,7 @@ background, 1 .. K - 1 for the classes, and ``IGNORE`` (255) where it is left op
 ``img_box`` [B, 4] int64 (y0, y1, x0, x1) is where the photograph lies in the padded crop; None: everywhere.
 Keep it on the CPU even if all else is on a GPU: the random-walk label needs its numbers on the host.
 
-The published procedure has asymmetries, kept here because its numbers depend on them: the CAM is refined on the
+The published procedure has asymmetries, kept because its numbers depend on them: the CAM is refined on the
 whole padded crop, from half resolution; the random walk inside the photograph's box, from full resolution.
 """
 

@@ -83,7 +83,7 @@ class StepResult:
 
 
 class TrainingStep:
-    """``TrainingStep(model, settings)(batch, iteration) -> StepResult``; backward and optimizer are the caller's.
+    """``TrainingStep(model, settings)(batch, iteration) -> StepResult``; the caller runs backward.
 
     model: an :class:`~afa_model.model.AFA`, wrapped (DDP) or not, in train mode. A CAM-only CNN learns from
     the classification loss alone; the labels made from its CAMs are computed only if asked for.
