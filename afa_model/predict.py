@@ -135,7 +135,7 @@ def _write(
 
 
 def photos(images: Iterable[str | Path]) -> list[Path]:
-    """The files among ``images`` and, sorted, the photographs in the folders among them.
+    """The files among ``images`` and, sorted, the photographs in the folders among them, each once.
 
     Raises:
         DataError: naming all that do not exist and all folders without a photograph.
@@ -158,7 +158,7 @@ def photos(images: Iterable[str | Path]) -> list[Path]:
         raise DataError("images: some cannot be read", problems)
     if not found:
         raise DataError("images: none given")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _check_photos(paths: Sequence[Path], point: tuple[int, int] | None) -> None:
