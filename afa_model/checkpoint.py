@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -92,9 +90,13 @@ def write_atomically(path: str | os.PathLike, value: Any) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(
+            error, (OSError, RuntimeError)
+        ):  # torch's zip writer turns a full disk into the latter
+            raise
         raise CheckpointError(f"could not write {path}: {_reason(error)}") from error
     _flush_folder(path.parent)
     return path
@@ -104,7 +106,7 @@ def _reason(error: BaseException) -> str:
     """The system's own words where there are any: torch's zip writer raises an error of its own on top."""
     while not isinstance(error, OSError) and (error.__context__ or error.__cause__) is not None:
         error = error.__cause__ or error.__context__
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _flush_folder(folder: Path) -> None:
@@ -128,15 +130,7 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        BadZipFile,
-        pickle.UnpicklingError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except Exception as error:  # broken bytes make the unpickler raise whatever they lead it to
         raise CheckpointError(
             f"checkpoint {path} is damaged or not a checkpoint: {_reason(error)}"
         ) from error
@@ -188,6 +182,9 @@ class CheckpointKeeper:
     def __init__(self, folder: str | os.PathLike, keep_last: int = 2):
         self.folder = Path(folder)
         self.keep_last = keep_last
+        for left in self.folder.glob(".*.pt.*.tmp"):  # by a run that was killed while it wrote
+            with contextlib.suppress(OSError):
+                left.unlink()
 
     @property
     def best(self) -> Path:
@@ -259,6 +256,6 @@ def unpack(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optim
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"the checkpoint does not fit this configuration (model.* or data.dataset differ?): {error}"
+            f"the checkpoint does not fit this configuration (other model.* or data.num_classes?): {error}"
         ) from error
     return Progress(**state["progress"])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -238,8 +238,8 @@ class Parser(ArgumentParser):
             return self._unknown(f"{match[1]}.{match[2]}")
         if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
             return self._unknown(match[1])
-        if match := re.search(r"Key '([\w.]+)' is not expected|does not accept option '([\w.]+)'", message):
-            return self._unknown(match[1] or match[2])
+        if match := re.search(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", message):
+            return self._unknown(match[1])
         wrong_type = r'Parser key "([\w.]+)":\s*Expected (?:a |an )?(.*?)\. Got value: (.*)'
         if match := re.search(wrong_type, message, re.S):
             wanted = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
@@ -312,8 +312,12 @@ def build(settings: Namespace) -> Config:
     """
     values = {item.name: settings[item.name] for item in dataclasses.fields(Config)}
     for name, value in values.items():
-        if isinstance(value, Namespace):
-            values[name] = section(type(getattr(Config(), name)), value, f"{name}.")
+        kind = type(getattr(Config(), name))
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Namespace):
+                raise ConfigError(f"{name}: expected settings ({name}.KEY), got {value!r}")
+            values[name] = section(kind, value, f"{name}.")
+    _refuse_null(Config, values, "")
     return check(Config(**values))
 
 
@@ -323,10 +327,21 @@ def section(kind: type[Settings], values: Namespace, prefix: str = "") -> Settin
     Raises:
         ConfigError: a value makes no sense; ``prefix`` is put before the message.
     """
+    _refuse_null(kind, values.as_dict(), prefix)
     try:
         return kind(**values.as_dict())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{prefix}{error}") from error
+
+
+def _refuse_null(kind: type, values: Mapping[str, Any], prefix: str) -> None:
+    """jsonargparse takes null for "not given" whatever the type; only a type with None in it may be null."""
+    types = get_type_hints(kind)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(types[name]):
+            raise ConfigError(
+                f"{prefix}{name}: expected {getattr(types[name], '__name__', types[name])}, got null"
+            )
 
 
 def parse(
