@@ -114,9 +114,12 @@ def random_walk_label(
     label = torch.full((len(cam), *size), IGNORE, device=cam.device)
     for i, (y0, y1, x0, x1) in enumerate(boxes):
         inside = slice(i, i + 1), slice(None), slice(y0, y1), slice(x0, x1)
+        part = walked[inside]
+        if not part.numel():
+            continue  # nothing of the photograph is left in the crop
         image = _halve(images01[inside].float())
-        refined = _par(image, walked[inside], dilations, num_iter, present[i : i + 1], len(scores))
-        label[i, y0:y1, x0:x1] = _decide(refined, (y1 - y0, x1 - x0), classes, len(scores))[0]
+        refined = _par(image, part, dilations, num_iter, present[i : i + 1], len(scores))
+        label[i, y0:y1, x0:x1] = _decide(refined, part.shape[2:], classes, len(scores))[0]
     return label
 
 
