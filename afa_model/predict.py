@@ -23,16 +23,30 @@ class PredictSettings(LabelSettings):
     """How photographs are labelled.
 
     Args:
-        labels: names of the classes that are in the photographs; None takes those the classifier finds.
+        labels: names of the classes that are in the photographs, such as cat,dog; None takes those the
+            classifier
+            finds: the ones it gives more than 0.5, or at least the likeliest.
         affinity_at: the pixel Y,X whose affinity is drawn; None takes the CAM's peak.
         panels: also draw a panel for each photograph.
         progress: show a progress bar on a terminal.
     """
 
-    labels: tuple[str, ...] | None = None
-    affinity_at: tuple[int, int] | None = None
+    labels: tuple[str, ...] | str | None = None
+    affinity_at: tuple[int, int] | str | None = None
     panels: bool = True
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, str):
+            self.labels = tuple(name.strip() for name in self.labels.split(",") if name.strip())
+        if isinstance(self.affinity_at, str):
+            try:
+                y, x = self.affinity_at.split(",")
+                self.affinity_at = int(y), int(x)
+            except ValueError:
+                raise ValueError(
+                    f"affinity_at: expected a pixel Y,X such as 120,200, got {self.affinity_at!r}"
+                ) from None
 
 
 @dataclass(frozen=True)

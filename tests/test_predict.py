@@ -113,6 +113,14 @@ def test_no_file_is_overwritten_by_another(root):
     assert (folder / "2007_000000.png").read_bytes() == before
 
 
+def test_settings_as_they_are_typed():
+    settings = PredictSettings(labels="cat, potted plant", affinity_at="10,20")
+    assert settings.labels == ("cat", "potted plant") and settings.affinity_at == (10, 20)
+    for wrong in ("10", "10,x", "1,2,3"):
+        with pytest.raises(ValueError, match="affinity_at: expected a pixel Y,X"):
+            PredictSettings(affinity_at=wrong)
+
+
 def test_bad_arguments_are_named(root):
     with pytest.raises(ValueError, match="labels: 'unicorn'; expected some of aeroplane"):
         run(root, labels=("cat", "unicorn"))
