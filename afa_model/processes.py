@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .config import ConfigError
+
 
 @dataclass(frozen=True)
 class Here:
@@ -39,14 +41,14 @@ def choose_device(name: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` -> a device; with several processes each takes the GPU of its local rank.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        ConfigError: CUDA is asked for and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cuda":
         return torch.device(name)
     if not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch sees no CUDA device (`afa doctor` says why)")
+        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device (`afa doctor` says why)")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
