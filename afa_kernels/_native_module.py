@@ -69,6 +69,20 @@ def view(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ..
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
 
 
+def on_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a tensor goes to the CUDA kernels rather than to the CPU's."""
+    return tensor.device.type == "cuda"
+
+
+def cuda_stream(device: torch.device) -> tuple[int, int]:
+    """Where the CUDA kernels run, as they take it: the device's index and the handle of PyTorch's current stream there."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def workspace(size: int, device: torch.device) -> torch.Tensor:
     """Scratch memory of at least ``size`` bytes; torch's allocators align it to 64 bytes."""
     return torch.empty(max(int(size), 1), dtype=torch.uint8, device=device)

@@ -9,12 +9,21 @@
 #include <vector>
 
 #include "../common.h"
+#include "../device.h"
 
 namespace afa {
 
 inline void check(Status status, const char* function) {
   if (status != Status::ok) throw std::runtime_error(std::string(function) + ": " + status_text(status));
 }
+
+#if AFA_WITH_CUDA
+inline void check_cuda(Status status, const char* function) {
+  if (status == Status::launch_failed)
+    throw std::runtime_error(std::string(function) + ": CUDA: " + cuda_error_text());
+  check(status, function);
+}
+#endif
 
 template <class T>
 T* pointer(uint64_t address) {
@@ -24,6 +33,7 @@ T* pointer(uint64_t address) {
 // Each operator adds its functions to the module.
 void bind_diffusion(pybind11::module_& module);
 void bind_par(pybind11::module_& module);
+void bind_affinity(pybind11::module_& module);
 
 }  // namespace afa
 

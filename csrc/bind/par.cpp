@@ -47,6 +47,30 @@ void bind_par(py::module_& module) {
     check(par_weights_cpu(par_args(images, dilations, factors), out, pointer<void>(workspace), threads),
           "par_weights_cpu");
   });
+#if AFA_WITH_CUDA
+  module.def("par_cuda_workspace", [](const View<4>& images, const View<4>& masks, const std::vector<int32_t>& dilations,
+                                      int64_t num_iter, bool transpose, bool half_weights, int device) {
+    return par_cuda_workspace(par_args(images, dilations, {}), mask_args(masks, masks, {}, num_iter, transpose), half_weights,
+                              device);
+  });
+  // class_mask: address of [B][C] bytes on the device, or 0.
+  module.def("par_cuda", [](const View<4>& images, const View<4>& masks, const View<4>& out,
+                            const std::vector<int32_t>& dilations, const std::vector<double>& factors, uint64_t class_mask,
+                            int64_t num_iter, bool transpose, bool half_weights, uint64_t workspace, int device,
+                            uint64_t stream) {
+    py::gil_scoped_release release;
+    DiffusionArgs diffusion = mask_args(masks, out, {}, num_iter, transpose);
+    diffusion.class_mask = pointer<uint8_t>(class_mask);
+    check_cuda(par_cuda(par_args(images, dilations, factors), diffusion, half_weights, pointer<void>(workspace), device,
+                        pointer<void>(stream)),
+               "par_cuda");
+  });
+  module.def("par_weights_cuda", [](const View<4>& images, const View<4>& out, const std::vector<int32_t>& dilations,
+                                    const std::vector<double>& factors, int device, uint64_t stream) {
+    py::gil_scoped_release release;
+    check_cuda(par_weights_cuda(par_args(images, dilations, factors), out, device, pointer<void>(stream)), "par_weights_cuda");
+  });
+#endif
 }
 
 }  // namespace afa

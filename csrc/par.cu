@@ -1,0 +1,274 @@
+// PAR and PAMR on a GPU: the weights, for the resident diffusion (diffusion.cuh) or written out for the streaming one.
+//
+// Data flow of par_weights_kernel: a block takes 32 x 16 pixels; the image tile with a halo as wide as the farthest tap goes to
+// shared memory as float32 with the border resolved; each pixel then walks its taps twice: for the deviation of each colour,
+// and for kappa, which stays in registers (48 taps: PAR's six dilations) through the softmax. For other dilation sets kappa is
+// computed once more instead, with a running maximum and sum. Weights leave as one 128-byte line per warp and tap. A halo that
+// does not fit in shared memory is read through the cache in its place.
+// Floor: 4 (half: 2) bytes * taps per pixel written; 6 * taps shared loads and about 30 * taps operations per pixel.
+// Sums of squares are taken about one of the neighbours themselves, so a constant neighbourhood has a deviation of exactly 0 and
+// cancellation costs at most a factor of the number of taps.
+// Occupancy: 256 threads a block, at least 2 blocks a multiprocessor (128 registers).
+#include "par.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "diffusion.cuh"
+
+namespace afa {
+
+constexpr int kMaxDilations = 64;
+constexpr int kColours = 3;
+constexpr int kTileW = 32, kTileH = 16, kWeightThreads = 256;
+
+struct ParTaps {
+  int count;  // dilations
+  bool pamr;
+  float inverse_w1;
+  int dy[kMaxDilations], dx[kMaxDilations];  // distances, one image length at most: from there on they reach its border alike
+  float straight[kMaxDilations], diagonal[kMaxDilations];  // position weights
+};
+
+// Direction k of 8, row-major with the centre left out.
+__device__ inline int direction_y(int k) { return (k + (k >= 4)) / 3 - 1; }
+__device__ inline int direction_x(int k) { return (k + (k >= 4)) % 3 - 1; }
+__device__ inline bool is_diagonal(int k) { return 0xA5 >> k & 1; }
+
+// The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; `write(t, weight)` takes them, taps ascending.
+// kDilations: how many, if the kernel was made for that number, else 0.
+template <int kDilations, class Pixel, class Write>
+__device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Write write) {
+  const int dilations = kDilations > 0 ? kDilations : taps.count;
+  float centre[kColours], scale[kColours];
+#pragma unroll
+  for (int c = 0; c < kColours; ++c) {
+    centre[c] = pixel(c, 0, 0);
+    const float origin = pixel(c, -taps.dy[0], -taps.dx[0]), away = centre[c] - origin;
+    // PAMR's deviation has the centre among the values, once for each dilation.
+    const float centres = taps.pamr ? float(dilations) : 0.0f, count = float(8 * dilations) + centres;
+    float sum = away * centres, squares = away * away * centres;
+    for (int i = 0; i < dilations; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float value = pixel(c, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]) - origin;
+        sum += value;
+        squares = fmaf(value, value, squares);
+      }
+    // max() would turn NaN into 0.
+    const float variance = (squares - sum * (sum / count)) / (count - 1.0f), sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
+    scale[c] = taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
+  }
+  auto kappa = [&](int i, int k) {
+    const int dy = direction_y(k) * taps.dy[i], dx = direction_x(k) * taps.dx[i];
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kColours; ++c) {
+      const float distance = (pixel(c, dy, dx) - centre[c]) * scale[c];
+      sum += taps.pamr ? fabsf(distance) : distance * distance;
+    }
+    return sum * (-1.0f / kColours);
+  };
+  auto position = [&](int i, int k) { return is_diagonal(k) ? taps.diagonal[i] : taps.straight[i]; };
+  if constexpr (kDilations > 0) {
+    float value[kDilations > 0 ? 8 * kDilations : 1], highest = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int t = 0; t < 8 * kDilations; ++t) highest = fmaxf(highest, value[t] = kappa(t / 8, t % 8));
+#pragma unroll
+    for (int t = 0; t < 8 * kDilations; ++t) sum += value[t] = __expf(value[t] - highest);
+    const float inverse = 1.0f / sum;
+#pragma unroll
+    for (int t = 0; t < 8 * kDilations; ++t) write(t, fmaf(value[t], inverse, position(t / 8, t % 8)));
+  } else {
+    float highest = -INFINITY, sum = 0.0f;
+    for (int i = 0; i < dilations; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float value = kappa(i, k), higher = fmaxf(highest, value);
+        sum = (highest == -INFINITY ? 0.0f : sum * __expf(highest - higher)) + __expf(value - higher);
+        highest = higher;
+      }
+    const float inverse = 1.0f / sum;
+    for (int i = 0; i < dilations; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) write(8 * i + k, fmaf(__expf(kappa(i, k) - highest), inverse, position(i, k)));
+  }
+}
+
+// ---- the weights alone ---------------------------------------------------------------------------------------------------
+
+struct WeightArgs {
+  View<4> images, out;  // [B, 3, H, W], [B, 8 * D, H, W]
+  int reach_y, reach_x;
+  ParTaps taps;
+};
+
+template <int kDilations, bool kShared>
+__global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __grid_constant__ WeightArgs args) {
+  const View<4>& images = args.images;
+  const int height = int(images.size[2]), width = int(images.size[3]);
+  const int rows = kTileH + 2 * args.reach_y, pitch = kTileW + 2 * args.reach_x;
+  SharedArena arena;
+  SharedArray<float> tile = arena.take<float>(kShared ? kColours * rows * pitch : 0);
+  const int x0 = int(blockIdx.x) * kTileW, column = threadIdx.x % kTileW, x = x0 + column;
+  for (int64_t b = blockIdx.z; b < images.size[0]; b += gridDim.z)
+    for (int64_t y0 = int64_t(blockIdx.y) * kTileH; y0 < height; y0 += int64_t(gridDim.y) * kTileH) {
+      if constexpr (kShared) {
+        __syncthreads();  // the last tile's readers are done
+        ResidentPlan shape;
+        shape.tile_w = kTileW, shape.reach_y = args.reach_y, shape.reach_x = args.reach_x, shape.rows = rows, shape.pitch = pitch;
+        load_tile(shape, Tile{b, int(y0), x0, 0, 0}, height, width, false, kColours, tile, [&](int c, int y, int x) {
+          return load_element(images.data, images.dtype, offset_of(images, b, c, y) + x * images.stride[3]);
+        });
+        __syncthreads();
+      }
+      for (int row = threadIdx.x / kTileW; row < kTileH; row += kWeightThreads / kTileW) {
+        const int y = int(y0) + row;
+        if (y >= height || x >= width) continue;
+        const int64_t to = offset_of(args.out, b, 0, y) + x * args.out.stride[3];
+        auto write = [&](int t, float weight) {
+          store_element(args.out.data, args.out.dtype, to + t * args.out.stride[1], weight);
+        };
+        if constexpr (kShared) {
+          const SharedArray<float> centre = tile + ((row + args.reach_y) * pitch + column + args.reach_x);
+          const int plane = rows * pitch;
+          pixel_weights<kDilations>(args.taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * pitch + dx]; }, write);
+        } else {
+          pixel_weights<kDilations>(
+              args.taps,
+              [&](int c, int dy, int dx) {
+                const int64_t row_at = offset_of(images, b, c, clamp_to(y + dy, 0, height - 1));
+                return load_element(images.data, images.dtype, row_at + clamp_to(x + dx, 0, width - 1) * images.stride[3]);
+              },
+              write);
+        }
+      }
+    }
+}
+
+// ---- the weights of a resident tile --------------------------------------------------------------------------------------
+
+struct ParWeights {
+  static constexpr int kPlanes = kColours;
+  View<4> images;
+  ParTaps taps;
+  template <class Word>
+  __device__ void fill(const ResidentArgs& args, const Tile& tile, SharedArray<Word> to, SharedArray<float> pixels) const {
+    const ResidentPlan& plan = args.plan;
+    const int count = plan.pixels(), plane = plan.rows * plan.pitch;
+    load_tile(plan, tile, images.size[2], images.size[3], false, kColours, pixels, [&](int c, int y, int x) {
+      return load_element(images.data, images.dtype, offset_of(images, tile.b, c, y) + x * images.stride[3]);
+    });
+    __syncthreads();
+    for (int p = threadIdx.x; p < count; p += blockDim.x) {
+      const int y = p / plan.tile_w, x = p - y * plan.tile_w;
+      if (y >= tile.height || x >= tile.width) continue;
+      const SharedArray<float> centre = pixels + ((y + plan.reach_y) * plan.pitch + x + plan.reach_x);
+      float even = 0.0f;
+      pixel_weights<0>(
+          taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * plan.pitch + dx]; },
+          [&](int t, float weight) {
+            if constexpr (kTapsPerWord<Word> == 1) {
+              to[t * count + p] = weight;
+            } else {
+              if (t % 2 == 1) to[t / 2 * count + p] = __floats2half2_rn(even, weight);
+              even = weight;
+            }
+          });
+    }
+  }
+};
+
+// ---- entry points --------------------------------------------------------------------------------------------------------
+
+static int64_t farthest(const ParArgs& args, int64_t size) {
+  return std::min<int64_t>(*std::max_element(args.dilations, args.dilations + args.num_dilations), size);
+}
+
+static ParTaps make_taps(const ParArgs& args) {
+  ParTaps taps = {};
+  std::vector<float> position(8 * args.num_dilations);
+  par_position_weights(args, position.data());
+  taps.count = int(args.num_dilations), taps.pamr = args.variant == ParVariant::pamr, taps.inverse_w1 = 1.0f / args.w1;
+  for (int64_t i = 0; i < args.num_dilations; ++i) {
+    taps.dy[i] = int(std::min<int64_t>(args.dilations[i], args.images.size[2]));
+    taps.dx[i] = int(std::min<int64_t>(args.dilations[i], args.images.size[3]));
+    taps.diagonal[i] = position[8 * i], taps.straight[i] = position[8 * i + 1];
+  }
+  return taps;
+}
+
+static Status check_images(const ParArgs& args) {
+  if (args.num_dilations < 1 || args.images.size[1] != kColours) return Status::bad_argument;
+  for (int i = 0; i < 4; ++i)
+    if (args.images.size[i] < 1) return Status::bad_argument;
+  return args.num_dilations <= kMaxDilations && args.images.size[2] < (1 << 30) && args.images.size[3] < (1 << 30) ? Status::ok
+                                                                                                                   : Status::unsupported;
+}
+
+Status par_weights_cuda(const ParArgs& args, const View<4>& out, int device, void* stream) {
+  AFA_TRY(check_images(args));
+  for (int i = 0; i < 4; ++i)
+    if (out.size[i] != (i == 1 ? 8 * args.num_dilations : args.images.size[i])) return Status::bad_argument;
+  DeviceGuard guard(device);
+  const auto& size = args.images.size;
+  WeightArgs weights = {args.images, out, int(farthest(args, args.images.size[2])), int(farthest(args, args.images.size[3])),
+                        make_taps(args)};
+  LaunchShape shape;
+  shape.block = dim3(kWeightThreads);
+  shape.grid = dim3(unsigned(blocks_for(size[3], kTileW)), grid_limit(blocks_for(size[2], kTileH)), grid_limit(size[0]));
+  const int64_t tile = int64_t(kTileH + 2 * weights.reach_y) * (kTileW + 2 * weights.reach_x);
+  if (4 * kColours * tile > std::min(device_limits().shared_bytes, 110 * 1024))
+    return launch(par_weights_kernel<0, false>, shape, stream, weights);
+  shape.shared_bytes = SharedArena::bytes<float>(kColours * tile);
+  if (args.num_dilations == 6) return launch(par_weights_kernel<6, true>, shape, stream, weights);
+  return launch(par_weights_kernel<0, true>, shape, stream, weights);
+}
+
+struct Prepared {
+  std::vector<int32_t> offsets;
+  DiffusionArgs diffusion;
+  ResidentPlan plan;
+  bool resident;
+
+  Prepared(const ParArgs& args, const DiffusionArgs& given, bool half_weights) : offsets(16 * args.num_dilations), diffusion(given) {
+    par_offsets(args.dilations, args.num_dilations, offsets.data());
+    diffusion.offsets = offsets.data(), diffusion.taps = 8 * args.num_dilations, diffusion.border = Border::replicate;
+    // Streamed weights lie in the workspace, their rows padded to 16 bytes.
+    View<4>& weights = diffusion.weights;
+    weights.dtype = half_weights ? DType::f16 : DType::f32;
+    for (int i = 0; i < 4; ++i) weights.size[i] = i == 1 ? diffusion.taps : args.images.size[i];
+    weights.stride[3] = 1, weights.stride[2] = round_up(weights.size[3], 8);
+    weights.stride[1] = weights.stride[2] * weights.size[2], weights.stride[0] = weights.stride[1] * weights.size[1];
+    resident = plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
+  }
+  int64_t weight_bytes() const {
+    return diffusion.num_iter > 0 ? round_up((diffusion.weights.dtype == DType::f16 ? 2 : 4) * diffusion.weights.stride[0] * diffusion.weights.size[0], 256) : 0;
+  }
+};
+
+int64_t par_cuda_workspace(const ParArgs& args, const DiffusionArgs& diffusion, bool half_weights, int device) {
+  if (check_images(args) != Status::ok) return 0;
+  DeviceGuard guard(device);
+  const Prepared prepared(args, diffusion, half_weights);
+  if (prepared.resident) return resident_workspace(prepared.diffusion, prepared.plan);
+  return prepared.weight_bytes() + stream_workspace(prepared.diffusion);
+}
+
+Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weights, void* workspace, int device, void* stream) {
+  AFA_TRY(check_images(args));
+  if (given.num_iter < 0 || given.masks.size[1] < 1) return Status::bad_argument;
+  for (int i = 0; i < 4; ++i)
+    if (given.masks.size[i] != given.out.size[i] || (i != 1 && given.masks.size[i] != args.images.size[i]))
+      return Status::bad_argument;
+  if (given.masks.size[1] > 8192) return Status::unsupported;
+  DeviceGuard guard(device);
+  Prepared prepared(args, given, half_weights);
+  if (prepared.resident)
+    return launch_resident(prepared.diffusion, prepared.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
+  prepared.diffusion.weights.data = workspace;
+  if (given.num_iter > 0) AFA_TRY(par_weights_cuda(args, prepared.diffusion.weights, device, stream));
+  return stream_diffusion(prepared.diffusion, true, static_cast<char*>(workspace) + prepared.weight_bytes(), stream);
+}
+
+}  // namespace afa

@@ -1,0 +1,132 @@
+"""Builds the native module with the CUDA sources compiled for the emulator: the same file list as CMake's, the host compiler only.
+
+``python -m tests.cuda_emulator.build`` or `load` from a test; objects are kept in ``build/cuda_emulator`` by content.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+SANITIZERS = {
+    "none": ["-O1"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def sources(*lists: str) -> list[Path]:
+    """Files of CMakeLists.txt's source lists, such as ``AFA_CUDA_SOURCES``."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    return [ROOT / name for key in lists for name in re.search(rf"set\({key}\s+([^)]*)\)", text)[1].split()]
+
+
+def _flags() -> list[str]:
+    import pybind11
+
+    python = sysconfig.get_path("include")
+    # Half-precision arrays are read 16 bytes at a time, as on a device.
+    return [
+        "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas",
+        "-Wno-psabi", "-DAFA_WITH_CUDA=1", f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{CSRC}", f"-isystem{python}",
+        f"-isystem{pybind11.get_include()}",
+    ]  # fmt: skip
+
+
+@functools.cache
+def _headers_digest() -> bytes:
+    headers = sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*.h*")) + sorted(CSRC.rglob("*.cuh"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in headers)).digest()
+
+
+def build(sanitizer: str = "none") -> Path:
+    """Compile what changed and link; returns the shared library."""
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler: install g++ or set CXX")
+    files = sources("AFA_CUDA_SOURCES", "AFA_BINDINGS", "AFA_CPU_KERNELS", "AFA_CPU_SOURCES")
+    files += [HERE / "emulator.cpp", HERE / "switches.cpp", HERE / "faults.cu"]
+    folder = ROOT / "build" / "cuda_emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = _flags() + SANITIZERS[sanitizer]
+
+    def compile_one(file: Path) -> Path:
+        key = hashlib.sha256(_headers_digest() + file.read_bytes() + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
+        target = folder / f"{file.name}.{key}.o"
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([cxx, *flags, "-x", "c++", "-c", str(file), "-o", str(unfinished)], check=True)
+            unfinished.rename(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, files))
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = folder / key / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([cxx, *SANITIZERS[sanitizer], "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return library
+
+
+class Emulator:
+    """The emulated module, ``native``, and the emulator's switches."""
+
+    def __init__(self, library: Path) -> None:
+        spec = importlib.util.spec_from_file_location(
+            "_native", library, loader=importlib.machinery.ExtensionFileLoader("_native", str(library))
+        )
+        self.native: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.native)
+        self._switches = ctypes.CDLL(str(library))
+        self._switches.afa_emulator_fault.restype = ctypes.c_char_p
+
+    def set_order(self, order: int) -> None:
+        """Order of threads and blocks: 0 ascending, 1 descending, above that shuffled by this seed."""
+        self._switches.afa_emulator_set_order(order)
+
+    def set_device(self, multiprocessors: int = 4, shared_bytes: int = 227 * 1024) -> None:
+        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes)
+
+    def set_blocks(self, first: int = 0, count: int = 2**62) -> None:
+        """Run only these blocks of every launch that is not cooperative."""
+        self._switches.afa_emulator_set_blocks(ctypes.c_int64(first), ctypes.c_int64(count))
+
+    def launches(self) -> list[str]:
+        """Kernels launched since the last call, as ``cooperative 4 x 1024`` or ``8 x 128``."""
+        self._switches.afa_emulator_launches.restype = ctypes.c_char_p
+        return self._switches.afa_emulator_launches().decode().splitlines()
+
+    def fault(self, name: str, out: int) -> str:
+        """Run the faulty kernel ``name`` of faults.cu on 64 floats at an address; what the emulator complained of."""
+        return self._switches.afa_emulator_fault(name.encode(), ctypes.c_void_p(out)).decode()
+
+
+@functools.cache
+def load(sanitizer: str = "none") -> Emulator:
+    return Emulator(build(sanitizer))
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))

@@ -1,0 +1,20 @@
+// The emulator's settings for the tests, by ctypes.
+#include "emulator.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void afa_emulator_set_order(int order) { emulator::settings().order = order; }
+EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes) {
+  emulator::settings().multiprocessors = multiprocessors;
+  emulator::settings().shared_bytes = shared_bytes;
+}
+EXPORT void afa_emulator_set_blocks(int64_t first, int64_t count) {
+  emulator::settings().first_block = first;
+  emulator::settings().block_count = count;
+}
+EXPORT const char* afa_emulator_launches() {
+  static thread_local std::string given;
+  given.swap(emulator::launch_log());
+  emulator::launch_log().clear();
+  return given.c_str();
+}
