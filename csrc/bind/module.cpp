@@ -21,4 +21,5 @@ PYBIND11_MODULE(_native, module) {
 #endif
   afa::bind_diffusion(module);
   afa::bind_par(module);
+  afa::bind_affinity(module);
 }

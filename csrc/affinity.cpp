@@ -1,0 +1,214 @@
+// Affinity and its loss on the CPU, forward.
+//
+// Data flow, one image at a time: queries and keys go to channel-major rows of float32 (Channels), weights folded in; then, for
+// each image row, tiles of up to 12 queries x 2 vectors of keys sum their products in registers, chunk of channels after chunk,
+// and are finished while in L1: sigmoid, then either both mirrored taps of the window, or the pair's share of the loss. Loss sums
+// are taken row by row in a fixed order: the same bits for any number of threads.
+// Floor: N * (2r+1)^2 * heads * d fused multiply-adds. Bound: arithmetic; a tile also computes the corners of its parallelogram,
+// which at r = 8 makes 1.9 times as many.
+#include "affinity_band.h"
+
+namespace afa {
+namespace AFA_ISA {
+
+// --- finishing a tile ---
+
+template <class T>
+static void write_window(const Tile& tile, const Tiling& tiling, T* window) {
+  const int64_t plane = tiling.height * tiling.width, side = tiling.side, r = side / 2, width = tiling.width;
+  for (int64_t dx = -tiling.radius; dx <= tiling.radius; ++dx) {
+    T* here = window + ((r + tile.dy) * side + r + dx) * plane + tile.y * width;
+    T* there = window + ((r - tile.dy) * side + r - dx) * plane + (tile.y + tile.dy) * width + dx;
+    const int64_t low = std::max(tile.x, tile.first - dx), high = std::min(tile.x + tile.queries, tile.first + tile.keys - dx);
+    const float* scores = tile.scores - tile.x * tile.stride + dx - tile.first;
+    if (tile.dy == 0 && dx < 0) continue;
+    for (int64_t x = low; x < high; ++x) {
+      from_float(scores[x * tile.stride + x], here + x);
+      there[x] = here[x];
+    }
+  }
+}
+
+// Adds the tile's pairs, both orders of each, to the sums of its row.
+static void add_pairs(const Tile& tile, const Tiling& tiling, const int32_t* labels, PairSums* sums) {
+  float same = 0, different = 0;
+  int64_t same_count = 0, different_count = 0;
+  const int32_t* others = labels + (tile.y + tile.dy) * tiling.width + tile.first;
+  for (int64_t q = 0; q < tile.queries; ++q) {
+    const int32_t own = labels[tile.y * tiling.width + tile.x + q];
+    if (own < 0) continue;
+    const float* scores = tile.scores + q * tile.stride;
+    for (int64_t k = tile.begin(q, tiling.radius); k < tile.end(q, tiling.radius, tiling.width); ++k) {
+      const bool equal = others[k] == own, counts = others[k] >= 0;
+      same += equal ? 1.0f - scores[k] : 0.0f;
+      different += counts && !equal ? scores[k] : 0.0f;
+      same_count += equal;
+      different_count += counts && !equal;
+    }
+    if (tile.dy == 0) {  // the pixel's pair with itself comes once
+      const float self = scores[tile.begin(q, tiling.radius)];
+      sums->same -= 1.0f - self;
+      sums->same_count -= 1;
+    }
+  }
+  sums->same += 2.0 * same, sums->different += 2.0 * different;
+  sums->same_count += 2 * same_count, sums->different_count += 2 * different_count;
+}
+
+static void add_sums(const PairSums& from, PairSums* to) {
+  to->same += from.same, to->different += from.different;
+  to->same_count += from.same_count, to->different_count += from.different_count;
+}
+
+template <class T, class Fill>
+static void window_of(const Tiling& tiling, int64_t b, float bias, T* out, float* buffers, int threads, const Fill& fill) {
+  T* window = out + b * tiling.side * tiling.side * tiling.height * tiling.width;
+  for_each_tile(tiling, buffers, threads, fill, [&](const Tile& tile) {
+    sigmoid_in_place(tile, bias);
+    write_window(tile, tiling, window);
+  });
+}
+
+// `out` is contiguous. Taps that leave the image are not visited and must be 0.
+template <class Fill>
+static void window_of_any(const Tiling& tiling, int64_t b, float bias, const View<4>& out, float* buffers, int threads,
+                          const Fill& fill) {
+  switch (out.dtype) {
+    case DType::f32: return window_of(tiling, b, bias, static_cast<float*>(out.data), buffers, threads, fill);
+    case DType::f16: return window_of(tiling, b, bias, static_cast<F16*>(out.data), buffers, threads, fill);
+    case DType::bf16: return window_of(tiling, b, bias, static_cast<Bf16*>(out.data), buffers, threads, fill);
+  }
+}
+
+static Status clear(const View<4>& out) {
+  int64_t count = 1;
+  for (int i = 3; i >= 0; --i) {
+    if (out.size[i] > 1 && out.stride[i] != count) return Status::bad_argument;
+    count *= out.size[i];
+  }
+  std::memset(out.data, 0, count * (out.dtype == DType::f32 ? 4 : 2));
+  return Status::ok;
+}
+
+// --- from queries and keys ---
+
+static bool fits(const AttentionArgs& args, int threads) {
+  for (int i = 0; i < 4; ++i)
+    if (args.query.size[i] != args.key.size[i] || args.query.size[i] < 1) return false;
+  return args.query.size[2] == args.height * args.width && args.radius >= 0 && threads > 0;
+}
+
+int64_t attention_bytes(const AttentionArgs& args, int threads) {
+  Arena arena{nullptr};
+  Channels(args, arena, threads);
+  arena.take<float>(threads * Tiling(args.height, args.width, args.radius).floats());
+  arena.take<PairSums>(args.height);
+  return arena.used;
+}
+
+Status window_from_attention(const AttentionArgs& args, const View<4>& out, void* workspace, int threads) {
+  if (!fits(args, threads) || clear(out) != Status::ok) return Status::bad_argument;
+  Arena arena{static_cast<char*>(workspace)};
+  const Channels channels(args, arena, threads);
+  const Tiling tiling(args.height, args.width, args.radius);
+  float* buffers = arena.take<float>(threads * tiling.floats());
+  for (int64_t b = 0; b < args.query.size[0]; ++b) {
+    pack_channels(args, b, channels, threads);
+    window_of_any(tiling, b, args.head_bias, out, buffers, threads,
+                  [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); });
+  }
+  return Status::ok;
+}
+
+Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace, int threads) {
+  if (!fits(args, threads)) return Status::bad_argument;
+  Arena arena{static_cast<char*>(workspace)};
+  const Channels channels(args, arena, threads);
+  const Tiling tiling(args.height, args.width, args.radius);
+  float* buffers = arena.take<float>(threads * tiling.floats());
+  PairSums* rows = arena.take<PairSums>(args.height);
+  *sums = PairSums();
+  for (int64_t b = 0; b < args.query.size[0]; ++b) {
+    const int32_t* image_labels = labels + b * args.height * args.width;
+    pack_channels(args, b, channels, threads);
+    std::fill(rows, rows + args.height, PairSums());
+    for_each_tile(
+        tiling, buffers, threads, [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
+        [&](const Tile& tile) {
+          sigmoid_in_place(tile, args.head_bias);
+          add_pairs(tile, tiling, image_labels, rows + tile.y);
+        });
+    for (int64_t y = 0; y < args.height; ++y) add_sums(rows[y], sums);
+  }
+  return Status::ok;
+}
+
+// --- from score maps ---
+
+// sum_h w_h (S_ij + S_ji) of one tile; `line` takes a query's keys or a key's queries.
+static void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, const Tile& tile, float* line) {
+  const int64_t from = tile.y * tiling.width + tile.x, to = (tile.y + tile.dy) * tiling.width + tile.first;
+  for (int64_t head = 0; head < args.maps.size[1]; ++head) {
+    for (int64_t q = 0; q < tile.queries; ++q) {
+      load_row(line_of(args.maps, to, tile.keys), b, head, from + q, line);
+      for (int64_t k = 0; k < tile.keys; ++k) tile.scores[q * tile.stride + k] += args.head_weight[head] * line[k];
+    }
+    for (int64_t k = 0; k < tile.keys; ++k) {
+      load_row(line_of(args.maps, from, tile.queries), b, head, to + k, line);
+      for (int64_t q = 0; q < tile.queries; ++q) tile.scores[q * tile.stride + k] += args.head_weight[head] * line[q];
+    }
+  }
+}
+
+int64_t maps_bytes(const MapsArgs& args, int threads) {
+  Arena arena{nullptr};
+  const Tiling tiling(args.height, args.width, args.radius);
+  arena.take<float>(threads * tiling.floats());
+  arena.take<float>(threads * (tiling.stride + kTileQueries));
+  return arena.used;
+}
+
+Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspace, int threads) {
+  if (args.maps.size[2] != args.height * args.width || args.maps.size[3] != args.height * args.width || args.radius < 0 ||
+      threads < 1 || clear(out) != Status::ok)
+    return Status::bad_argument;
+  Arena arena{static_cast<char*>(workspace)};
+  const Tiling tiling(args.height, args.width, args.radius);
+  float* buffers = arena.take<float>(threads * tiling.floats());
+  float* lines = arena.take<float>(threads * (tiling.stride + kTileQueries));
+  for (int64_t b = 0; b < args.maps.size[0]; ++b)
+    window_of_any(tiling, b, args.head_bias, out, buffers, threads, [&](int64_t y, float* row) {
+      for (int64_t t = 0; t < tiling.count; ++t)
+        for (int64_t dy = 0; dy < tiling.rows_below() && y + dy < tiling.height; ++dy)
+          add_maps(args, b, tiling, tiling.tile(t, y, dy, row), lines + thread_number() * (tiling.stride + kTileQueries));
+    });
+  return Status::ok;
+}
+
+}  // namespace AFA_ISA
+
+#if AFA_ISA_IS_BASELINE
+AFA_DECLARE_PER_ISA(int64_t attention_bytes(const AttentionArgs& args, int threads))
+AFA_DECLARE_PER_ISA(Status window_from_attention(const AttentionArgs& args, const View<4>& out, void* workspace, int threads))
+AFA_DECLARE_PER_ISA(Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace,
+                                               int threads))
+AFA_DECLARE_PER_ISA(int64_t maps_bytes(const MapsArgs& args, int threads))
+AFA_DECLARE_PER_ISA(Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspace, int threads))
+
+int64_t window_affinity_cpu_workspace(const AttentionArgs& args, int threads) {
+  AFA_DISPATCH(attention_bytes, args, threads)
+}
+Status window_affinity_cpu(const AttentionArgs& args, const View<4>& out, void* workspace, int threads) {
+  AFA_DISPATCH(window_from_attention, args, out, workspace, threads)
+}
+Status attention_affinity_loss_cpu(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace,
+                                   int threads) {
+  AFA_DISPATCH(loss_from_attention, args, labels, sums, workspace, threads)
+}
+int64_t affinity_from_maps_cpu_workspace(const MapsArgs& args, int threads) { AFA_DISPATCH(maps_bytes, args, threads) }
+Status affinity_from_maps_cpu(const MapsArgs& args, const View<4>& out, void* workspace, int threads) {
+  AFA_DISPATCH(window_from_maps, args, out, workspace, threads)
+}
+#endif
+
+}  // namespace afa
