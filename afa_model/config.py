@@ -225,6 +225,9 @@ def check(config: Config) -> Config:
 class Parser(ArgumentParser):
     """Raises errors as ConfigError, in one line that names the key; suggests one for an unknown key."""
 
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments, allow_abbrev=False)  # a shortened key is an unknown key
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigError(self._readable(str(message))) from ex
 

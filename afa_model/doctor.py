@@ -84,6 +84,7 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": platform.platform(),
             **{name: _version(name) for name in _LIBRARIES},
+            "torch": torch.__version__,  # names its build, too
         },
         "cpu": {
             "name": _cpu_name(),
