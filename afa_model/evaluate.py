@@ -76,7 +76,7 @@ def evaluate(
     loader = DataLoader(
         dataset, batch_size=None, sampler=share, num_workers=settings.num_workers, generator=torch.Generator()
     )
-    for sample in progress(loader, "evaluating", len(share), settings.progress and rank == 0):
+    for sample in progress(loader, "evaluating", len(share), settings.progress):
         maps = label_maps(model, sample["image"], settings, sample["cls_labels"], kinds)
         for kind, label in maps.labels.items():
             keeper.add(kind, label, sample["mask"])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .transforms import AugmentSettings, TrainingTransform, normalize
 from .voc_check import CheckLevel, FileReport, check_files, in_threads
 from .voc_files import DataError, class_names, find_image, read_label, read_photo, read_split
-from .voc_labels import LabelFile, find_label_file, labels_from_xml, multi_hot
+from .voc_labels import LabelFile, find_label_file, labels_from_mask, labels_from_xml, multi_hot
 
 LabelSource = Literal["auto", "file", "xml", "masks"]
 
@@ -156,12 +156,10 @@ class VOCData(Dataset):
                     where = f"{self.settings.mask_dir}/{name}.png"
                     if report.problems:
                         return none  # said already
-                    present = (
-                        report.classes
-                        if report.classes is not None
-                        else read_label(self.root / where).unique()
-                    )
-                    label = multi_hot(present, self.num_classes)
+                    if report.classes is None:  # the check was a light one
+                        label = labels_from_mask(self.root / where, self.num_classes)
+                    else:
+                        label = multi_hot(report.classes, self.num_classes)
                 if for_training and not label.any():
                     raise ValueError("empty annotation: no class but background")
                 return label

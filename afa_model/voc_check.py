@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import numpy as np
+import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .voc_files import IGNORE, find_image
+from .voc_files import IGNORE, find_image, outside_classes, values_in
 
 CheckLevel = Literal["full", "headers", "off"]
 Item = TypeVar("Item")
@@ -72,9 +72,11 @@ def in_threads(work: Callable[[Item], Outcome], items: Sequence[Item], title: st
 def progress(
     items: Iterable[Item], title: str, total: int | None = None, show: bool = True
 ) -> Iterable[Item]:
-    """Go through ``items`` with a bar on the terminal's error stream: done of total, and the time that is
-    left.
+    """Go through ``items`` with a bar on the terminal's error stream: done, total, and the time that is left.
+
+    Of several processes only the first draws it.
     """
+    show = show and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
@@ -129,15 +131,13 @@ def _check_mask(
                     f"{where}: {image.size[0]}x{image.size[1]} pixels, its photograph has {size[0]}x{size[1]}"
                 )
             if level == "full":
-                values = np.flatnonzero(np.bincount(np.asarray(image).ravel(), minlength=256))
-                report.classes = [int(value) for value in values if value != IGNORE]
+                report.classes = [value for value in values_in(image) if value != IGNORE]
     except Exception as error:
         report.problems.append(f"{where}: cannot be decoded ({_short(error)})")
         return
-    wrong = [value for value in report.classes or [] if value >= num_classes]
+    wrong = outside_classes(report.classes or [], num_classes)
     if wrong:
-        listed = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-        report.problems.append(f"{where}: label {listed} outside 0..{num_classes - 1} and {IGNORE}")
+        report.problems.append(f"{where}: {wrong}")
 
 
 def _short(error: Exception) -> str:

@@ -176,6 +176,20 @@ def read_label(path: str | Path) -> torch.Tensor:
         return torch.from_numpy(np.array(image)).long()
 
 
+def values_in(mask: Image.Image) -> list[int]:
+    """The values that occur in a mask of mode P or L, sorted."""
+    return np.flatnonzero(np.bincount(np.asarray(mask).ravel(), minlength=256)).tolist()
+
+
+def outside_classes(values: Sequence[int], num_classes: int) -> str | None:
+    """What is wrong with mask values that are neither a class nor 255, or None."""
+    wrong = [value for value in values if num_classes <= value != IGNORE]
+    if not wrong:
+        return None
+    listed = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+    return f"label {listed} outside 0..{num_classes - 1} and {IGNORE}"
+
+
 def write_label(path: str | Path, label: torch.Tensor | np.ndarray) -> None:
     """Write a label [H, W] of indices 0..255 as a PNG of mode P with the VOC palette; the folder is made if
     need be.

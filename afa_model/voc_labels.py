@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from .voc_files import DataError
+from .voc_files import DataError, outside_classes, values_in
 
 # names under which a data set's own label file is looked for, in its root and beside its list files
 LABEL_FILES = ("cls_labels_onehot.npy", "cls_labels.npy", "cls_labels.json")
@@ -27,6 +28,22 @@ def multi_hot(present: Sequence[int] | Tensor, num_classes: int) -> Tensor:
         if 0 < index < num_classes:
             label[index - 1] = 1
     return label
+
+
+def labels_from_mask(path: str | Path, num_classes: int) -> Tensor:
+    """Classes that occur in a mask -> float32 [num_classes - 1].
+
+    Raises:
+        ValueError: colours instead of indices, or an index that is no class; OSError if unreadable.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("P", "L"):
+            raise ValueError(f"image mode {image.mode}; class indices (mode P or L) are needed")
+        present = values_in(image)
+    wrong = outside_classes(present, num_classes)
+    if wrong:
+        raise ValueError(wrong)
+    return multi_hot(present, num_classes)
 
 
 def labels_from_xml(path: str | Path, names: Sequence[str]) -> Tensor:

@@ -282,6 +282,9 @@ def test_check_can_be_lighter(root):
     with pytest.raises(DataError, match=r"2007_000001\.jpg: not found"):
         TrainingSet(settings(root, check="headers"), SMALL)
     assert torch.equal(TrainingSet(settings(root, check="off"), SMALL).labels, truth)
+    write_label(root / "SegmentationClassAug" / "2007_000002.png", torch.full((48, 66), 30))
+    with pytest.raises(DataError, match=r"2007_000002\.png: label 30 outside 0\.\.20"):
+        TrainingSet(settings(root, check="off"), SMALL)
 
 
 # samples
