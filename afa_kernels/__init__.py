@@ -6,14 +6,8 @@ Every operator takes ``backend=None`` (the best that can run), ``"native"``, ``"
 
 from ._backends import backends, use_backend
 from ._native_module import build_info
-from .affinity import (
-    affinity_from_maps,
-    affinity_loss,
-    attention_affinity_loss,
-    dense_to_window,
-    window_affinity,
-    window_to_dense,
-)
+from .affinity import affinity_from_maps, dense_to_window, window_affinity, window_to_dense
+from .affinity_losses import affinity_loss, attention_affinity_loss
 from .diffusion import diffuse
 from .par import pamr, pamr_weights, par, par_weights
 from .par_modules import PAMR, PAR

@@ -1,8 +1,7 @@
-"""Affinity from attention: which pixels of a window belong together, and the loss that teaches it.
+"""Affinity from attention: which pixels of a window belong together.
 
     S_h,ij = q_h,i . k_h,j                                   raw attention scores of every head, unscaled
     A_ij   = sigmoid(sum_h w_h (S_h,ij + S_h,ji) + bias)     for |dy| <= r and |dx| <= r     (AFA, Eq. 5)
-    L      = 1/2 sum_{y=1} (1 - A) / (N+ + 1) + 1/2 sum_{y=0} A / (N- + 1)                   (AFA, Eq. 6)
 
 Folding w_h into the queries makes the sum over heads one dot product of length heads * d for each ordered
 pair: a banded matrix product, whose result is kept as an image with one channel for each tap, [B, (2r+1)^2,
@@ -14,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, affinity_reference
+from . import _backends, _native_module, affinity_native, affinity_reference
 from ._checks import FLOATS, check_int, check_same_device, check_tensor
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -22,7 +21,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _check_head(head_weight: Tensor, head_bias: Tensor, scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def check_head(head_weight: Tensor, head_bias: Tensor, scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The affinity head as [heads] and [1]; a 1x1 convolution's [1, heads, 1, 1] is taken too."""
     heads = scores.shape[1]
     if isinstance(head_weight, Tensor) and tuple(head_weight.shape) == (1, heads, 1, 1):
@@ -35,7 +34,7 @@ def _check_head(head_weight: Tensor, head_bias: Tensor, scores: Tensor, name: st
     return head_weight, head_bias
 
 
-def _check_query_key(query: Tensor, key: Tensor, height: int, width: int) -> None:
+def check_query_key(query: Tensor, key: Tensor, height: int, width: int) -> None:
     check_tensor(query, "query", ("B", "heads", "N", "d"))
     batch, heads, count, depth = query.shape
     check_tensor(key, "key", ("B", "heads", "N", "d"), (query.dtype,), B=batch, heads=heads, N=count, d=depth)
@@ -56,30 +55,6 @@ def check_window(affinity: Tensor, radius: int) -> None:
     check_tensor(affinity, "affinity", ("B", "taps", "h", "w"))
     if affinity.shape[1] != taps:
         raise ValueError(f"affinity must have {taps} channels, (2 * radius + 1)^2, got {affinity.shape[1]}")
-
-
-@torch.library.custom_op("afa::pair_labels", mutates_args=())
-def _pair_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    ignored = labels == ignore_index
-    wrong = ((labels < 0) | (labels > 255)) & ~ignored
-    if labels.device.type == "cpu":
-        if wrong.any():
-            found = labels[wrong][0].item()
-            raise ValueError(f"labels must be in 0..255 or ignore_index = {ignore_index}, got {found}")
-    else:
-        # Reading the answer would make the host wait, which a training step must not and a CUDA graph cannot.
-        torch._assert_async(~wrong.any(), "labels must be in 0..255 or ignore_index")
-    return torch.where(ignored, -1, labels.to(torch.int32)).contiguous()
-
-
-@_pair_labels.register_fake
-def _(labels, ignore_index):
-    return torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
-
-
-def check_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels as the kernels take them: int32, contiguous, ignored ones -1."""
-    return _pair_labels(labels, check_int(ignore_index, "ignore_index", -(1 << 31), (1 << 31) - 1))
 
 
 def window_affinity(
@@ -113,11 +88,14 @@ def window_affinity(
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
     """
     height, width, radius = _check_grid(height, width, radius)
-    _check_query_key(query, key, height, width)
-    head_weight, head_bias = _check_head(head_weight, head_bias, query, "query")
-    _backends.choose("window_affinity", backend, query, key)
-    with torch.autocast(query.device.type, enabled=False):
-        return affinity_reference.window_affinity(query, key, head_weight, head_bias, height, width, radius)
+    check_query_key(query, key, height, width)
+    head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
+    chosen = _backends.choose("window_affinity", backend, query, key)
+    inputs = query, key, head_weight, head_bias, height, width, radius
+    if chosen == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            return affinity_reference.window_affinity(*inputs)
+    return torch.ops.afa.window_affinity(*inputs, chosen)
 
 
 def affinity_from_maps(
@@ -142,82 +120,13 @@ def affinity_from_maps(
             raise ValueError(
                 f"maps must be [B, heads, N, N] with N = {height} * {width}, got {tuple(maps.shape)}"
             )
-    head_weight, head_bias = _check_head(head_weight, head_bias, maps, "maps")
-    _backends.choose("affinity_from_maps", backend, maps)
-    with torch.autocast(maps.device.type, enabled=False):
-        return affinity_reference.affinity_from_maps(maps, head_weight, head_bias, height, width, radius)
-
-
-def affinity_loss(
-    affinity: Tensor, labels: Tensor, radius: int, ignore_index: int = 255, *, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The affinity loss of a window: same labels pull together, different labels push apart (AFA, Eq. 6).
-
-    Args:
-        affinity: [B, (2 * radius + 1)^2, h, w] in 0..1, as from `window_affinity`; what a tap outside the
-            image holds plays no part.
-        labels: [B, h, w], integers in 0..255 or ignore_index, on the grid of the affinity. AFA samples them
-            from the label at image size as ``F.interpolate(mode="nearest")`` does: ``labels[:, ::16, ::16]``
-            for a grid of 1/16.
-        radius: of the window, at least 0.
-        ignore_index: pairs with this label at either pixel do not count.
-        backend: as in `window_affinity`.
-
-    Returns:
-        (loss, pos_count, neg_count), scalars: the loss in float32 (float64 for float64), and the int64
-        divisors N+ + 1 and N- + 1, the numbers of ordered pairs with the same and with different labels over
-        the whole batch, plus one, each pixel's pair with itself included. With every label ignored the loss
-        is 0 and gradients are 0.
-
-    Raises:
-        TypeError, ValueError: naming the argument that is wrong. On CUDA, labels out of range end in an
-            assertion on the device instead.
-    """
-    radius = check_int(radius, "radius", 0)
-    check_window(affinity, radius)
-    batch, _, height, width = affinity.shape
-    check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=batch, h=height, w=width)
-    check_same_device(affinity, "affinity", labels=labels)
-    labels = check_labels(labels, ignore_index)
-    _backends.choose("affinity_loss", backend, affinity)
-    return affinity_reference.affinity_loss(affinity, labels, radius)
-
-
-def attention_affinity_loss(
-    query: Tensor,
-    key: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor,
-    labels: Tensor,
-    radius: int,
-    ignore_index: int = 255,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`affinity_loss` of `window_affinity`, fused: no affinity is kept, the backward computes it again.
-
-    Args:
-        query, key, head_weight, head_bias, radius: as in `window_affinity`; N = h * w.
-        labels, ignore_index: as in `affinity_loss`.
-        backend: as in `window_affinity`.
-
-    Returns:
-        (loss, pos_count, neg_count) as `affinity_loss`; differentiable in query, key, head_weight and
-        head_bias.
-
-    Raises:
-        As `window_affinity` and `affinity_loss`.
-    """
-    radius = check_int(radius, "radius", 0)
-    check_tensor(query, "query", ("B", "heads", "N", "d"))
-    check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=query.shape[0])
-    _check_query_key(query, key, labels.shape[1], labels.shape[2])
-    check_same_device(query, "query", labels=labels)
-    head_weight, head_bias = _check_head(head_weight, head_bias, query, "query")
-    labels = check_labels(labels, ignore_index)
-    _backends.choose("attention_affinity_loss", backend, query, key)
-    with torch.autocast(query.device.type, enabled=False):
-        return affinity_reference.attention_affinity_loss(query, key, head_weight, head_bias, labels, radius)
+    head_weight, head_bias = check_head(head_weight, head_bias, maps, "maps")
+    chosen = _backends.choose("affinity_from_maps", backend, maps)
+    inputs = maps, head_weight, head_bias, height, width, radius
+    if chosen == "reference":
+        with torch.autocast(maps.device.type, enabled=False):
+            return affinity_reference.affinity_from_maps(*inputs)
+    return torch.ops.afa.affinity_from_maps(*inputs, chosen)
 
 
 def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
@@ -236,7 +145,143 @@ def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tens
     return affinity_reference.dense_to_window(dense, height, width, radius)
 
 
-# --- registration -------------------------------------------------------------------------------------------
+# --- forward ----------------------------------------------------------------------------------------------
 
-for _operator in ("window_affinity", "affinity_from_maps", "affinity_loss", "attention_affinity_loss"):
-    _backends.register(_operator)
+
+def implementation(backend: str):
+    """The module that has the kernels: all of them know the functions the operators call."""
+    if backend == "triton":
+        from . import affinity_triton
+
+        return affinity_triton
+    return affinity_native
+
+
+@torch.library.custom_op("afa::window_affinity", mutates_args=())
+def _window_affinity(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    height: int,
+    width: int,
+    radius: int,
+    backend: str,
+) -> Tensor:
+    kernels = implementation(backend)
+    return kernels.window_affinity(query, key, head_weight, head_bias, height, width, radius)
+
+
+@_window_affinity.register_fake
+def _(query, key, head_weight, head_bias, height, width, radius, backend):
+    return query.new_empty(query.shape[0], (2 * radius + 1) ** 2, height, width)
+
+
+@torch.library.custom_op("afa::affinity_from_maps", mutates_args=())
+def _affinity_from_maps(
+    maps: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    height: int,
+    width: int,
+    radius: int,
+    backend: str,
+) -> Tensor:
+    return implementation(backend).affinity_from_maps(maps, head_weight, head_bias, height, width, radius)
+
+
+@_affinity_from_maps.register_fake
+def _(maps, head_weight, head_bias, height, width, radius, backend):
+    return maps.new_empty(maps.shape[0], (2 * radius + 1) ** 2, height, width)
+
+
+# --- backward ---------------------------------------------------------------------------------------------
+# One operator for each, so that compiled graphs hold a single node. Gradients nobody wants come back empty.
+
+
+def fake_gradients(wanted: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Of the inputs before the head as wanted, of the head always."""
+    flags = [*wanted, True, True]
+    return tuple(torch.empty_like(t) if keep else t.new_empty(0) for t, keep in zip(inputs, flags))
+
+
+def gradients(ctx, grads: tuple[Tensor, ...], arguments: int) -> tuple[Tensor | None, ...]:
+    kept = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
+    return (*kept, *[None] * (arguments - len(kept)))
+
+
+@torch.library.custom_op("afa::window_affinity_backward", mutates_args=())
+def _window_affinity_gradients(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    window: Tensor,
+    grad: Tensor,
+    radius: int,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = implementation(backend)
+    return kernels.window_affinity_backward(query, key, head_weight, head_bias, window, grad, radius, wanted)
+
+
+@_window_affinity_gradients.register_fake
+def _(query, key, head_weight, head_bias, window, grad, radius, wanted, backend):
+    return fake_gradients(wanted, query, key, head_weight, head_bias)
+
+
+def _save_window(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-4], output)
+    ctx.options = inputs[-2:]
+
+
+def _window_affinity_backward(ctx, grad):
+    radius, backend = ctx.options
+    wanted = list(ctx.needs_input_grad[:2])
+    grads = torch.ops.afa.window_affinity_backward(*ctx.saved_tensors, grad, radius, wanted, backend)
+    return gradients(ctx, grads, 8)
+
+
+@torch.library.custom_op("afa::affinity_from_maps_backward", mutates_args=())
+def _affinity_from_maps_gradients(
+    maps: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    window: Tensor,
+    grad: Tensor,
+    radius: int,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = implementation(backend)
+    return kernels.affinity_from_maps_backward(maps, head_weight, head_bias, window, grad, radius, wanted)
+
+
+@_affinity_from_maps_gradients.register_fake
+def _(maps, head_weight, head_bias, window, grad, radius, wanted, backend):
+    return fake_gradients(wanted, maps, head_weight, head_bias)
+
+
+def _affinity_from_maps_backward(ctx, grad):
+    radius, backend = ctx.options
+    wanted = list(ctx.needs_input_grad[:1])
+    grads = torch.ops.afa.affinity_from_maps_backward(*ctx.saved_tensors, grad, radius, wanted, backend)
+    return gradients(ctx, grads, 7)
+
+
+# --- registration -----------------------------------------------------------------------------------------
+
+_window_affinity.register_autograd(_window_affinity_backward, setup_context=_save_window)
+_affinity_from_maps.register_autograd(_affinity_from_maps_backward, setup_context=_save_window)
+
+
+def register(operator: str) -> None:
+    def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
+        return _native_module.native_can_run(operator, device, *tensors)
+
+    _backends.register(operator, native=native_reason)
+
+
+register("window_affinity")
+register("affinity_from_maps")
