@@ -100,8 +100,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _default.reset(token)
 
 
-def triton_reason(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on a device, or None."""
+def triton_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot run on a device and with these tensors, or None: the predicate most operators register."""
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
     try:
         import triton  # noqa: F401
     except ImportError as error:

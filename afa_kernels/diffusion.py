@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _backends, _native_module, diffusion_reference
 from ._checks import FLOATS, check_class_mask, check_int, check_same_device, check_tensor
-from ._native_module import native, view, workspace
+from ._native_module import address, native, view, workspace
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
@@ -94,8 +94,20 @@ def _diffuse(
     transpose: bool,
     backend: str,
 ) -> Tensor:
+    if backend == "triton":
+        from . import diffusion_triton
+
+        return diffusion_triton.diffuse(weights, masks, offsets, num_iter, border, class_mask, transpose)
     out = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
     taps = offsets.flatten().clamp(-FARTHEST, FARTHEST).tolist()
+    if _native_module.on_cuda(masks):
+        place = _native_module.cuda_stream(masks.device)
+        kept = None if class_mask is None else class_mask.contiguous()
+        size = native.diffuse_cuda_workspace(view(weights), view(masks), taps, num_iter, transpose, place[0])
+        scratch = workspace(size, masks.device)
+        common = address(kept), num_iter, border == "zero", transpose, scratch.data_ptr(), *place
+        native.diffuse_cuda(view(weights), view(masks), view(out), taps, *common)
+        return out
     threads = torch.get_num_threads()
     size = native.diffuse_cpu_workspace(view(weights), view(masks), taps, threads)
     scratch = workspace(size, masks.device)
@@ -181,4 +193,4 @@ def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
     return _native_module.native_can_run("diffuse", device, *tensors)
 
 
-_backends.register("diffuse", native=_native_reason)
+_backends.register("diffuse", native=_native_reason, triton=_backends.triton_reason)

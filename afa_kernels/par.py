@@ -25,7 +25,7 @@ from ._checks import (
     check_same_device,
     check_tensor,
 )
-from ._native_module import native, view, workspace
+from ._native_module import address, native, view, workspace
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
@@ -156,7 +156,21 @@ def _par(
     transpose: bool,
     backend: str,
 ) -> Tensor:
+    if backend == "triton":
+        from . import par_triton
+
+        return par_triton.par(images, masks, dilations, num_iter, factors, class_mask, transpose)
     out = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
+    if _native_module.on_cuda(masks):
+        place = _native_module.cuda_stream(masks.device)
+        kept = None if class_mask is None else class_mask.contiguous()
+        # bfloat16 masks lose four times more in their own rounding than half-precision weights cost; float16 masks do not.
+        options = num_iter, transpose, masks.dtype == torch.bfloat16
+        size = native.par_cuda_workspace(view(images), view(masks), dilations, *options, place[0])
+        scratch = workspace(size, masks.device)
+        common = address(kept), *options, scratch.data_ptr(), *place
+        native.par_cuda(view(images), view(masks), view(out), dilations, factors, *common)
+        return out
     threads = torch.get_num_threads()
     scratch = workspace(native.par_cpu_workspace(view(images), view(masks), dilations, threads), masks.device)
     present = [] if class_mask is None else class_mask.flatten().tolist()
@@ -173,8 +187,15 @@ def _(images, masks, dilations, num_iter, factors, class_mask, transpose, backen
 
 @torch.library.custom_op("afa::par_weights", mutates_args=())
 def _par_weights(images: Tensor, dilations: list[int], factors: list[float], backend: str) -> Tensor:
+    if backend == "triton":
+        from . import par_triton
+
+        return par_triton.weights(images, dilations, factors, images.dtype)
     shape = (images.shape[0], 8 * len(dilations), *images.shape[2:])
     out = torch.empty(shape, dtype=images.dtype, device=images.device)
+    if _native_module.on_cuda(images):
+        native.par_weights_cuda(view(images), view(out), dilations, factors, *_native_module.cuda_stream(images.device))
+        return out
     threads = torch.get_num_threads()
     scratch = workspace(native.par_weights_cpu_workspace(view(images), dilations, threads), images.device)
     native.par_weights_cpu(view(images), view(out), dilations, factors, scratch.data_ptr(), threads)
@@ -257,7 +278,7 @@ def _register(operator: str) -> None:
     def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
         return _native_module.native_can_run(operator, device, *tensors)
 
-    _backends.register(operator, native=native_reason)
+    _backends.register(operator, native=native_reason, triton=_backends.triton_reason)
 
 
 _register("par")

@@ -11,6 +11,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Where the operator tests put their tensors. With "cuda" the same tests prove the CUDA and the compiled Triton backends.
+DEVICE = os.environ.get("AFA_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+
+def available(operator: str) -> list[str]:
+    """The backends that can run an operator on DEVICE, the reference first."""
+    import afa_kernels
+
+    rows = [row for row in afa_kernels.backends() if row.operator == operator and row.device == DEVICE]
+    return sorted((row.backend for row in rows if row.available), key=["reference", "native", "triton"].index)
+
 
 def _first_existing(*paths: Path | None) -> Path | None:
     return next((path for path in paths if path is not None and path.exists()), None)

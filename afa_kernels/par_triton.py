@@ -1,0 +1,114 @@
+"""PAR and PAMR in Triton: one kernel for the weights, then `diffusion_triton`.
+
+Each program holds a block of pixels and all taps, [PIXELS, TAPS] with the taps padded to a power of two, in registers: mean,
+deviation, kappa and softmax are reductions along the taps, and every weight is written once. Floor: 8*D*H*W*4 bytes written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import diffusion_triton
+from .diffusion_triton import interpreted
+from .par_reference import position_weights, tap_offsets
+
+
+@triton.jit
+def _weights(
+    images, out, offsets, position,
+    height, width, taps, dilations,
+    images_b, images_c, images_y, images_x,
+    w1,
+    PAMR: tl.constexpr, PIXELS: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    image = tl.program_id(1).to(tl.int64)
+    tap = tl.arange(0, TAPS)
+    inside = pixel < height * width
+    real = tap < taps
+    y, x = pixel // width, pixel % width
+    dy = tl.load(offsets + 2 * tap, mask=real, other=0)
+    dx = tl.load(offsets + 2 * tap + 1, mask=real, other=0)
+    from_y = tl.minimum(tl.maximum(y[:, None] + dy[None, :], 0), height - 1)
+    from_x = tl.minimum(tl.maximum(x[:, None] + dx[None, :], 0), width - 1)
+    reads = inside[:, None] & real[None, :]
+    base = images + image * images_b
+    at = from_y * images_y + from_x * images_x
+    # The standard deviation of PAMR has the centre among the values, once for each dilation.
+    count = taps.to(tl.float32)
+    centres = 0.0
+    if PAMR:
+        centres = dilations.to(tl.float32)
+        count += centres
+    kappa = tl.zeros((PIXELS, TAPS), dtype=tl.float32)
+    for colour in tl.static_range(3):
+        plane = base + colour * images_c
+        centre = tl.load(plane + y * images_y + x * images_x, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(plane + tl.minimum(tl.maximum(y + tl.load(offsets), 0), height - 1) * images_y
+                        + tl.minimum(tl.maximum(x + tl.load(offsets + 1), 0), width - 1) * images_x,
+                        mask=inside, other=0.0).to(tl.float32)  # fmt: skip
+        value = tl.load(plane + at, mask=reads, other=0.0).to(tl.float32)
+        # Deviations from the first neighbour: a constant neighbourhood gives exactly 0.
+        deviation = tl.where(real[None, :], value - first[:, None], 0.0)
+        own = centre - first
+        mean = (tl.sum(deviation, axis=1) + centres * own) / count
+        spread = tl.where(real[None, :], deviation - mean[:, None], 0.0)
+        squares = tl.sum(spread * spread, axis=1) + centres * (own - mean) * (own - mean)
+        sigma = tl.sqrt(squares / (count - 1.0))
+        distance = value - centre[:, None]
+        if PAMR:
+            kappa -= tl.abs(distance) / (1e-8 + 0.1 * sigma)[:, None]
+        else:
+            scaled = distance / (sigma + 1e-8)[:, None] / w1
+            kappa -= scaled * scaled
+    kappa = tl.where(real[None, :], kappa / 3.0, float("-inf"))
+    # A NaN must reach every weight of its pixel; max and where would drop it.
+    poison = tl.sum(tl.where(real[None, :], kappa, 0.0) * 0.0, axis=1)
+    exponential = tl.exp(kappa - tl.max(kappa, axis=1)[:, None])
+    share = exponential / tl.sum(exponential, axis=1)[:, None] + poison[:, None]
+    share += tl.load(position + tap, mask=real, other=0.0)[None, :]
+    size = height * width
+    out_at = (image * taps + tap[None, :]) * size + pixel[:, None]
+    tl.store(out + out_at, share, mask=reads)
+
+
+def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, 8*D, H, W] of PAR (three factors) or PAMR (none), checked arguments."""
+    batch, _, height, width = images.shape
+    taps = 8 * len(dilations)
+    offsets = torch.tensor(tap_offsets(dilations), dtype=torch.int64)
+    limit = torch.tensor([height, width])
+    offsets = torch.minimum(torch.maximum(offsets, -limit), limit).to(device=images.device, dtype=torch.int32)
+    position = factors[2] * position_weights(dilations, factors[1]) if factors else torch.zeros(taps)
+    position = position.to(device=images.device, dtype=torch.float32)
+    # The interpreter would truncate to bfloat16.
+    written = torch.float32 if interpreted() else dtype
+    out = torch.empty(batch, taps, height, width, dtype=written, device=images.device)
+    pixels = 512 if interpreted() else 32
+    grid = (triton.cdiv(height * width, pixels), batch)
+    _weights[grid](
+        images, out, offsets, position,
+        height, width, taps, len(dilations),
+        *images.stride(),
+        factors[0] if factors else 1.0,
+        PAMR=not factors, PIXELS=pixels, TAPS=triton.next_power_of_2(taps),
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+def par(
+    images: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    factors: list[float],
+    class_mask: Tensor | None,
+    transpose: bool,
+) -> Tensor:
+    """`afa_kernels.par` and `pamr`, checked arguments, masks of the image's size."""
+    offsets = torch.tensor(tap_offsets(dilations), dtype=torch.int64)
+    kept = weights(images, dilations, factors)
+    return diffusion_triton.diffuse(kept, masks, offsets, num_iter, "replicate", class_mask, transpose)
