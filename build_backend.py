@@ -1,7 +1,7 @@
 """Build backend: setuptools, plus the CUDA compiler wheels as a build requirement where the system has no nvcc.
 
-``pip install`` asks `get_requires_for_build_*` before it builds in its isolated environment, so no CUDA toolkit need be
-installed. ``AFA_CUDA=0`` asks for none.
+``pip install`` asks `get_requires_for_build_*` before it builds in its isolated environment, so no CUDA toolkit
+need be installed. ``AFA_CUDA=0`` asks for none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import shutil
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403  (the other hooks are setuptools' own)
 
-# One 13.0 line throughout: the compiler driver, its front end, the device code generator and the headers check one another.
+# One 13.0 line throughout: the compiler driver, its front end, the device code generator and the headers check one
+# another.
 CUDA_WHEELS = [
     "nvidia-cuda-nvcc==13.0.*",
     "nvidia-cuda-crt==13.0.*",

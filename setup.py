@@ -63,7 +63,9 @@ def cuda_options() -> tuple[list[str], str]:
 
 
 class CMakeBuild(build_ext):
-    """Configure, build, install into the place setuptools names; leave the reason behind when something is missing."""
+    """Configure, build, install into the place setuptools names; leave the reason behind when something is
+    missing.
+    """
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent

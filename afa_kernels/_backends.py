@@ -1,7 +1,7 @@
 """Which backend runs an operator: ``native`` (C++ and CUDA), ``triton``, ``reference`` (plain PyTorch).
 
-An operator registers a predicate for each backend it has; the predicate returns why it cannot run, or None. Nothing is
-swapped at import: the choice is made at each call, from the tensors' device and dtype.
+An operator registers a predicate for each backend it has; the predicate returns why it cannot run, or None.
+Nothing is swapped at import: the choice is made at each call, from the tensors' device and dtype.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _check_name(name: str, argument: str) -> str:
 def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
     """The backend to use for these tensors.
 
-    ``backend`` (the caller's argument) is forced: ValueError with the reason if it cannot run. A default from `use_backend`
-    or ``AFA_BACKEND`` is forced likewise where the operator has that backend at all. Otherwise the first that can, in the
-    order native, triton, reference.
+    ``backend`` (the caller's argument) is forced: ValueError with the reason if it cannot run. A default from
+    `use_backend` or ``AFA_BACKEND`` is forced likewise where the operator has that backend at all. Otherwise the
+    first that can, in the order native, triton, reference.
     """
     device = tensors[0].device
     predicates = _registry[operator]
@@ -92,7 +92,9 @@ def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, calls with ``backend=None`` use this backend (per thread and task; None restores the automatic choice)."""
+    """Within the block, calls with ``backend=None`` use this backend (per thread and task; None restores the
+    automatic choice).
+    """
     token = _default.set(None if name is None else _check_name(name, "name"))
     try:
         yield
@@ -101,7 +103,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def triton_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on a device and with these tensors, or None: the predicate most operators register."""
+    """Why Triton kernels cannot run on a device and with these tensors, or None: the predicate most operators
+    register.
+    """
     for tensor in tensors:
         if tensor.dtype == torch.float64:
             return "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
@@ -113,7 +117,11 @@ def triton_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "on the CPU Triton only runs under its interpreter (set TRITON_INTERPRET=1 before importing)"
+        return (
+            None
+            if interpreted
+            else "the CPU has only Triton's interpreter (set TRITON_INTERPRET=1 before importing)"
+        )
     return f"no Triton kernels for {device.type}"
 
 

@@ -17,7 +17,9 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = FLOATS,
     **sizes: int,
 ) -> None:
-    """``value`` is a non-empty tensor of rank ``len(shape)``; entries of ``shape`` that are numbers, or names found in ``sizes``, must match."""
+    """``value`` is a non-empty tensor of rank ``len(shape)``; entries of ``shape`` that are numbers, or names found
+    in ``sizes``, must match.
+    """
     layout = "[" + ", ".join(str(size) for size in shape) + "]"
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
@@ -37,7 +39,9 @@ def check_tensor(
 def check_same_device(reference: torch.Tensor, reference_name: str, **others: torch.Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.device != reference.device:
-            raise ValueError(f"{name} must be on the device of {reference_name}, {reference.device}, got {value.device}")
+            raise ValueError(
+                f"{name} must be on the device of {reference_name}, {reference.device}, got {value.device}"
+            )
 
 
 def check_int(value: int, name: str, minimum: int, maximum: int | None = None) -> int:

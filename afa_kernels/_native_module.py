@@ -19,7 +19,9 @@ def _load() -> tuple[Any, str | None]:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled, and why something was not: ``native``, ``native_reason``, ``cuda``, ``cuda_reason``, ``cuda_archs``."""
+    """What was compiled, and why something was not: ``native``, ``native_reason``, ``cuda``, ``cuda_reason``,
+    ``cuda_archs``.
+    """
     try:
         info = importlib.import_module("afa_kernels._build_info")
     except ImportError:
@@ -75,7 +77,9 @@ def on_cuda(tensor: torch.Tensor) -> bool:
 
 
 def cuda_stream(device: torch.device) -> tuple[int, int]:
-    """Where the CUDA kernels run, as they take it: the device's index and the handle of PyTorch's current stream there."""
+    """Where the CUDA kernels run, as they take it: the device's index and the handle of PyTorch's current stream
+    there.
+    """
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 

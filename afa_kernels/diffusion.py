@@ -2,8 +2,9 @@
 
     out[b,c,y,x] = sum_t weights[b,t,y,x] * masks[b,c,y+dy_t,x+dx_t]        repeated num_iter times
 
-A neighbour outside the image is its nearest pixel (``border="replicate"``) or 0 (``border="zero"``). The gradient of the
-masks is the adjoint of the same linear map, exact at the borders; that of the weights repeats the steps and correlates each with its gradient.
+A neighbour outside the image is its nearest pixel (``border="replicate"``) or 0 (``border="zero"``). The gradient
+of the masks is the adjoint of the same linear map, exact at the borders; that of the weights repeats the steps and
+correlates each with its gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import _backends, _native_module, diffusion_reference
 from ._checks import FLOATS, check_class_mask, check_int, check_same_device, check_tensor
 from ._native_module import address, native, view, workspace
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---
 
 BORDERS = ("replicate", "zero")
 FARTHEST = 1 << 20
@@ -29,11 +30,15 @@ def _check_offsets(offsets: Tensor | Sequence[Sequence[int]], taps: int) -> tupl
         if offsets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
             raise TypeError(f"offsets must hold integers, got {offsets.dtype}")
         if tuple(offsets.shape) != (taps, 2):
-            raise ValueError(f"offsets must have shape [T, 2] with T = {taps} as in weights, got {tuple(offsets.shape)}")
+            raise ValueError(
+                f"offsets must be [T, 2] with T = {taps} as in weights, got {tuple(offsets.shape)}"
+            )
         return offsets.to(torch.int64), None
     pairs = [tuple(check_int(value, "offsets", -FARTHEST, FARTHEST) for value in pair) for pair in offsets]
     if len(pairs) != taps or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"offsets must be {taps} pairs (dy, dx), one for each channel of weights, got {len(pairs)} entries")
+        raise ValueError(
+            f"offsets must be {taps} pairs (dy, dx), one per channel of weights, got {len(pairs)}"
+        )
     return torch.tensor(pairs, dtype=torch.int64), pairs
 
 
@@ -47,13 +52,14 @@ def diffuse(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Diffuse masks over weighted taps, num_iter times (the iteration of AFA's Eq. 12; with one step, the walk of Eq. 8).
+    """Diffuse masks over weighted taps, num_iter times (the iteration of AFA's Eq. 12; with one step, the walk of
+    Eq. 8).
 
     Args:
-        weights: [B, T, H, W] float32, float16 or bfloat16 (float64 in the reference path): one channel per tap, any range.
-        masks: [B, C, H, W], likewise; may differ in dtype from weights.
-        offsets: T pairs (dy, dx) in pixels, a sequence or an integer tensor [T, 2] (on the CPU, lest a call wait for the GPU).
-        num_iter: how many steps, at least 0; 0 returns a copy of masks.
+        weights: [B, T, H, W] float32, float16 or bfloat16 (float64 in the reference path): one channel per tap,
+        any range. masks: [B, C, H, W], likewise; may differ in dtype from weights.
+        offsets: T pairs (dy, dx) in pixels, a sequence or an integer tensor [T, 2] (on the CPU, lest a call wait
+        for the GPU). num_iter: how many steps, at least 0; 0 returns a copy of masks.
         border: what a tap outside the image reads: ``"replicate"``, its nearest pixel, or ``"zero"``.
         class_mask: [B, C] bool; channels that are False are skipped and returned as 0.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
@@ -80,7 +86,7 @@ def diffuse(
     return torch.ops.afa.diffuse(weights, masks, offsets, num_iter, border, class_mask, False, chosen)
 
 
-# --- forward and its adjoint ------------------------------------------------------------------------------------------
+# --- forward and its adjoint ---
 
 
 @torch.library.custom_op("afa::diffuse", mutates_args=())
@@ -113,7 +119,16 @@ def _diffuse(
     scratch = workspace(size, masks.device)
     present = [] if class_mask is None else class_mask.flatten().tolist()
     native.diffuse_cpu(
-        view(weights), view(masks), view(out), taps, present, num_iter, border == "zero", transpose, scratch.data_ptr(), threads
+        view(weights),
+        view(masks),
+        view(out),
+        taps,
+        present,
+        num_iter,
+        border == "zero",
+        transpose,
+        scratch.data_ptr(),
+        threads,
     )
     return out
 
@@ -123,7 +138,7 @@ def _(weights, masks, offsets, num_iter, border, class_mask, transpose, backend)
     return torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
 
 
-# --- backward ---------------------------------------------------------------------------------------------------------
+# --- backward ---
 
 
 def _save(ctx, inputs, output):
@@ -140,7 +155,8 @@ def _backward(ctx, grad):
         grad_masks = torch.ops.afa.diffuse(weights, grad, offsets, num_iter, border, class_mask, not transpose, backend)
         grad_masks = grad_masks.to(dtype)
     if ctx.needs_input_grad[0]:
-        # <grad, A masks> is also <A^T grad, masks>: the adjoint's weights have the same gradient with the two exchanged.
+        # <grad, A masks> is also <A^T grad, masks>: the adjoint's weights have the same gradient with the two
+        # exchanged.
         start, end = (grad, masks) if transpose else (masks, grad)
         grad_weights = _weights_gradient(weights, start, end, offsets, num_iter, border, class_mask, backend)
     return grad_weights, grad_masks, None, None, None, None, None, None
@@ -184,7 +200,7 @@ def _(grad, masks, offsets, border, class_mask):
     return torch.empty((batch, offsets.shape[0], height, width), dtype=grad.dtype, device=grad.device)
 
 
-# --- registration -----------------------------------------------------------------------------------------------------
+# --- registration ---
 
 _diffuse.register_autograd(_backward, setup_context=_save)
 

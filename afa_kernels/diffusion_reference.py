@@ -9,8 +9,8 @@ import torch.nn.functional as F
 def shifted(images: torch.Tensor, offsets: list[tuple[int, int]], border: str = "replicate") -> torch.Tensor:
     """Neighbours ``images[..., y+dy, x+dx]`` of every pixel, one channel per tap.
 
-    images [B, C, H, W], offsets of T pairs (dy, dx) -> [B, C, T, H, W]. Neighbours outside the image are its nearest pixel
-    (``replicate``) or 0 (``zero``).
+    images [B, C, H, W], offsets of T pairs (dy, dx) -> [B, C, T, H, W]. Neighbours outside the image are its
+    nearest pixel (``replicate``) or 0 (``zero``).
     """
     height, width = images.shape[-2:]
     # Past one image length an offset reaches the same pixel, which keeps the padding small.
@@ -31,9 +31,11 @@ def diffuse(
     border: str = "replicate",
     class_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """num_iter times: masks <- sum over taps of weights * neighbour (the diffusion of AFA's Eq. 12 and of the random walk, Eq. 8).
+    """num_iter times: masks <- sum over taps of weights * neighbour (the diffusion of AFA's Eq. 12 and of the
+    random walk, Eq. 8).
 
-    weights [B, T, H, W], masks [B, C, H, W] -> [B, C, H, W] in the dtype of masks; sums in float32 (float64 if either is).
+    weights [B, T, H, W], masks [B, C, H, W] -> [B, C, H, W] in the dtype of masks; sums in float32 (float64 if
+    either is).
     """
     dtype = torch.promote_types(torch.promote_types(weights.dtype, masks.dtype), torch.float32)
     weights, result = weights.to(dtype), masks.to(dtype)

@@ -1,9 +1,9 @@
 """Diffusion in Triton.
 
-One launch per step: each program takes a block of pixels of one image and a block of channels, walks the taps and keeps the
-sums in registers. Floor per step: T*H*W weights read once for each block of channels, masks from L2. The adjoint gathers
-over the image grown by the farthest tap (each program's pixels are then written by it alone: the same bits every run) and
-the margins are folded back onto the border afterwards.
+One launch per step: each program takes a block of pixels of one image and a block of channels, walks the taps and
+keeps the sums in registers. Floor per step: T*H*W weights read once for each block of channels, masks from L2. The
+adjoint gathers over the image grown by the farthest tap (each program's pixels are then written by it alone: the
+same bits every run) and the margins are folded back onto the border afterwards.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _step(
 
 
 def _fold(grown: Tensor, height: int, width: int, grow_y: int, grow_x: int, border: str) -> Tensor:
-    """Adds the margins of the grown gradient to the border pixels they were read from (replicate) or drops them (zero)."""
+    """Adds the margins of the grown gradient to the border pixels they were read from (replicate) or drops them
+    (zero).
+    """
     if border == "replicate":
         middle = grown[..., grow_x : grow_x + width].clone()
         middle[..., 0] += grown[..., :grow_x].sum(-1)
@@ -85,9 +87,17 @@ def _fold(grown: Tensor, height: int, width: int, grow_y: int, grow_x: int, bord
 
 
 def diffuse(
-    weights: Tensor, masks: Tensor, offsets: Tensor, num_iter: int, border: str, class_mask: Tensor | None, transpose: bool
+    weights: Tensor,
+    masks: Tensor,
+    offsets: Tensor,
+    num_iter: int,
+    border: str,
+    class_mask: Tensor | None,
+    transpose: bool,
 ) -> Tensor:
-    """`afa_kernels.diffuse`, checked arguments; offsets [T, 2] int64 on the CPU. Returns float32 rounded to the dtype of masks."""
+    """`afa_kernels.diffuse`, checked arguments; offsets [T, 2] int64 on the CPU. Returns float32 rounded to the
+    dtype of masks.
+    """
     batch, channels, height, width = masks.shape
     # Past one image length an offset reaches the same pixel.
     limit = torch.tensor([height, width])

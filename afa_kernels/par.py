@@ -3,8 +3,8 @@
     weights = par_weights(images)                     an affinity of each pixel to 8 neighbours for each dilation
     masks  <- sum over taps of weights * neighbour    num_iter times (`diffuse` with replicated borders)
 
-The formulas stand in `par_reference`. The gradient of the masks is the adjoint diffusion, with the weights computed again
-rather than kept; the gradient of the images goes through the reference path.
+The formulas stand in `par_reference`. The gradient of the masks is the adjoint diffusion, with the weights
+computed again rather than kept; the gradient of the images goes through the reference path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ._native_module import address, native, view, workspace
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---
 
 
 def _check_factors(w1: float, w2: float, w3: float) -> list[float]:
@@ -106,7 +106,9 @@ def pamr(
     class_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as `par`."""
+    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
+    `par`.
+    """
     return _refine(images, masks, dilations, num_iter, [], class_mask, backend)
 
 
@@ -130,19 +132,23 @@ def par_weights(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """The weights of `par` (AFA, Eq. 9-11): images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive, sum 1 + w3.
+    """The weights of `par` (AFA, Eq. 9-11): images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive,
+    sum 1 + w3.
 
-    Channels: for each dilation the 8 neighbours, row-major in (dy, dx), centre left out. Arguments and errors as `par`.
+    Channels: for each dilation the 8 neighbours, row-major in (dy, dx), centre left out. Arguments and errors as
+    `par`.
     """
     return _weights(images, dilations, _check_factors(w1, w2, w3), backend)
 
 
 def pamr_weights(images: Tensor, dilations: Sequence[int] = (1,), *, backend: str | None = None) -> Tensor:
-    """The weights of `pamr`: images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive, sum 1. Channels as `par_weights`."""
+    """The weights of `pamr`: images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive, sum 1. Channels
+    as `par_weights`.
+    """
     return _weights(images, dilations, [], backend)
 
 
-# --- forward and its adjoint ------------------------------------------------------------------------------------------
+# --- forward and its adjoint ---
 
 
 @torch.library.custom_op("afa::par", mutates_args=())
@@ -164,7 +170,8 @@ def _par(
     if _native_module.on_cuda(masks):
         place = _native_module.cuda_stream(masks.device)
         kept = None if class_mask is None else class_mask.contiguous()
-        # bfloat16 masks lose four times more in their own rounding than half-precision weights cost; float16 masks do not.
+        # bfloat16 masks lose four times more in their own rounding than half-precision weights cost; float16 masks
+        # do not.
         options = num_iter, transpose, masks.dtype == torch.bfloat16
         size = native.par_cuda_workspace(view(images), view(masks), dilations, *options, place[0])
         scratch = workspace(size, masks.device)
@@ -175,7 +182,16 @@ def _par(
     scratch = workspace(native.par_cpu_workspace(view(images), view(masks), dilations, threads), masks.device)
     present = [] if class_mask is None else class_mask.flatten().tolist()
     native.par_cpu(
-        view(images), view(masks), view(out), dilations, factors, present, num_iter, transpose, scratch.data_ptr(), threads
+        view(images),
+        view(masks),
+        view(out),
+        dilations,
+        factors,
+        present,
+        num_iter,
+        transpose,
+        scratch.data_ptr(),
+        threads,
     )
     return out
 
@@ -208,7 +224,7 @@ def _(images, dilations, factors, backend):
     return torch.empty(shape, dtype=images.dtype, device=images.device)
 
 
-# --- backward ---------------------------------------------------------------------------------------------------------
+# --- backward ---
 
 
 def _save(ctx, inputs, output):
@@ -225,7 +241,8 @@ def _backward(ctx, grad):
         grad_masks = torch.ops.afa.par(images, grad, dilations, num_iter, factors, class_mask, not transpose, backend)
         grad_masks = grad_masks.to(dtype)
     if ctx.needs_input_grad[0]:
-        # <grad, A masks> is also <A^T grad, masks>: the adjoint's images have the same gradient with the two exchanged.
+        # <grad, A masks> is also <A^T grad, masks>: the adjoint's images have the same gradient with the two
+        # exchanged.
         start, end = (grad, masks) if transpose else (masks, grad)
         grad_images = _images_gradient(images, start, end, dilations, num_iter, factors, class_mask)
     return grad_images, grad_masks, None, None, None, None, None, None
@@ -244,7 +261,9 @@ def _images_gradient(
         return torch.zeros_like(images)
     with torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
-        out = par_reference.refine(leaf, masks.detach().float(), dilations, num_iter, tuple(factors) or None, class_mask)
+        out = par_reference.refine(
+            leaf, masks.detach().float(), dilations, num_iter, tuple(factors) or None, class_mask
+        )
         return torch.autograd.grad(out, leaf, grad.float())[0].to(images.dtype)
 
 
@@ -268,7 +287,7 @@ def _backward_weights(ctx, grad):
     return _weights_gradient(*ctx.saved_tensors, grad, dilations, factors), None, None, None
 
 
-# --- registration -----------------------------------------------------------------------------------------------------
+# --- registration ---
 
 _par.register_autograd(_backward, setup_context=_save)
 _par_weights.register_autograd(_backward_weights, setup_context=_save_images)

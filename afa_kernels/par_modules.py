@@ -1,4 +1,6 @@
-"""PAR and PAMR as modules, with the constructors, forwards, buffers and attributes the field's repositories already use."""
+"""PAR and PAMR as modules, with the constructors, forwards, buffers and attributes the field's repositories
+already use.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ def _neighbour_kernel(*, difference: bool) -> Tensor:
 
 
 class PAR(nn.Module):
-    """Drop-in for AFA's ``PAR``: ``PAR(dilations, num_iter)(imgs, masks)``, argument names, buffer and attributes kept.
+    """Drop-in for AFA's ``PAR``: ``PAR(dilations, num_iter)(imgs, masks)``, argument names, buffer and attributes
+    kept.
 
-    forward(imgs [B, 3, H, W] in 0..1, masks [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.par`. The attributes keep their
-    published meaning and may be changed: ``w1`` (0.3) is the smoothing of both terms, ``w2`` (0.01) the position term's share.
+    forward(imgs [B, 3, H, W] in 0..1, masks [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.par`. The attributes
+    keep their published meaning and may be changed: ``w1`` (0.3) is the smoothing of both terms, ``w2`` (0.01) the
+    position term's share.
     """
 
     def __init__(self, dilations: Sequence[int], num_iter: int) -> None:
@@ -61,8 +65,8 @@ class _Kernel(nn.Module):
 class PAMR(nn.Module):
     """Drop-in for 1-stage-wseg's ``PAMR``: ``PAMR(num_iter=1, dilations=[1])(x, mask)``, state keys kept.
 
-    forward(x [B, 3, H, W] in 0..1, mask [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.pamr`. Note the argument order of the
-    constructor, the reverse of `PAR`'s.
+    forward(x [B, 3, H, W] in 0..1, mask [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.pamr`. Note the argument
+    order of the constructor, the reverse of `PAR`'s.
     """
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,)) -> None:

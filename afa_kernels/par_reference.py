@@ -3,11 +3,11 @@
 PAR (AFA, Eq. 9-11), for each pixel over its taps t (8 neighbours for each dilation):
 
     kappa_rgb = mean over colours of -(|I_t - I| / (sigma + 1e-8) / w1)^2      sigma: unbiased std of the neighbours
-    kappa_pos = -(dist_t / (sigma_pos + 1e-8) / w2)^2                          sigma_pos: unbiased std of the distances
-    weights   = softmax_t(kappa_rgb) + w3 softmax_t(kappa_pos)
+    kappa_pos = -(dist_t / (sigma_pos + 1e-8) / w2)^2                          sigma_pos: unbiased std of the
+    distances weights   = softmax_t(kappa_rgb) + w3 softmax_t(kappa_pos)
 
-PAMR (1-stage-wseg, Eq. 5-6): weights = softmax_t(mean over colours of -|I_t - I| / (1e-8 + 0.1 sigma)), sigma with the centre
-counted once for each dilation.
+PAMR (1-stage-wseg, Eq. 5-6): weights = softmax_t(mean over colours of -|I_t - I| / (1e-8 + 0.1 sigma)), sigma with
+the centre counted once for each dilation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def refine(
     factors: tuple[float, float, float] | None,
     class_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights, then num_iter steps of diffusion; factors (w1, w2, w3) for PAR, None for PAMR. masks have the image's size."""
+    """Weights, then num_iter steps of diffusion; factors (w1, w2, w3) for PAR, None for PAMR. masks have the
+    image's size.
+    """
     dtype = torch.promote_types(torch.promote_types(images.dtype, masks.dtype), torch.float32)
     pixels = images.to(dtype)
     weights = pamr_weights(pixels, dilations) if factors is None else par_weights(pixels, dilations, *factors)

@@ -1,7 +1,8 @@
 """PAR and PAMR in Triton: one kernel for the weights, then `diffusion_triton`.
 
-Each program holds a block of pixels and all taps, [PIXELS, TAPS] with the taps padded to a power of two, in registers: mean,
-deviation, kappa and softmax are reductions along the taps, and every weight is written once. Floor: 8*D*H*W*4 bytes written.
+Each program holds a block of pixels and all taps, [PIXELS, TAPS] with the taps padded to a power of two, in
+registers: mean, deviation, kappa and softmax are reductions along the taps, and every weight is written once.
+Floor: 8*D*H*W*4 bytes written.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Where the operator tests put their tensors. With "cuda" the same tests prove the CUDA and the compiled Triton backends.
+# Where the operator tests put their tensors. With "cuda" the same tests prove the CUDA and the compiled Triton
+# backends.
 DEVICE = os.environ.get("AFA_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
@@ -35,7 +36,9 @@ def _from_env(name: str) -> Path | None:
 
 @pytest.fixture(scope="session")
 def golden():
-    """``golden(name)`` gives the recorded arrays of the public implementation as a dict; skips where they are absent."""
+    """``golden(name)`` gives the recorded arrays of the public implementation as a dict; skips where they are
+    absent.
+    """
 
     def load(name: str) -> dict[str, np.ndarray]:
         folders = (_from_env("AFA_GOLDEN"), ROOT / "tests" / "golden", ROOT.parent / "shared" / "golden")

@@ -1,4 +1,6 @@
-"""Diffusion: native against reference on both borders, the adjoint, gradients of masks and weights, registration, bad input."""
+"""Diffusion: native against reference on both borders, the adjoint, gradients of masks and weights,
+registration, bad input.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import pytest
 import torch
 from conftest import DEVICE, available, relative_error
 
-import afa_kernels
 from afa_kernels import diffuse
 
 BACKENDS = available("diffuse")
@@ -71,7 +72,9 @@ def test_gradient_is_the_adjoint(rng, backend, border):
         leaf = masks.clone().requires_grad_()
         out = diffuse(weights, leaf, OFFSETS, 2, border, backend=backend)
         (adjoint,) = torch.autograd.grad(out, leaf, other)
-        assert (out.double() * other).sum().item() == pytest.approx((masks.double() * adjoint).sum().item(), rel=1e-4, abs=1e-5)
+        assert (out.double() * other).sum().item() == pytest.approx(
+            (masks.double() * adjoint).sum().item(), rel=1e-4, abs=1e-5
+        )
 
 
 def test_reference_gradcheck_in_float64():
@@ -118,7 +121,9 @@ def test_half_conversions_are_exact(backend):
         got = diffuse(weights, values, [(0, 0)], 1, backend=backend)
         torch.testing.assert_close(got, values, rtol=0, atol=0, equal_nan=True)
     # And float32 to half rounds as PyTorch does: ties, subnormals, overflow.
-    wide = torch.cat([torch.randn(4096) * 10.0**e for e in (-9, -7, -5, -4, 0, 4, 5)] + [torch.tensor([65519.0, 65520.0, 2.0**-25])]).to(DEVICE)
+    wide = torch.cat(
+        [torch.randn(4096) * 10.0**e for e in (-9, -7, -5, -4, 0, 4, 5)] + [torch.tensor([65519.0, 65520.0, 2.0**-25])]
+    ).to(DEVICE)
     for dtype in (torch.float16, torch.bfloat16):
         masks = torch.ones(1, 1, 1, wide.numel(), dtype=dtype, device=DEVICE)
         got = diffuse(wide.view(1, 1, 1, -1), masks, [(0, 0)], 1, backend=backend)
@@ -194,6 +199,12 @@ GOOD_WEIGHTS, GOOD_MASKS = torch.rand(2, 2, 8, 9, device=DEVICE), torch.rand(2, 
     ],
 )
 def test_bad_input_is_named(change, error, named, backend):
-    arguments = {"weights": GOOD_WEIGHTS, "masks": GOOD_MASKS, "offsets": [(0, 1), (1, 0)], "num_iter": 2, "backend": backend}
+    arguments = {
+        "weights": GOOD_WEIGHTS,
+        "masks": GOOD_MASKS,
+        "offsets": [(0, 1), (1, 0)],
+        "num_iter": 2,
+        "backend": backend,
+    }
     with pytest.raises(error, match=named):
         diffuse(**{**arguments, **change})

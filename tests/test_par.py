@@ -28,11 +28,13 @@ def inputs(rng, batch=1, channels=3, height=19, width=23, dtype=torch.float32):
     return images, masks
 
 
-# --- the published numbers --------------------------------------------------------------------------------------------
+# --- the published numbers ---
 
 
 def recorded(*names):
-    """Every backend on every recording; Triton's interpreter, which takes 10 s for one of the larger, on the others."""
+    """Every backend on every recording; Triton's interpreter, which takes 10 s for one of the larger, on the
+    others.
+    """
     slow = ("photo", "small") if DEVICE == "cpu" else ()
     return [(backend, name) for backend in BACKENDS for name in names if backend != "triton" or name not in slow]
 
@@ -60,7 +62,7 @@ def test_gradient_of_masks_gives_the_published_numbers(golden, backend):
     assert relative_error(masks.grad, torch.tensor(z["grad_masks"])) < 1e-5
 
 
-# --- native against reference -----------------------------------------------------------------------------------------
+# --- native against reference ---
 
 SHAPES = [(1, 1, 1, 1), (2, 2, 1, 40), (1, 3, 37, 1), (3, 5, 2, 3), (1, 21, 33, 65), (2, 9, 16, 16), (1, 17, 7, 130)]
 
@@ -227,7 +229,7 @@ def test_inputs_stay_as_they_are(rng):
     assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 @pytest.mark.parametrize("operator", [par, pamr])
@@ -278,7 +280,7 @@ def test_second_derivative_of_the_masks_is_the_operator_again(rng, backend):
     torch.testing.assert_close(second, par(images, masks.detach(), (1,), 2))
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
+# --- PyTorch ---
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -321,7 +323,7 @@ def test_autocast_and_no_grad(rng):
     assert torch.equal(out, par(images, masks))
 
 
-# --- choice of backend ------------------------------------------------------------------------------------------------
+# --- choice of backend ---
 
 
 def test_choice_of_backend(rng, monkeypatch):
@@ -356,7 +358,7 @@ def test_backends_says_why_not():
     assert "par " in str(table) and "yes" in str(table)
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 GOOD_IMAGES, GOOD_MASKS = torch.rand(2, 3, 8, 9, device=DEVICE), torch.rand(2, 4, 8, 9, device=DEVICE)
 
@@ -395,7 +397,7 @@ def test_bad_input_is_named(change, error, named, backend):
         par(**arguments)
 
 
-# --- the modules ------------------------------------------------------------------------------------------------------
+# --- the modules ---
 
 
 def test_modules_are_drop_ins(rng):
