@@ -97,9 +97,11 @@ static void switch_stack(void** saved, void* next) {
 #endif
 
 static thread_local void* scheduler = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
 static thread_local void* scheduler_fake_stack = nullptr;
 static thread_local const void* scheduler_bottom = nullptr;
 static thread_local size_t scheduler_bytes = 0;
+#endif
 
 static void to_fiber(Thread& thread) {
   current = &thread;
@@ -332,11 +334,15 @@ bool run(const Launch& launch) {
   if (!error.empty()) return false;
   launch_log() += (launch.cooperative ? "cooperative " : "") + std::to_string(blocks) + " x " + std::to_string(threads) + "\n";
   running = &launch;
-  const uint64_t first = launch.cooperative ? 0 : uint64_t(settings().first_block);
-  const uint64_t count = launch.cooperative ? blocks : std::min<uint64_t>(blocks - std::min(first, blocks), uint64_t(settings().block_count));
-  std::vector<size_t> numbers(count);
+  int64_t first = 0, count = int64_t(blocks);
+  if (!launch.cooperative) {
+    first = settings().first_block < 0 ? count + settings().first_block : settings().first_block;
+    first = std::min(std::max<int64_t>(first, 0), count);
+    count = std::min(count - first, settings().block_count);
+  }
+  std::vector<size_t> numbers(static_cast<size_t>(count));
   order(numbers);
-  for (size_t& number : numbers) number += first;
+  for (size_t& number : numbers) number += size_t(first);
   if (launch.cooperative)
     run_blocks(launch, numbers);
   else

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-import torch
-
 import afa_kernels
 from afa_kernels import _native_module
 
@@ -17,7 +15,7 @@ from .build import Emulator
 
 @contextmanager
 def emulated(emulator: Emulator, order: int = 0) -> Iterator[Emulator]:
-    """Within the block the native backend runs the CUDA sources under the emulator, threads and blocks in this order."""
+    """Within the block the native backend runs the CUDA sources, emulated, threads and blocks in this order."""
     original = _native_module.native
     emulator.set_order(order)
     with mock.patch.multiple(_native_module, on_cuda=lambda tensor: True, cuda_stream=lambda device: (0, 0)):
@@ -29,7 +27,7 @@ def emulated(emulator: Emulator, order: int = 0) -> Iterator[Emulator]:
         for patch in patches:
             patch.start()
         try:
-            with torch.no_grad() if not torch.is_grad_enabled() else torch.enable_grad(), afa_kernels.use_backend("native"):
+            with afa_kernels.use_backend("native"):
                 yield emulator
         finally:
             for patch in reversed(patches):

@@ -1,0 +1,292 @@
+"""The CUDA sources, run thread by thread on the CPU: the operators' own tests, and faults that must not pass unseen."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import test_diffusion
+import test_par
+import torch
+from conftest import relative_error
+from cuda_emulator import build
+from cuda_emulator.operators import emulated
+
+from afa_kernels import _native_module, diffuse, pamr, par, par_weights
+
+pytestmark = [
+    pytest.mark.cuda_emulator,
+    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
+]
+SIX = (1, 2, 4, 8, 12, 24)
+# A device on which the weights stay on chip, and one so small that everything is streamed.
+DEVICES = {"resident": (4, 227 * 1024), "streaming": (1, 1000)}
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    return build.load()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, emulator):
+    """The native backend is the emulated CUDA one for as long as the test runs."""
+    with emulated(emulator):
+        emulator.set_device(*DEVICES[request.param])
+        yield request.param
+
+
+# --- the operators' tests, on the emulated backend --------------------------------------------------------------------
+
+
+def on_emulator(test: types.FunctionType):
+    """The same test with the native backend alone, which the fixture makes the emulated one."""
+    names = {"BACKENDS": ["reference", "native"], "FAST": ["native"]}
+    copy = types.FunctionType(
+        test.__code__, {**test.__globals__, **names}, test.__name__, test.__defaults__, test.__closure__
+    )
+    copy.__kwdefaults__ = test.__kwdefaults__
+    marks = [
+        pytest.mark.parametrize("backend", ["native"]).mark
+        if mark.name == "parametrize" and mark.args[0] == "backend"
+        else mark
+        for mark in getattr(test, "pytestmark", [])
+    ]
+    copy.pytestmark = [*marks, pytest.mark.usefixtures("device").mark]
+    return copy
+
+
+# What does not reach a kernel, or needs a process of its own.
+LEFT_OUT = ("instruction_set", "gradcheck", "bad_input", "backends_says", "choice_of_backend", "published_kernels")
+
+
+def operator_tests(module: types.ModuleType, prefix: str) -> dict[str, types.FunctionType]:
+    chosen = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+    return {
+        f"test_{prefix}_{name.removeprefix('test_')}": on_emulator(test)
+        for name, test in chosen.items()
+        if not any(part in name for part in LEFT_OUT)
+    }
+
+
+globals().update(operator_tests(test_par, "par"))
+globals().update(operator_tests(test_diffusion, "diffusion"))
+
+
+# --- races: the order of threads and blocks must not show -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_order_of_threads_gives_the_same_bits(rng, emulator, kind, dtype):
+    images, masks, grad = (torch.rand(2, channels, 18, 37, generator=rng).to(dtype) for channels in (3, 5, 5))
+    weights = torch.rand(2, 9, 18, 37, generator=rng).to(dtype)
+    present = torch.rand(2, 5, generator=rng) > 0.3
+
+    def everything() -> list[torch.Tensor]:
+        leaf = masks.clone().requires_grad_()
+        par(images, leaf, (1, 5), 3, class_mask=present).backward(grad)
+        taps = [(0, 0), (1, -2), (-3, 1), (0, 5), (2, 0), (-40, 7), (3, 60), (-1, -1), (0, 9)]
+        return [
+            par(images, masks, SIX, 3, class_mask=present),
+            pamr(images, masks, (2, 1), 3),
+            par_weights(images, SIX),
+            diffuse(weights, masks, taps, 3, "zero"),
+            leaf.grad,
+        ]
+
+    results = []
+    for order in (0, 1, 2):
+        with emulated(emulator, order):
+            emulator.set_device(*DEVICES[kind])
+            emulator.launches()
+            results.append(everything())
+            assert any(launch.startswith("cooperative") for launch in emulator.launches()) == (kind == "resident")
+    for result in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(result, results[0]))
+
+
+# --- the paths that the operators' tests do not name ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", [par, pamr])
+def test_half_weights_keep_to_their_budget(rng, device, emulator, operator):
+    """bfloat16 masks are refined with half-precision weights: 1e-3 after 10 iterations, without the masks' rounding."""
+    images, masks = torch.rand(1, 3, 25, 31, generator=rng), torch.rand(1, 4, 25, 31, generator=rng).bfloat16()
+    want = operator(images, masks.float(), SIX, 10, backend="reference")
+    out = torch.empty(masks.shape)  # float32, so that only the weights are rounded
+    view, native = _native_module.view, emulator.native
+    dilations, factors = list(SIX), [0.3, 0.3, 0.01] if operator is par else []
+    size = native.par_cuda_workspace(view(images), view(masks), dilations, 10, False, True, 0)
+    scratch = torch.empty(max(1, size), dtype=torch.uint8)
+    options = 0, 10, False, True, scratch.data_ptr(), 0, 0
+    native.par_cuda(view(images), view(masks), view(out), dilations, factors, *options)
+    assert relative_error(out, want) < 1e-3
+
+
+@pytest.mark.parametrize("images_in_batch", [1, 3, 7])
+def test_a_batch_larger_than_the_chip_is_walked_through(rng, emulator, images_in_batch):
+    images, masks = (torch.rand(images_in_batch, channels, 21, 40, generator=rng) for channels in (3, 6))
+    want = par(images, masks, (1, 3), 4, backend="reference")
+    with emulated(emulator):
+        emulator.set_device(5, 60 * 1024)
+        emulator.launches()
+        got = par(images, masks, (1, 3), 4)
+        assert emulator.launches()[0].startswith("cooperative")
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("taps", [64, 65, 449, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_number_of_taps(rng, device, taps, dtype):
+    weights = (torch.rand(1, taps, 6, 16, generator=rng) / taps).to(dtype)
+    masks = torch.rand(1, 3, 6, 16, generator=rng)
+    offsets = torch.randint(-20, 20, (taps, 2), generator=rng)
+    got, want = (diffuse(weights, masks, offsets, 2, backend=backend) for backend in ("native", "reference"))
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(70_000, 1, 1, 1), (1, 1, 65535 * 128 + 100, 1)])
+def test_more_images_or_rows_than_a_grid_has_blocks(rng, emulator, shape):
+    """Grid dimensions y and z end at 65535: the first block walks on to what would be the 65536th's."""
+    masks, weights = torch.rand(shape, generator=rng), torch.rand(shape, generator=rng)
+    with emulated(emulator):
+        emulator.set_blocks(0, 1)
+        got = diffuse(weights, masks, [(0, 0)], 1).flatten()
+    written = ~got.isnan()
+    assert torch.equal(got[written], (weights * masks).flatten()[written])
+    assert written[0] and written[-1 if shape[0] == 1 else 65535]
+
+
+def reserved(*shape: int) -> torch.Tensor:
+    """Zeros that take memory only where they are touched."""
+    count = 4 * math.prod(shape)
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")
+def test_index_arithmetic_beyond_32_bits(rng, emulator):
+    """1 x 1 x 40000 x 60000: the last block alone runs, at the far end of reserved memory that nobody fills."""
+    height, width, native, view = 40_000, 60_000, emulator.native, _native_module.view
+    shape = 1, 1, height, width
+    weights, masks, out = reserved(1, 2, height, width), reserved(*shape), reserved(*shape)
+    corner = slice(height - 64, height), slice(width - 256, width)
+    weights[(0, slice(None), *corner)] = torch.rand(2, 64, 256, generator=rng)
+    masks[(0, 0, *corner)] = torch.rand(64, 256, generator=rng)
+    emulator.set_blocks(-1, 1)
+    try:
+        scratch = torch.zeros(4096, dtype=torch.uint8)
+        for transpose in (False, True):
+            out[(0, 0, *corner)] = float("nan")
+            options = [-1, -4, 0, 0], 0, 1, False, transpose, scratch.data_ptr(), 0, 0
+            native.diffuse_cuda(view(weights), view(masks), view(out), *options)
+            small = weights[(..., *corner)].clone(), masks[(..., *corner)].clone().requires_grad_()
+            end = out[(0, 0, *corner)]
+            want = diffuse(*small, [(-1, -4), (0, 0)], 1, backend="reference")
+            if transpose:
+                (want,) = torch.autograd.grad(want, small[1], small[1].detach())
+            written = ~end.isnan()
+            assert written.sum() >= 4 * 32 and written[-1, -1]
+            torch.testing.assert_close(end[written], want[0, 0].detach()[written], rtol=1e-5, atol=1e-6)
+
+        images, result = reserved(1, 3, height, width), reserved(1, 8, height, width)
+        images[(0, slice(None), *corner)] = torch.rand(3, 64, 256, generator=rng)
+        result[(0, slice(None), *corner)] = float("nan")
+        native.par_weights_cuda(view(images), view(result), [3], [0.3, 0.3, 0.01], 0, 0)
+        want = par_weights(images[(..., *corner)].clone(), (3,), backend="reference")
+        end = result[(..., *corner)]
+        written = ~end.isnan()
+        assert written.sum() == 8 * 16 * 32 and written[..., -1, -1].all()
+        torch.testing.assert_close(end[written], want[written], rtol=1e-4, atol=1e-6)
+    finally:
+        emulator.set_blocks()
+    # Two buffers of float32, rows padded to 16 bytes, and the weights of 8 taps; nothing is rounded down to 32 bits.
+    needed = native.par_cuda_workspace(view(images), view(masks), [3], 3, False, False, 0)
+    assert needed >= 4 * (8 + 2) * height * width > 2**33
+
+
+# --- faults: the emulator must notice ---------------------------------------------------------------------------------
+
+FAULTS = {
+    "shared_overrun": "shared memory: index 64 is outside [0, 64)",
+    "raw_overrun": "shared memory: byte 256 was written, the block has 256",
+    "divergent": "divergent barrier: thread (0,0,0) of block (0,0,0) is at a block barrier",
+    "half_warp": "divergent barrier: thread (0,0,0) of block (0,0,0) is in a warp collective",
+    "early_exit": "divergent barrier:",
+    "too_much_shared": "more shared memory than the device has",
+    "too_many_blocks": "a cooperative grid of 4096 blocks is not resident at once",
+    "not_cooperative": "grid barrier in a launch that is not cooperative",
+}
+
+
+def faulty(emulator, name: str, order: int = 0) -> tuple[torch.Tensor, str]:
+    out = torch.full((80,), float("nan"))
+    emulator.set_order(order)
+    try:
+        return out, emulator.fault(name, out.data_ptr())
+    finally:
+        emulator.set_order(0)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_refused(emulator, name):
+    assert FAULTS[name] in faulty(emulator, name)[1]
+
+
+@pytest.mark.parametrize("name", ["missing_barrier", "missing_grid_barrier"])
+def test_missing_barrier_shows_in_another_order(emulator, name):
+    results = [faulty(emulator, name, order) for order in (0, 1)]
+    assert not any(complaint for _, complaint in results)
+    assert not torch.equal(results[0][0].nan_to_num(-1), results[1][0].nan_to_num(-1))
+
+
+def test_wrong_index_and_unwritten_element_show_in_the_result(emulator):
+    want = 2 * ((torch.arange(64) + 1) % 64).float()
+    assert torch.equal(faulty(emulator, "sound")[0][:64], want)
+    assert not torch.equal(faulty(emulator, "wrong_index")[0][:64], want)
+    assert faulty(emulator, "unwritten")[0][:64].isnan().sum() == 1
+    assert not faulty(emulator, "global_overrun")[0][64:].isnan().all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("name", ["sound", "sound_grid"])
+def test_sound_kernels_pass_in_every_order(emulator, name, order):
+    out, complaint = faulty(emulator, name, order)
+    assert complaint == "" and out[:64].isfinite().all() and out[64:].isnan().all()
+    assert torch.equal(out.nan_to_num(-1), faulty(emulator, name)[0].nan_to_num(-1))
+
+
+# --- sanitizers -------------------------------------------------------------------------------------------------------
+
+
+def sanitized(*arguments: str) -> str:
+    """The output of under_sanitizers.py with AddressSanitizer's runtime preloaded."""
+    runtime = subprocess.run(
+        [build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("the compiler has no AddressSanitizer runtime")
+    environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    script = Path(build.__file__).with_name("under_sanitizers.py")
+    run = subprocess.run(
+        [sys.executable, str(script), "address", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout + run.stderr
+
+
+def test_every_kernel_under_address_and_undefined_behaviour_sanitizers():
+    build.build("address")
+    said = sanitized()
+    assert "clean after" in said, said[-3000:]
+    assert "AddressSanitizer: heap-buffer-overflow" in sanitized("global_overrun")
+    assert "sound: unnoticed" in sanitized("sound")
