@@ -30,13 +30,12 @@ class FiniteGuard:
         self.rank = rank
         self._open: tuple[int, Mapping[str, Any], dict[str, Tensor], Tensor] | None = None
 
-    def watch(
-        self, iteration: int, batch: Mapping[str, Any], losses: dict[str, Tensor], grad_norm: Tensor
-    ) -> None:
+    def watch(self, iteration: int, batch: Mapping[str, Any], losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Look at step ``iteration``; raises TrainingError for it or (on a GPU) for the one before."""
         self.settle()
-        finite = torch.isfinite(losses["loss"].detach() + grad_norm)
-        self._open = (iteration, batch, {**losses, "grad_norm": grad_norm}, finite)
+        values = {name: value.detach() for name, value in losses.items()}
+        finite = torch.isfinite(values["loss"] + grad_norm)
+        self._open = (iteration, batch, {**values, "grad_norm": grad_norm}, finite)
         if finite.device.type == "cpu":
             self.settle()
 

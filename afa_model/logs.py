@@ -18,6 +18,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .predict_maps import KINDS
+
 
 class Table:
     """A CSV file that grows by rows and at a resume forgets what lies beyond the iteration it goes on from.
@@ -62,9 +64,7 @@ class Table:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             if fresh:
                 writer.writeheader()
-            writer.writerows(
-                {name: "" if value != value else value for name, value in row.items()} for row in rows
-            )
+            writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
 
 
 class Window:
@@ -151,6 +151,7 @@ class RunLog:
                 TimeElapsedColumn(),
                 TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
+                transient=True,
             )
             self._task = self._bar.add_task("training", total=total, completed=resume_at, note="")
             self._bar.start()
@@ -160,15 +161,24 @@ class RunLog:
         self.console.print(text, markup=False)
 
     @contextlib.contextmanager
+    def aside(self):
+        """The bar is taken off the screen, where something else (an evaluation) draws one of its own."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
+
+    @contextlib.contextmanager
     def _survive(self):
         try:
             yield
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                self.say(
-                    f"warning: logs in {self.folder} cannot be written ({error}); training goes on without"
-                )
+                self.say(f"warning: logs in {self.folder} cannot be written ({error}); training goes on without")
 
     def advance(self, iteration: int) -> None:
         """A step is done: move the bar."""
@@ -180,11 +190,7 @@ class RunLog:
         if not self.writes or not rows:
             return
         iteration = int(rows[-1]["iteration"])
-        known = {
-            name: [row[name] for row in rows if row[name] == row[name]]
-            for name in rows[0]
-            if name != "iteration"
-        }
+        known = {name: [row[name] for row in rows if row[name] == row[name]] for name in rows[0] if name != "iteration"}
         mean = {name: sum(values) / len(values) for name, values in known.items() if values}
         mean["lr"] = rows[-1]["lr"]
         with self._survive():
@@ -213,10 +219,8 @@ class RunLog:
             if self._board is not None:
                 for name, value in scores.items():
                     self._board.add_scalar(f"eval/{name}", value, iteration)
-        self.say(
-            f"evaluation at {iteration}: "
-            + "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
-        )
+        told = ", ".join(f"{KINDS.get(name, name)} {value:.1f}" for name, value in scores.items())
+        self.say(f"evaluation after step {iteration}, mIoU in percent: {told}")
 
     def picture(self, iteration: int, name: str, image: np.ndarray) -> None:
         """Write ``image`` ([H, W, 3] uint8) to ``pictures/`` and to TensorBoard."""

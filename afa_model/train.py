@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, pictures
 from .config import Config, ConfigError, parse, to_dict, to_yaml
@@ -73,8 +74,8 @@ class Trainer:
 
         seed_everything(config.seed)  # the same starting weights in every process
         model = build_model(config, self.data.num_classes)
-        if here.world_size > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if here.device.type == "cuda" else model
+        if here.world_size > 1 and here.device.type == "cuda":  # torch has no synchronised batch norm on the CPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(here.device, memory_format=memory_format).train()
         self.optimizer = build_optimizer(
@@ -84,7 +85,8 @@ class Trainer:
             config.optim.betas,
             config.optim.head_multiplier,
         )
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        groups = self.optimizer.param_groups
+        self.learning = [p for group in groups if group["lr_scale"] > 0 for p in group["params"]]
         self.step = data_parallel(_StepModule(self.model, TrainingStep(self.model, config.step)), here)
 
         self.progress = checkpoint.Progress()
@@ -94,6 +96,11 @@ class Trainer:
         seed_everything(config.seed + here.rank)  # dropout differs between processes
         if found is not None:
             self._resume(*found)
+        places = gather_from_all(self.progress.iteration)
+        if len(set(places)) > 1:
+            raise checkpoint.CheckpointError(
+                f"the processes found checkpoints of different steps ({places}): out must be a shared folder"
+            )
 
         loader = training_loader(
             self.data,
@@ -145,20 +152,17 @@ class Trainer:
         with autocast(config.amp, self.here.device):
             result = self.step(batch, iteration, True if drawn else None)
         result.loss.backward()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.learning if p.grad is not None])
         if config.optim.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, config.optim.clip_norm, grad_norm)
-        values = {name: self._number(getattr(result, name)) for name in _NUMBERS}
-        guard.watch(iteration, batch, values, grad_norm)
+            nn.utils.clip_grads_with_norm_(self.learning, config.optim.clip_norm, grad_norm)
+        computed = {name: getattr(result, name) for name in _NUMBERS if getattr(result, name) is not None}
+        guard.watch(iteration, batch, computed, grad_norm)
         self.optimizer.step()
         self.progress.iteration += 1
+        absent = torch.full((), torch.nan, device=self.here.device)  # an empty field in the table
+        values = {name: computed.get(name, absent) for name in _NUMBERS}
         window.add(self.progress.iteration, lr, {**values, "grad_norm": grad_norm})
         return batch, result
-
-    def _number(self, value: Tensor | None) -> Tensor:
-        """What a step did not compute is NaN: an empty field in the table."""
-        value = float("nan") if value is None else value
-        return torch.as_tensor(value, dtype=torch.float32, device=self.here.device).detach()
 
     def evaluate(self) -> dict[str, float]:
         """mIoU (percent) of every kind of label map on the validation images."""
@@ -274,6 +278,8 @@ def _run(trainer: Trainer, log: RunLog, interrupt: Interrupt) -> Summary:
     )
     for note in trainer.notes:
         log.say(note)
+    if progress.iteration >= total:
+        log.say(f"nothing is left to do: schedule.max_iters is {total}")
     guard, window = FiniteGuard(trainer.folder, here.rank), Window()
     scores: dict[str, float] = {}
     while progress.iteration < total:
@@ -296,16 +302,15 @@ def _run(trainer: Trainer, log: RunLog, interrupt: Interrupt) -> Summary:
                 log.picture(done, "training", trainer.picture(batch, result))
             better = False
             if evaluating:
-                scores = trainer.evaluate()
+                with log.aside():
+                    scores = trainer.evaluate()
                 log.evaluation(done, scores)
                 better = _headline(scores) >= progress.best
                 progress.best = max(progress.best, _headline(scores))
             if saving:
                 _save(trainer, log, better, must=last)
         if stop:
-            log.say(
-                f"stopped by signal {interrupt.signal} after step {done}; `--resume auto` goes on from here"
-            )
+            log.say(f"stopped by signal {interrupt.signal} after step {done}; `--resume auto` goes on from here")
             return Summary(done, trainer.folder, trainer.newest, scores, interrupted=True)
     log.say(f"done: {trainer.newest}; logs, pictures and config.yaml are in {trainer.folder}")
     return Summary(progress.iteration, trainer.folder, trainer.newest, scores)
@@ -332,11 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`afa train`: returns 0 when done, 2 if settings or data are wrong, 1 if it broke, 130 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        summary = train(
-            parse(argv, "afa train", "Train AFA from image-level labels on a data set in VOC layout.")
-        )
+        summary = train(parse(argv, "afa train", "Train AFA from image-level labels on a data set in VOC layout."))
     except (ConfigError, DataError) as error:
-        print(f"afa train: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes find the same
+            print(f"afa train: error: {error}", file=sys.stderr)
         return 2
     except (TrainingError, checkpoint.CheckpointError) as error:
         print(f"afa train: error: {error}", file=sys.stderr)

@@ -43,7 +43,12 @@ def test_packaged_configs_are_found_by_name(name):
     assert parse(["--config", name]).schedule.max_iters == 20_000
     assert parse([f"--config={name}"]).schedule.max_iters == 20_000
     assert find_config(name).endswith("voc.yaml")
-    assert {"voc", "coco"} <= set(packaged())
+    assert {"voc", "coco", "demo"} <= set(packaged())
+
+
+def test_every_packaged_config_is_accepted():
+    for name in packaged():
+        assert parse(["--config", name]).out == f"runs/{name}"
 
 
 def test_published_values():
