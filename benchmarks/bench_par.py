@@ -1,0 +1,52 @@
+"""PAR: weights and all iterations, as a training step calls it. The reference is plain dense tensor code."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from harness import Case
+
+import afa_kernels
+from afa_kernels.par import DILATIONS
+
+# (batch, channels, height, width, iterations): training at crop 512 and half resolution, evaluation, large photographs.
+SHAPES = [
+    (1, 3, 160, 160, 10),
+    (1, 21, 320, 320, 10),
+    (2, 3, 256, 256, 10),
+    (8, 3, 256, 256, 10),
+    (1, 21, 512, 512, 5),
+    (1, 3, 1024, 2048, 20),
+]
+QUICK = SHAPES[:3]
+TAPS = 8 * len(DILATIONS)
+
+
+def case(shape: tuple[int, ...], device: str, compiled: bool) -> Case:
+    batch, channels, height, width, iterations = shape
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, height, width, generator=generator).to(device)
+    masks = torch.rand(batch, channels, height, width, generator=generator).to(device)
+    call = partial(afa_kernels.par, images, masks, num_iter=iterations)
+    providers = {"reference": partial(call, backend="reference")}
+    if compiled:
+        providers["torch.compile"] = torch.compile(providers["reference"], dynamic=False)
+    for row in afa_kernels.backends():
+        # Triton's interpreter on the CPU is there to prove kernels, not to be timed.
+        timed = row.backend == "native" or (row.backend == "triton" and device == "cuda")
+        if (row.operator, row.device, row.available) == ("par", device, True) and timed:
+            providers[row.backend] = partial(call, backend=row.backend)
+    pixels = batch * height * width
+    return Case(
+        f"{batch}x{channels}x{height}x{width}, {iterations} iterations",
+        providers,
+        # Images and masks in, masks out: with the weights on chip nothing else need move.
+        bytes=4.0 * pixels * (3 + 2 * channels),
+        # A weight costs about 30 operations (differences, deviation, exponential, softmax), then two a channel and step.
+        operations=pixels * TAPS * (30.0 + 2.0 * channels * iterations),
+    )
+
+
+def cases(device: str, quick: bool = False, compiled: bool = False) -> list[Case]:
+    return [case(shape, device, compiled) for shape in (QUICK if quick else SHAPES)]

@@ -1,0 +1,318 @@
+"""One way to time every operator.
+
+A case table (``bench_*.py``) gives, for each case, the inputs, what each provider does with them, and the bytes and
+operations that no implementation can avoid. The harness checks every provider against the first one before it times it,
+times them interleaved in one process (so that noise of the machine hits all alike), with the cache as the last provider
+left it (warm) or emptied (cold), and reports medians with 20th and 80th percentiles beside the floor:
+
+    floor = max(bytes / bandwidth, operations / peak)      of this machine, measured at the start of the run
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Case:
+    """One row of a case table. Providers are called without arguments and return a tensor or a tuple of them."""
+
+    name: str
+    providers: dict[str, Callable[[], Any]]  # the first is what the others are checked against and compared with
+    bytes: float = 0.0  # that must cross memory at least once
+    operations: float = 0.0  # multiply and add counted as two
+    tolerance: float = 1e-5  # norm of the difference over norm of the first provider's result
+
+
+@dataclass
+class Row:
+    case: str
+    provider: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    cold_ms: float
+    speedup: float  # over the case's first provider, medians of interleaved runs
+    floor_ms: float
+    of_floor: float  # floor / median: 1 would be perfect
+    peak_mb: float  # highest memory above what was in use before the call
+    error: float  # against the first provider
+    rounds: int
+
+
+@dataclass
+class Report:
+    operator: str
+    device: str
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+
+# --- the machine ---
+
+
+def commit() -> str:
+    """Short hash of the checkout, with + when it has uncommitted changes; "unknown" outside a checkout."""
+    try:
+        run = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Everything a reader needs to judge a number: device, versions, commit, measured bandwidth and peak."""
+    import afa_kernels
+
+    native = afa_kernels._native_module.native
+    bandwidth, peak = limits(device)
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "instruction_set": native.cpu_isa() if native is not None else None,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+        "peak_gflop_s": round(peak / 1e9, 1),
+    }
+
+
+def limits(device: str) -> tuple[float, float]:
+    """Bytes per second of a copy (read and written counted) and float32 operations per second of a matrix product."""
+    size = 1 << (28 if device == "cuda" else 25)
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    seconds = min(_seconds(lambda: target.copy_(source), device) for _ in range(7))
+    n = 4096 if device == "cuda" else 1024
+    a = torch.rand(n, n, device=device)
+    out = torch.empty_like(a)
+    product = min(_seconds(lambda: torch.mm(a, a, out=out), device) for _ in range(7))
+    return 2 * 4 * size / seconds, 2 * n**3 / product
+
+
+# --- timing ---
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+class CacheFlush:
+    """Writes over more memory than any cache holds."""
+
+    def __init__(self, device: str) -> None:
+        self.buffer = torch.empty((256 if device == "cuda" else 128) << 20, dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        self.buffer.fill_(1)
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> float:
+    """Bytes above the level before the call. On the CPU from the kernel's high-water mark of this process (Linux)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS:")
+        call()
+        return max(status("VmHWM:") - before, 0.0)
+    except (OSError, AttributeError, StopIteration):
+        return float("nan")
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    items = result if isinstance(result, (tuple, list)) else (result,)
+    return [item.detach().double() for item in items if isinstance(item, torch.Tensor)]
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """Largest over the returned tensors of: norm of the difference over norm of what is wanted."""
+    errors = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(_tensors(got), _tensors(want))]
+    return max(errors)
+
+
+def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) -> list[Row]:
+    """Checks, then times, every provider of one case; about ``seconds`` for each. Raises where a result is wrong."""
+    first = next(iter(case.providers))
+    want = case.providers[first]()
+    errors, peaks = {}, {}
+    for name, call in case.providers.items():
+        errors[name] = relative_error(call(), want)
+        if not errors[name] <= case.tolerance:
+            raise AssertionError(f"{case.name}: {name} differs from {first} by {errors[name]:.2g}, not timed")
+        peaks[name] = peak_memory(call, device)
+    del want
+    once = {name: _seconds(call, device) for name, call in case.providers.items()}
+    rounds = int(min(max(seconds / max(sum(once.values()) / len(once), 1e-6), 5), 200))
+    warm: dict[str, list[float]] = {name: [] for name in case.providers}
+    cold: dict[str, list[float]] = {name: [] for name in case.providers}
+    flush = CacheFlush(device)
+    for _ in range(rounds):
+        for name, call in case.providers.items():
+            # A slow provider is not repeated as often as a fast one.
+            if len(warm[name]) >= 5 and sum(warm[name]) > 2 * seconds:
+                continue
+            call()
+            warm[name].append(_seconds(call, device))
+    for _ in range(min(rounds, 7)):
+        for name, call in case.providers.items():
+            flush()
+            cold[name].append(_seconds(call, device))
+    floor = max(
+        case.bytes / (machine["bandwidth_gb_s"] * 1e9) if case.bytes else 0.0,
+        case.operations / (machine["peak_gflop_s"] * 1e9) if case.operations else 0.0,
+    )
+    base = statistics.median(warm[first])
+    rows = []
+    for name, times in warm.items():
+        median = statistics.median(times)
+        ordered = sorted(times)
+        p20, p80 = ordered[int(0.2 * (len(ordered) - 1))], ordered[int(0.8 * (len(ordered) - 1) + 0.5)]
+        milliseconds = [round(1e3 * value, 4) for value in (median, p20, p80, statistics.median(cold[name]))]
+        rows.append(
+            Row(
+                case.name,
+                name,
+                *milliseconds,
+                speedup=round(base / median, 2),
+                floor_ms=round(1e3 * floor, 4),
+                of_floor=round(floor / median, 3),
+                peak_mb=round(peaks[name] / 2**20, 2),
+                error=float(f"{errors[name]:.2g}"),
+                rounds=len(times),
+            )
+        )
+    return rows
+
+
+# --- reports ---
+
+
+def run(operator: str, cases: Sequence[Case], device: str = "cpu", seconds: float = 2.0) -> Report:
+    """Measures a case table and prints it as it goes."""
+    console = Console()
+    console.width = max(console.width, 110)  # a table that wraps is no table
+    report = Report(operator, device, describe(device))
+    console.print(f"[bold]{operator}[/bold] on {report.machine['device']}, commit {report.machine['commit']}")
+    for case in cases:
+        report.rows += measure(case, device, seconds, report.machine)
+        console.print(as_table(report.rows[-len(case.providers) :], case.name))
+    return report
+
+
+def as_table(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("provider")
+    for name in ("median ms", "p20", "p80", "cold", "speed-up", "floor ms", "of floor", "peak MB", "error"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.provider,
+            *(f"{value:.3g}" for value in (row.median_ms, row.p20_ms, row.p80_ms, row.cold_ms)),
+            f"{row.speedup:.1f}x",
+            f"{row.floor_ms:.3g}",
+            f"{100 * row.of_floor:.0f} %",
+            f"{row.peak_mb:.1f}",
+            f"{row.error:.1g}",
+        )
+    return table
+
+
+def write(report: Report, folder: Path) -> Path:
+    """``<operator>-<device>.json`` and ``.csv`` in the folder, and a plot beside them; returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{report.operator}-{report.device}"
+    path = stem.with_suffix(".json")
+    path.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*asdict(report.rows[0]), "device", "torch", "commit"])
+        writer.writeheader()
+        machine = {key: report.machine[key] for key in ("device", "torch", "commit")}
+        writer.writerows({**asdict(row), **machine} for row in report.rows)
+    plot(report, stem.with_suffix(".png"))
+    return path
+
+
+def plot(report: Report, path: Path) -> None:
+    """Bars of the medians on a logarithmic axis, whiskers from p20 to p80, a line at each case's floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row.case for row in report.rows))
+    providers = list(dict.fromkeys(row.provider for row in report.rows))
+    figure, axes = plt.subplots(figsize=(max(7.0, 2.2 * len(cases)), 4.2), layout="constrained")
+    width = 0.8 / len(providers)
+    for index, provider in enumerate(providers):
+        rows = [row for row in report.rows if row.provider == provider]
+        at = [cases.index(row.case) + (index - (len(providers) - 1) / 2) * width for row in rows]
+        spread = [[row.median_ms - row.p20_ms for row in rows], [row.p80_ms - row.median_ms for row in rows]]
+        axes.bar(at, [row.median_ms for row in rows], width, yerr=spread, label=provider, capsize=2)
+    for index, case in enumerate(cases):
+        floor = next(row.floor_ms for row in report.rows if row.case == case)
+        if floor > 0:
+            label = "floor" if index == 0 else None
+            axes.hlines(floor, index - 0.45, index + 0.45, colors="black", linestyles="dashed", label=label)
+    axes.set_yscale("log")
+    axes.set_ylabel("milliseconds (log)")
+    axes.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
+    axes.set_title(f"{report.operator} on {report.machine['device']}", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
