@@ -42,7 +42,10 @@ class Table:
             columns = list(reader.fieldnames or [])
             # A row cut short by the kill has fields missing; it lies beyond the checkpoint in any case.
             rows = [row for row in reader if None not in row.values() and int(row["iteration"]) <= iteration]
-        self.columns = columns or None
+        if not columns:  # killed before anything was written
+            self.path.unlink()
+            return
+        self.columns = columns
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
