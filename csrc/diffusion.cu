@@ -1,12 +1,14 @@
 // Diffusion on a GPU: the plan of the resident kernel (diffusion.cuh), and the kernels for what does not fit on chip.
 //
 // diffuse_step is one iteration, streaming the weights: a thread takes 16 bytes of them at a time (4 pixels of float, 8 of half)
-// for up to 8 channels, whose sums it keeps in registers. Data flow: masks that are not float32 with unit stride are first copied
+// for up to 7 channels, whose sums it keeps in registers. Data flow: masks that are not float32 with unit stride are first copied
 // to the workspace as float32; the iterations alternate two buffers there; the last writes `out` in its own type and strides.
 // Floor: taps * 4 (2 in half) bytes of weights per pixel and iteration through device memory. Weights whose rows are not on
 // 16-byte boundaries take the same kernel one pixel at a time.
 // diffuse_adjoint gathers, for each pixel, the (pixel, tap) pairs that read it; at replicated borders these are ranges.
-// Occupancy: 128 threads a block, at least 4 blocks a multiprocessor (128 registers).
+// Occupancy: diffuse_step 128 x 4, diffuse_adjoint 128 x 4, copy_masks 128 x 8, store_offsets 128 x 8 (threads x blocks a
+// multiprocessor, by registers).
+// Wide loads: diffuse_step<float, 4, *>, diffuse_step<__half, 8, *>, diffuse_step<__nv_bfloat16, 8, *>.
 #include "diffusion.cuh"
 
 #include <algorithm>
@@ -28,23 +30,31 @@ struct StepArgs {
 
 // ---- one iteration -------------------------------------------------------------------------------------------------------
 
+// The weights of kPixels neighbouring pixels, as they come: unpacked only when they are used, to save registers.
 template <class T, int kPixels>
-__device__ inline void load_weights(const View<4>& weights, int64_t at, float* to) {
-  if constexpr (kPixels == 1) {
-    *to = load_element(weights.data, weights.dtype, at);
-  } else {
-    static_assert(kPixels * sizeof(T) == 16, "streamed weights are loaded 16 bytes at a time");
-    const uint4 packed = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(weights.data) + at));
-    T unpacked[kPixels];
-    memcpy(unpacked, &packed, 16);
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i) to[i] = to_float(unpacked[i]);
+struct WeightVector {
+  static_assert(kPixels * sizeof(T) == 16, "streamed weights are loaded 16 bytes at a time");
+  uint4 packed;
+  __device__ void load(const View<4>& weights, int64_t at) {
+    packed = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(weights.data) + at));
   }
-}
+  __device__ void unpack(float* to) const {
+    T values[kPixels];
+    memcpy(values, &packed, 16);
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) to[i] = to_float(values[i]);
+  }
+};
+template <>
+struct WeightVector<float, 1> {  // any type and strides
+  float value;
+  __device__ void load(const View<4>& weights, int64_t at) { value = load_element(weights.data, weights.dtype, at); }
+  __device__ void unpack(float* to) const { *to = value; }
+};
 
 template <class T, int kPixels, int kChannels>
 __global__ void __launch_bounds__(kStepThreads, 4) diffuse_step(const __grid_constant__ StepArgs args) {
-  constexpr int kAhead = kPixels > 4 ? 2 : 4;  // taps whose weights are loaded before the first is used
+  constexpr int kAhead = 4;  // taps whose weights are loaded before the first is used
   const int channels = int(args.out.size[1]), height = int(args.out.size[2]), width = int(args.out.size[3]);
   const int taps = int(args.weights.size[1]), groups = (channels + kChannels - 1) / kChannels;
   SharedArena arena;
@@ -63,14 +73,15 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_step(const __grid_con
       float sum[kChannels][kPixels] = {};
       const int64_t at = offset_of(args.weights, b, 0, y) + x0 * (kPixels == 1 ? args.weights.stride[3] : 1);
       for (int first = 0; first < taps; first += kAhead) {
-        float weight[kAhead][kPixels];
+        WeightVector<T, kPixels> ahead[kAhead];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
-          if (first + k < taps)
-            load_weights<T, kPixels>(args.weights, at + (first + k) * args.weights.stride[1], weight[k]);
+          if (first + k < taps) ahead[k].load(args.weights, at + (first + k) * args.weights.stride[1]);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           if (first + k >= taps) break;
+          float weight[kPixels];
+          ahead[k].unpack(weight);
           const int2 offset = __ldg(reinterpret_cast<const int2*>(args.offsets) + first + k);
           const int wanted = int(y) + offset.x, row = clamp_to(wanted, 0, height - 1), left = x0 + offset.y;
           const bool outside = args.zero_border && row != wanted;
@@ -83,17 +94,17 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_step(const __grid_con
                 for (int i = 0; i + 4 <= kPixels; i += 4) {
                   if (c >= count) continue;
                   const float4 value = __ldg(reinterpret_cast<const float4*>(in[c] + line + left + i));
-                  sum[c][i] = fmaf(weight[k][i], value.x, sum[c][i]);
-                  sum[c][i + 1] = fmaf(weight[k][i + 1], value.y, sum[c][i + 1]);
-                  sum[c][i + 2] = fmaf(weight[k][i + 2], value.z, sum[c][i + 2]);
-                  sum[c][i + 3] = fmaf(weight[k][i + 3], value.w, sum[c][i + 3]);
+                  sum[c][i] = fmaf(weight[i], value.x, sum[c][i]);
+                  sum[c][i + 1] = fmaf(weight[i + 1], value.y, sum[c][i + 1]);
+                  sum[c][i + 2] = fmaf(weight[i + 2], value.z, sum[c][i + 2]);
+                  sum[c][i + 3] = fmaf(weight[i + 3], value.w, sum[c][i + 3]);
                 }
             } else {
 #pragma unroll
               for (int c = 0; c < kChannels; ++c)
 #pragma unroll
                 for (int i = 0; i < kPixels; ++i)
-                  if (c < count) sum[c][i] = fmaf(weight[k][i], __ldg(in[c] + line + left + i), sum[c][i]);
+                  if (c < count) sum[c][i] = fmaf(weight[i], __ldg(in[c] + line + left + i), sum[c][i]);
             }
           } else {
 #pragma unroll
@@ -102,7 +113,7 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_step(const __grid_con
               const bool zero = outside || (args.zero_border && x != left + i);
 #pragma unroll
               for (int c = 0; c < kChannels; ++c)
-                if (c < count) sum[c][i] = fmaf(weight[k][i], zero ? 0.0f : __ldg(in[c] + line + x), sum[c][i]);
+                if (c < count) sum[c][i] = fmaf(weight[i], zero ? 0.0f : __ldg(in[c] + line + x), sum[c][i]);
             }
           }
         }
@@ -240,10 +251,10 @@ static Status launch_iteration(const StepArgs& args, bool padded, bool transpose
     return launch(diffuse_adjoint, shape, stream, args);
   }
   const int64_t pixels = args.weights.dtype == DType::f32 ? 4 : 8;
-  if (!wide_rows(args.weights, pixels) || !(padded || args.weights.size[3] % pixels == 0)) return launch_step<float, 1, 8>(args, stream);
+  if (!wide_rows(args.weights, pixels) || !(padded || args.weights.size[3] % pixels == 0)) return launch_step<float, 1, 7>(args, stream);
   if (args.weights.dtype == DType::f16) return launch_step<__half, 8, 4>(args, stream);
   if (args.weights.dtype == DType::bf16) return launch_step<__nv_bfloat16, 8, 4>(args, stream);
-  return channels > 4 ? launch_step<float, 4, 8>(args, stream) : launch_step<float, 4, 4>(args, stream);
+  return channels > 4 ? launch_step<float, 4, 7>(args, stream) : launch_step<float, 4, 4>(args, stream);
 }
 
 static View<4> buffer_view(const View<4>& masks, float* data) {

@@ -11,7 +11,7 @@
 // of shared memory a block (227 KB on an H100). On an H100 with PAR's 48 taps reaching 24 pixels that is about 340 x 340 pixels
 // in float and 460 x 460 in half, any batch, any number of channels. Floor: taps * (channels + 1) shared loads of 4 bytes per
 // pixel and iteration, 32 a cycle and multiprocessor; beside it two trips of a channel through L2 and one barrier.
-// Occupancy: 1024 threads, 1 block a multiprocessor (shared memory decides), so at most 64 registers.
+// Occupancy: diffuse_resident 1024 x 1 (threads x blocks a multiprocessor; shared memory decides).
 #pragma once
 
 #include <type_traits>

@@ -8,7 +8,7 @@
 // Floor: 4 (half: 2) bytes * taps per pixel written; 6 * taps shared loads and about 30 * taps operations per pixel.
 // Sums of squares are taken about one of the neighbours themselves, so a constant neighbourhood has a deviation of exactly 0 and
 // cancellation costs at most a factor of the number of taps.
-// Occupancy: 256 threads a block, at least 2 blocks a multiprocessor (128 registers).
+// Occupancy: par_weights_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 #include "par.h"
 
 #include <algorithm>
