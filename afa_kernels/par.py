@@ -36,6 +36,20 @@ def _check_factors(w1: float, w2: float, w3: float) -> list[float]:
     return [check_float(w1, "w1", positive=True), check_float(w2, "w2", positive=True), check_float(w3, "w3")]
 
 
+def check_resize(resize: str) -> str:
+    if resize not in ("mask", "image"):
+        raise ValueError(f"resize must be 'mask' or 'image', got {resize!r}")
+    return resize
+
+
+def _resized(value: Tensor, like: Tensor) -> Tensor:
+    """To the height and width of ``like``; in float32, so that half precision is rounded once, at the end."""
+    if value.shape[-2:] == like.shape[-2:]:
+        return value
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    return F.interpolate(wide, size=like.shape[-2:], mode="bilinear", align_corners=True)
+
+
 def _refine(
     images: Tensor,
     masks: Tensor,
@@ -44,6 +58,7 @@ def _refine(
     factors: list[float],
     class_mask: Tensor | None,
     backend: str | None,
+    resize: str = "mask",
     names: tuple[str, str] = ("images", "masks"),
 ) -> Tensor:
     """`par` (three factors) and `pamr` (none)."""
@@ -54,10 +69,10 @@ def _refine(
     dilations = check_dilations(dilations)
     num_iter = check_int(num_iter, "num_iter", 0)
     dtype = masks.dtype
-    if masks.shape[-2:] != images.shape[-2:]:
-        # In float32, so that half-precision masks are rounded once, at the end.
-        wide = masks.to(torch.promote_types(dtype, torch.float32))
-        masks = F.interpolate(wide, size=images.shape[-2:], mode="bilinear", align_corners=True)
+    if check_resize(resize) == "mask":
+        masks = _resized(masks, images)
+    else:
+        images = _resized(images, masks)
     chosen = _backends.choose("par", backend, images, masks)
     if chosen == "reference":
         return par_reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask).to(dtype)
@@ -74,27 +89,30 @@ def par(
     w3: float = 0.01,
     *,
     class_mask: Tensor | None = None,
+    resize: str = "mask",
     backend: str | None = None,
 ) -> Tensor:
     """Pixel-adaptive refinement (AFA, Eq. 9-12; defaults from Tables 2 and 3 of the supplement).
 
     Args:
         images: [B, 3, H, W] in 0..1; float32, float16 or bfloat16 (float64 in the reference path).
-        masks: [B, C, h, w], any range, such as class scores; resized to H x W (bilinear, corners aligned) if need be.
+        masks: [B, C, h, w], any range, such as class scores.
         dilations: distances of the taps in pixels, each at least 1.
         num_iter: diffusion steps, at least 0.
         w1, w2: smoothing of the colour and the position term, positive.
         w3: share of the position term; each pixel's weights sum to 1 + w3.
         class_mask: [B, C] bool; channels that are False (absent classes) cost nothing and are returned as 0.
+        resize: where the sizes differ, ``"mask"`` resizes the masks to the image (bilinear, corners aligned; as
+            published), ``"image"`` the image to the masks: cheaper, and the taps then count in mask pixels.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
 
     Returns:
-        [B, C, H, W] in the dtype of masks. Weights and sums are float32.
+        [B, C, H, W], or [B, C, h, w] with ``resize="image"``, in the dtype of masks. Weights and sums are float32.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
     """
-    return _refine(images, masks, dilations, num_iter, _check_factors(w1, w2, w3), class_mask, backend)
+    return _refine(images, masks, dilations, num_iter, _check_factors(w1, w2, w3), class_mask, backend, resize)
 
 
 def pamr(
@@ -104,12 +122,13 @@ def pamr(
     num_iter: int = 1,
     *,
     class_mask: Tensor | None = None,
+    resize: str = "mask",
     backend: str | None = None,
 ) -> Tensor:
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
     `par`.
     """
-    return _refine(images, masks, dilations, num_iter, [], class_mask, backend)
+    return _refine(images, masks, dilations, num_iter, [], class_mask, backend, resize)
 
 
 def _weights(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .par import _check_factors, _refine, check_dilations, check_int
+from .par import _check_factors, _refine, check_dilations, check_int, check_resize
 
 
 def _neighbour_kernel(*, difference: bool) -> Tensor:
@@ -30,10 +30,11 @@ class PAR(nn.Module):
     position term's share.
     """
 
-    def __init__(self, dilations: Sequence[int], num_iter: int) -> None:
+    def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask") -> None:
         super().__init__()
         self.dilations = check_dilations(dilations)
         self.num_iter = check_int(num_iter, "num_iter", 0)
+        self.resize = check_resize(resize)
         self.register_buffer("kernel", _neighbour_kernel(difference=False))
         self.dim = 2
         self.w1 = 0.3
@@ -48,7 +49,7 @@ class PAR(nn.Module):
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         # The published class calls both smoothing factors w1 and the share of the position term w2.
         factors = _check_factors(self.w1, self.w1, self.w2)
-        return _refine(imgs, masks, self.dilations, self.num_iter, factors, None, None, ("imgs", "masks"))
+        return _refine(imgs, masks, self.dilations, self.num_iter, factors, None, None, self.resize, ("imgs", "masks"))
 
     def extra_repr(self) -> str:
         return f"dilations={self.dilations}, num_iter={self.num_iter}"
@@ -69,16 +70,17 @@ class PAMR(nn.Module):
     order of the constructor, the reverse of `PAR`'s.
     """
 
-    def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,)) -> None:
+    def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask") -> None:
         super().__init__()
         self.num_iter = check_int(num_iter, "num_iter", 0)
+        self.resize = check_resize(resize)
         self.dilations = check_dilations(dilations)
         self.aff_x = _Kernel(_neighbour_kernel(difference=True))
         self.aff_m = _Kernel(_neighbour_kernel(difference=False))
         self.aff_std = _Kernel(torch.eye(9).view(9, 1, 3, 3))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return _refine(x, mask, self.dilations, self.num_iter, [], None, None, ("x", "mask"))
+        return _refine(x, mask, self.dilations, self.num_iter, [], None, None, self.resize, ("x", "mask"))
 
     def extra_repr(self) -> str:
         return f"num_iter={self.num_iter}, dilations={self.dilations}"

@@ -175,6 +175,22 @@ def test_masks_are_resized_to_the_image(rng, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_or_the_image_to_the_masks(rng, backend):
+    images, _ = inputs(rng, 2, 3, 24, 36)
+    small = torch.rand(2, 3, 7, 9, generator=rng).to(DEVICE).requires_grad_()
+    images.requires_grad_()
+    got = par(images, small, (1, 2), 2, resize="image", backend=backend)
+    resized = torch.nn.functional.interpolate(images, size=(7, 9), mode="bilinear", align_corners=True)
+    assert torch.equal(got, par(resized, small, (1, 2), 2, backend=backend))
+    module = PAR([1, 2], 2, resize="image")
+    assert relative_error(module(images, small), got) < 1e-5
+    got.sum().backward()
+    assert images.grad.isfinite().all() and small.grad.isfinite().all()
+    with pytest.raises(ValueError, match="resize must be 'mask' or 'image'"):
+        par(images, small, resize="both")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_class_mask_skips_channels(rng, backend):
     images, masks = inputs(rng, 2, 4, 15, 18)
     present = on_device([[True, False, True, False], [False, False, False, False]])
