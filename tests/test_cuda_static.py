@@ -1,4 +1,4 @@
-"""What the CUDA compiler says of every kernel: all architectures, no spills, the occupancy and wide loads its note states."""
+"""What the CUDA compiler says of every kernel: spills, and the occupancy and wide loads its note states."""
 
 from __future__ import annotations
 
