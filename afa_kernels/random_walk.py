@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _backends, random_walk_reference
+from . import _backends, _native_module, random_walk_native, random_walk_reference
 from ._checks import FLOATS, check_class_mask, check_float, check_int, check_same_device, check_tensor
 from .affinity import INTEGERS, check_window
 
@@ -66,9 +66,12 @@ def random_walk(
     radius, power, eps = _check(affinity, cams, radius, power, eps)
     num_steps = check_int(num_steps, "num_steps", 0)
     check_class_mask(class_mask, cams, "cams")
-    _backends.choose("random_walk", backend, affinity, cams)
-    with torch.autocast(cams.device.type, enabled=False):
-        return random_walk_reference.random_walk(affinity, cams, radius, power, num_steps, eps, class_mask)
+    chosen = _backends.choose("random_walk", backend, affinity, cams)
+    inputs = affinity, cams, radius, power, num_steps, eps, class_mask
+    if chosen == "reference":
+        with torch.autocast(cams.device.type, enabled=False):
+            return random_walk_reference.random_walk(*inputs)
+    return torch.ops.afa.random_walk(*inputs, False, chosen)
 
 
 def random_walk_with_background(
@@ -125,6 +128,101 @@ def random_walk_with_background(
     return walked if several else walked[0]
 
 
-# --- registration -------------------------------------------------------------------------------------------
+# --- forward and its adjoint ------------------------------------------------------------------------------
 
-_backends.register("random_walk")
+
+def _implementation(backend: str):
+    """The module that has the kernels: all of them know the functions the operators call."""
+    if backend == "triton":
+        from . import random_walk_triton
+
+        return random_walk_triton
+    return random_walk_native
+
+
+@torch.library.custom_op("afa::random_walk", mutates_args=())
+def _random_walk(
+    affinity: Tensor,
+    cams: Tensor,
+    radius: int,
+    power: float,
+    num_steps: int,
+    eps: float,
+    class_mask: Tensor | None,
+    transpose: bool,
+    backend: str,
+) -> Tensor:
+    inputs = affinity, cams, radius, power, num_steps, eps, class_mask, transpose
+    return _implementation(backend).random_walk(*inputs)
+
+
+@_random_walk.register_fake
+def _(affinity, cams, radius, power, num_steps, eps, class_mask, transpose, backend):
+    return torch.empty(cams.shape, dtype=cams.dtype, device=cams.device)
+
+
+# --- backward ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("afa::random_walk_affinity_gradient", mutates_args=())
+def _affinity_gradient(
+    affinity: Tensor,
+    start: Tensor,
+    end: Tensor,
+    radius: int,
+    power: float,
+    num_steps: int,
+    eps: float,
+    class_mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The gradient of <end, T^num_steps start>: step s sees T^(s-1) start and hands on T'^(num_steps-s) end."""
+    if num_steps == 0:
+        return torch.zeros(affinity.shape, dtype=affinity.dtype, device=affinity.device)
+    kernels = _implementation(backend)
+    states, grads = [start.float()], [end.float()]
+    if class_mask is not None:
+        states[0] = torch.where(class_mask[:, :, None, None], states[0], 0)
+        grads[0] = torch.where(class_mask[:, :, None, None], grads[0], 0)
+    for _ in range(num_steps - 1):
+        states.append(kernels.random_walk(affinity, states[-1], radius, power, 1, eps, class_mask, False))
+        grads.append(kernels.random_walk(affinity, grads[-1], radius, power, 1, eps, class_mask, True))
+    sides = torch.cat(states, dim=1), torch.cat(grads[::-1], dim=1)
+    return kernels.random_walk_affinity_gradient(affinity, *sides, radius, power, eps)
+
+
+@_affinity_gradient.register_fake
+def _(affinity, start, end, radius, power, num_steps, eps, class_mask, backend):
+    return torch.empty(affinity.shape, dtype=affinity.dtype, device=affinity.device)
+
+
+def _save(ctx, inputs, output):
+    affinity, cams, *options, class_mask, transpose, backend = inputs
+    ctx.save_for_backward(affinity, cams if ctx.needs_input_grad[0] else None, class_mask)
+    ctx.options = options, transpose, backend, cams.dtype
+
+
+def _backward(ctx, grad):
+    affinity, cams, class_mask = ctx.saved_tensors
+    options, transpose, backend, dtype = ctx.options
+    grad_affinity = grad_cams = None
+    if ctx.needs_input_grad[1]:
+        inputs = affinity, grad, *options, class_mask, not transpose, backend
+        grad_cams = torch.ops.afa.random_walk(*inputs).to(dtype)
+    if ctx.needs_input_grad[0]:
+        # <grad, T cams> is also <T' grad, cams>: the adjoint's affinity has the same gradient, both exchanged.
+        sides = (grad, cams) if transpose else (cams, grad)
+        grad_affinity = _affinity_gradient(affinity, *sides, *options, class_mask, backend)
+    return grad_affinity, grad_cams, *[None] * 7
+
+
+# --- registration -----------------------------------------------------------------------------------------
+
+_random_walk.register_autograd(_backward, setup_context=_save)
+
+
+def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
+    return _native_module.native_can_run("random_walk", device, *tensors)
+
+
+_backends.register("random_walk", native=_native_reason)

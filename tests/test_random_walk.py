@@ -12,9 +12,7 @@ from afa_kernels import use_backend
 
 def runnable(operator: str) -> list[str]:
     rows = afa_kernels.backends()
-    return [
-        row.backend for row in rows if (row.operator, row.device, row.available) == (operator, "cpu", True)
-    ]
+    return [row.backend for row in rows if (row.operator, row.device, row.available) == (operator, "cpu", True)]
 
 
 @pytest.fixture(params=runnable("random_walk"))
@@ -91,9 +89,7 @@ def test_gradients_against_the_reference(rng, backend, num_steps):
     leaves = [leaf.requires_grad_() for leaf in random_case(rng)]
     grad = torch.randn(2, 4, 7, 10, generator=rng)
     keep = torch.tensor([[True, False, True, True], [False, True, True, False]])
-    got = torch.autograd.grad(
-        afa_kernels.random_walk(*leaves, 2, 2, num_steps, class_mask=keep), leaves, grad
-    )
+    got = torch.autograd.grad(afa_kernels.random_walk(*leaves, 2, 2, num_steps, class_mask=keep), leaves, grad)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     reference = afa_kernels.random_walk(*wide, 2, 2, num_steps, class_mask=keep, backend="reference")
     for mine, theirs in zip(got, torch.autograd.grad(reference, wide, grad.double())):
@@ -154,10 +150,7 @@ def test_several_scores_are_as_many_walks(rng, backend, kind):
     together = afa_kernels.random_walk_with_background(affinity, cams, labels, (0.55, 0.35), 2)
     assert together.shape == (2, 2, 5, 7, 10)
     for score, one in zip((0.55, 0.35), together):
-        assert (
-            relative_error(one, afa_kernels.random_walk_with_background(affinity, cams, labels, score, 2))
-            < 1e-6
-        )
+        assert relative_error(one, afa_kernels.random_walk_with_background(affinity, cams, labels, score, 2)) < 1e-6
 
 
 # --- types, modes, bad input --------------------------------------------------------------------------------
@@ -266,7 +259,18 @@ def test_compiles_in_one_graph(rng, backend):
     got, wanted = compiled(*leaves), step(*leaves)
     assert relative_error(got, wanted) < 1e-5
     grad = torch.randn(got.shape, generator=rng)
-    for mine, theirs in zip(
-        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad)
-    ):
+    for mine, theirs in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad)):
         assert relative_error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("backend_name", [name for name in runnable("random_walk") if name != "reference"])
+def test_operators_are_registered_right(rng, backend_name):
+    """Schema, fake tensors, autograd and tracing of the operator, its adjoint and the affinity's gradient."""
+    affinity, cams = random_case(rng, 1, 3, 3, 4, 1)
+    keep = torch.tensor([[True, False, True]])
+    for transpose in (False, True):
+        leaves = [affinity.clone().requires_grad_(), cams.clone().requires_grad_()]
+        inputs = (*leaves, 1, 2.0, 2, 0.1, keep, transpose, backend_name)
+        torch.library.opcheck(torch.ops.afa.random_walk.default, inputs)
+    inputs = (affinity, cams, cams, 1, 2.0, 2, 0.1, keep, backend_name)
+    torch.library.opcheck(torch.ops.afa.random_walk_affinity_gradient.default, inputs)

@@ -34,6 +34,7 @@ T* pointer(uint64_t address) {
 void bind_diffusion(pybind11::module_& module);
 void bind_par(pybind11::module_& module);
 void bind_affinity(pybind11::module_& module);
+void bind_random_walk(pybind11::module_& module);
 
 }  // namespace afa
 

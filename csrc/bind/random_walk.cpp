@@ -1,0 +1,49 @@
+#include "../random_walk.h"
+
+#include "bind.h"
+
+namespace py = pybind11;
+
+namespace afa {
+
+static WalkArgs walk_args(const View<4>& affinity, int64_t radius, float power, float eps) {
+  WalkArgs args;
+  args.affinity = affinity, args.radius = radius, args.power = power, args.eps = eps;
+  return args;
+}
+
+static DiffusionArgs mask_args(const View<4>& masks, const View<4>& out, const std::vector<uint8_t>& class_mask, int64_t num_steps,
+                               bool transpose) {
+  DiffusionArgs args;
+  args.masks = masks, args.out = out, args.num_iter = num_steps, args.transpose = transpose;
+  args.class_mask = class_mask.empty() ? nullptr : class_mask.data();
+  return args;
+}
+
+void bind_random_walk(py::module_& module) {
+  module.def("random_walk_cpu_workspace", [](const View<4>& affinity, const View<4>& cams, int64_t radius, int threads) {
+    return random_walk_cpu_workspace(walk_args(affinity, radius, 1, 1), mask_args(cams, cams, {}, 1, false), threads);
+  });
+  module.def("random_walk_cpu", [](const View<4>& affinity, const View<4>& cams, const View<4>& out, int64_t radius, float power,
+                                   float eps, const std::vector<uint8_t>& class_mask, int64_t num_steps, bool transpose,
+                                   uint64_t workspace, int threads) {
+    py::gil_scoped_release release;
+    check(random_walk_cpu(walk_args(affinity, radius, power, eps), mask_args(cams, out, class_mask, num_steps, transpose),
+                          pointer<void>(workspace), threads),
+          "random_walk_cpu");
+  });
+  module.def("random_walk_affinity_gradient_cpu_workspace",
+             [](const View<4>& affinity, const View<4>& states, int64_t radius, int threads) {
+               return random_walk_affinity_gradient_cpu_workspace(walk_args(affinity, radius, 1, 1), states, threads);
+             });
+  module.def("random_walk_affinity_gradient_cpu",
+             [](const View<4>& affinity, const View<4>& states, const View<4>& grads, const View<4>& grad_affinity, int64_t radius,
+                float power, float eps, uint64_t workspace, int threads) {
+               py::gil_scoped_release release;
+               check(random_walk_affinity_gradient_cpu(walk_args(affinity, radius, power, eps), states, grads, grad_affinity,
+                                                       pointer<void>(workspace), threads),
+                     "random_walk_affinity_gradient_cpu");
+             });
+}
+
+}  // namespace afa
