@@ -27,6 +27,7 @@ class AFAResult(NamedTuple):
     seg_logits  [B, K, h4, w4] pixel scores at a quarter of the image, background first
     query, key  [B, heads, h w, d] of the last two blocks of the last stage side by side, unscaled
     grid        (h, w) of the last stage: ceil(H / 16), ceil(W / 16) with the default stride
+    last_map    [B, dim, h, w] the last stage's output, from which class scores and CAM are made
     """
 
     cls_logits: Tensor
@@ -34,6 +35,7 @@ class AFAResult(NamedTuple):
     query: Tensor | None
     key: Tensor | None
     grid: tuple[int, int]
+    last_map: Tensor | None = None
 
 
 class Attended(NamedTuple):
@@ -121,7 +123,7 @@ class AFA(nn.Module):
         pooled = last.amax((2, 3)) if self.pooling == "gmp" else last.mean((2, 3))
         cls_logits = F.linear(pooled, self.classifier.weight.flatten(1))
         seg_logits = self.decoder(maps) if decode and self.decoder is not None else None
-        return AFAResult(cls_logits, seg_logits, query, key, (last.shape[2], last.shape[3]))
+        return AFAResult(cls_logits, seg_logits, query, key, (last.shape[2], last.shape[3]), last)
 
     def cam(self, images: Tensor) -> Tensor:
         """Class activation maps [B, K - 1, h, w] of the last map, before ReLU; the decoder does not run."""

@@ -8,6 +8,7 @@ Keep it on the CPU even if all else is on a GPU: the random-walk label needs its
 
 The published procedure has asymmetries, kept because its numbers depend on them: the CAM is refined on the
 whole padded crop, from half resolution; the random walk inside the photograph's box, from full resolution.
+:func:`labels_of_one_diffusion` does without them: PAR's weights are made once and refine both.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afa_kernels import par, random_walk_with_background
+from afa_model.cams import class_slots, pick
+from afa_model.phases import phase
 
 IGNORE = 255
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -65,14 +68,11 @@ def refine_label(
     background where ``low`` does, ``IGNORE`` between. With ``low == high`` nothing in the box is left open.
     """
     _check(cam, cls_labels, img_box, low, high)
-    classes = _worth_computing(cls_labels)
-    present = F.pad(cls_labels[:, classes].bool(), (1, 0), value=True)
-    scores = (low,) if low == high else (low, high)
-    small = _halve(cam[:, classes].float())
-    stacks = [torch.cat([torch.full_like(small[:, :1], score), small], 1) for score in scores]
-    stacks = [stack.masked_fill(~present[:, :, None, None], -torch.inf).softmax(1) for stack in stacks]
-    refined = _par(_halve(images01.float()), torch.cat(stacks, 1), dilations, num_iter, present, len(scores))
-    return _outside_ignored(_decide(refined, cam.shape[2:], classes, len(scores)), img_box)
+    classes, present = class_slots(cls_labels)
+    with phase("PAR"):
+        stacks = _softmax_stacks(_halve(pick(cam, classes).float()), present, low, high)
+        refined = _par(_halve(images01.float()), stacks, present, dilations, num_iter)
+        return _outside_ignored(_decide(refined, cam.shape[2:], classes), img_box)
 
 
 @torch.no_grad()
@@ -98,29 +98,96 @@ def random_walk_label(
     refined at half resolution inside the photograph's box, whose border is replicated so that padding has no
     say. ``refine=False`` leaves the refinement out.
     """
+    walked = propagate(affinity, cam, cls_labels, radius, high, low, power, eps)
+    if refine:
+        return refine_propagated(images01, walked, cls_labels, img_box, dilations, num_iter)
     _check(cam, cls_labels, img_box, low, high)
-    classes = _worth_computing(cls_labels)
-    labels = cls_labels[:, classes]
-    present = F.pad(labels.bool(), (1, 0), value=True)
-    scores = (low,) if low == high else (low, high)
+    return _outside_ignored(_decide(walked, cam.shape[2:], class_slots(cls_labels)[0]), img_box)
+
+
+@torch.no_grad()
+def propagate(
+    affinity: Tensor,
+    cam: Tensor,
+    cls_labels: Tensor,
+    radius: int = 8,
+    high: float = 0.55,
+    low: float = 0.35,
+    power: float = 2,
+    eps: float = 0.1,
+) -> Tensor:
+    """First half of :func:`random_walk_label`: the random walk, on the affinity's grid.
+
+    -> [B, S + 1, h, w] for each of the two scores side by side, low first (one if they are the same):
+    background, then the classes of :func:`~afa_model.cams.class_slots`; absent ones 0.
+    """
+    _check(cam, cls_labels, None, low, high)
+    with phase("random walk"):
+        classes, present = class_slots(cls_labels)
+        small = _resize(pick(cam, classes).float(), affinity.shape[2:])
+        scores = _scores(low, high)
+        walked = random_walk_with_background(affinity.float(), small, present, scores, radius, power, eps)
+        return walked.transpose(0, 1).flatten(1, 2)
+
+
+@torch.no_grad()
+def refine_propagated(
+    images01: Tensor,
+    walked: Tensor,
+    cls_labels: Tensor,
+    img_box: Tensor | None = None,
+    dilations: Sequence[int] = DILATIONS,
+    num_iter: int = 10,
+) -> Tensor:
+    """Second half of :func:`random_walk_label`: what :func:`propagate` gave, refined -> label [B, H, W]."""
+    classes, present = class_slots(cls_labels)
+    size = images01.shape[2:]
+    with phase("PAR"):
+        walked = _resize(walked, size)
+        boxes = [(0, size[0], 0, size[1])] * len(walked) if img_box is None else img_box.tolist()
+        label = torch.full((len(walked), *size), IGNORE, device=walked.device)
+        for i, (y0, y1, x0, x1) in enumerate(boxes):
+            one = slice(i, i + 1)
+            part = walked[one, :, y0:y1, x0:x1]
+            if not part.numel():
+                continue  # nothing of the photograph is left in the crop
+            image = _halve(images01[one, :, y0:y1, x0:x1].float())
+            refined = _par(image, part, present[one], dilations, num_iter)
+            label[i, y0:y1, x0:x1] = _decide(refined, part.shape[2:], classes[one])[0]
+        return label
+
+
+@torch.no_grad()
+def labels_of_one_diffusion(
+    images01: Tensor,
+    walked: Tensor,
+    cam: Tensor,
+    cls_labels: Tensor,
+    img_box: Tensor | None = None,
+    high: float = 0.55,
+    low: float = 0.35,
+    dilations: Sequence[int] = DILATIONS,
+    num_iter: int = 10,
+) -> tuple[Tensor, Tensor]:
+    """:func:`refine_label` and :func:`refine_propagated` in one diffusion of the whole padded crop.
+
+    walked: from :func:`propagate`, with the same scores. PAR's weights are made once for the batch, no image
+    is treated on its own, and nothing depends on numbers on the host, so a CUDA graph can hold it all. The
+    first label is the same as ever; the second is so where the photograph fills the crop, and elsewhere
+    differs near the photograph's border, over which padding now has its say, and by half-pixel rounding of
+    the box.
+    """
+    _check(cam, cls_labels, img_box, low, high)
+    classes, present = class_slots(cls_labels)
     size = cam.shape[2:]
-    small = _resize(cam[:, classes].float(), affinity.shape[2:])
-    walked = random_walk_with_background(affinity.float(), small, labels, scores, radius, power, eps)
-    walked = walked.transpose(0, 1).flatten(1, 2)  # [B, scores x (background + classes), h, w]
-    if not refine:
-        return _outside_ignored(_decide(walked, size, classes, len(scores)), img_box)
-    walked = _resize(walked, size)
-    boxes = [(0, size[0], 0, size[1])] * len(cam) if img_box is None else img_box.tolist()
-    label = torch.full((len(cam), *size), IGNORE, device=cam.device)
-    for i, (y0, y1, x0, x1) in enumerate(boxes):
-        inside = slice(i, i + 1), slice(None), slice(y0, y1), slice(x0, x1)
-        part = walked[inside]
-        if not part.numel():
-            continue  # nothing of the photograph is left in the crop
-        image = _halve(images01[inside].float())
-        refined = _par(image, part, dilations, num_iter, present[i : i + 1], len(scores))
-        label[i, y0:y1, x0:x1] = _decide(refined, part.shape[2:], classes, len(scores))[0]
-    return label
+    with phase("PAR"):
+        image = _halve(images01.float())
+        stacks = _softmax_stacks(_halve(pick(cam, classes).float()), present, low, high)
+        # The two resizes that refine_propagated (and PAR within it) do.
+        walked = F.interpolate(_resize(walked, size), image.shape[2:], mode="bilinear", align_corners=True)
+        refined = _par(image, torch.cat([stacks, walked], 1), present, dilations, num_iter)
+        labels = [_outside_ignored(_decide(part, size, classes), img_box) for part in refined.chunk(2, 1)]
+        return labels[0], labels[1]
 
 
 def _check(cam: Tensor, cls_labels: Tensor, img_box: Tensor | None, low: float, high: float) -> None:
@@ -143,29 +210,47 @@ def _halve(x: Tensor) -> Tensor:
     return _resize(x, [max(side // 2, 1) for side in x.shape[2:]])
 
 
-def _worth_computing(cls_labels: Tensor) -> Tensor:
-    """Indices of the classes to compute. On the CPU those present in the batch; on a GPU all, because looking
-    would make the host wait, and the class mask keeps absent ones free of cost."""
-    if cls_labels.device.type != "cpu":
-        return torch.arange(cls_labels.shape[1], device=cls_labels.device)
-    present = cls_labels.any(0)
-    present[0] |= not present.any()  # an image without any class still needs a channel
-    return present.nonzero()[:, 0]
+def _scores(low: float, high: float) -> tuple[float, ...]:
+    return (low,) if low == high else (low, high)
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _halve(x: Tensor) -> Tensor:
+    return _resize(x, [max(side // 2, 1) for side in x.shape[2:]])
+
+
+def _softmax_stacks(cam: Tensor, present: Tensor, low: float, high: float) -> Tensor:
+    """For each score a background channel and the CAMs [B, S, h, w], softmax over those that are present."""
+    absent = ~_with_background(present)[:, :, None, None]
+    stacks = [torch.cat([torch.full_like(cam[:, :1], score), cam], 1) for score in _scores(low, high)]
+    return torch.cat([stack.masked_fill(absent, -torch.inf).softmax(1) for stack in stacks], 1)
+
+
+def _with_background(present: Tensor) -> Tensor:
+    return F.pad(present, (1, 0), value=True)
 
 
 def _par(
-    images: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int, present: Tensor, scores: int
+    images: Tensor, stacks: Tensor, present: Tensor, dilations: Sequence[int], num_iter: int
 ) -> Tensor:
-    return par(images, masks, tuple(dilations), num_iter, class_mask=present.repeat(1, scores))
+    """PAR of stacks of channels that belong to background and classes in turn."""
+    mask = _with_background(present)
+    return par(images, stacks, tuple(dilations), num_iter, class_mask=mask.repeat(1, stacks.shape[1] // mask.shape[1]))
 
 
-def _decide(stacks: Tensor, size: Sequence[int], classes: Tensor, scores: int) -> Tensor:
+def _decide(stacks: Tensor, size: Sequence[int], classes: Tensor) -> Tensor:
     """The label at ``size`` from the stacked channels of one or two background scores, low first.
 
     Absent classes are 0 in ``stacks``, background and present ones positive.
     """
-    names = F.pad(classes + 1, (1, 0))
-    labels = [names[_resize(stack, size).argmax(1)] for stack in stacks.chunk(scores, 1)]
+    names = F.pad(classes + 1, (1, 0))  # [B, S + 1]: what each channel stands for
+    labels = []
+    for stack in stacks.split(names.shape[1], 1):
+        slot = _resize(stack, size).max(1).indices  # argmax, which is ten times slower on the CPU
+        labels.append(names.gather(1, slot.flatten(1)).view_as(slot))
     low, high = labels[0], labels[-1]
     return torch.where(high > 0, high, torch.where(low > 0, IGNORE, 0))
 
