@@ -67,6 +67,10 @@ class CMakeBuild(build_ext):
     missing.
     """
 
+    def run(self) -> None:
+        self.used_in_place = self.inplace or self.editable_mode  # setuptools clears `inplace` while it builds
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         info = {"native": False, "native_reason": None, "cuda": False, "cuda_reason": None, "cuda_archs": None}
@@ -80,10 +84,13 @@ class CMakeBuild(build_ext):
             print(f"afa: native module left out: {info['native_reason']}", file=sys.stderr)
         else:
             self.build_native(target, info, cxx)
-        places = {target} if not self.inplace and not self.editable_mode else {target, ROOT / "afa_kernels"}
+        places = {target, ROOT / "afa_kernels"} if self.used_in_place else {target}
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
             lines = [f"{key} = {value!r}" for key, value in info.items()]
+            if not info["native"]:
+                for stale in place.glob("_native.*"):
+                    stale.unlink()
             (place / "_build_info.py").write_text('"""Written by setup.py."""\n' + "\n".join(lines) + "\n")
 
     def build_native(self, target: Path, info: dict, cxx: str) -> None:
@@ -122,4 +129,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", ".", "-j", jobs], cwd=folder, check=True)
 
 
-setup(ext_modules=[Extension("afa_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# Optional: without a C++ compiler there is no file to install. A compiler that fails still stops the installation.
+native = Extension("afa_kernels._native", sources=[], optional=True)
+setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild})
