@@ -79,7 +79,7 @@ def _mismatch(found: type, wanted: tuple[str, str]) -> str | None:
 
 
 def _with_names(ours: type[nn.Module], theirs: type) -> type[nn.Module]:
-    """Our class, or a subclass whose forward takes the other repository's argument names (``PAR(image=..., mask=...)``)."""
+    """Our class, or a subclass whose forward takes the other repository's argument names as well."""
     own = [value.name for value in _arguments(ours.forward)]
     other = [value.name for value in _arguments(theirs.forward)][:2]
     if other == own:

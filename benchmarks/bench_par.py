@@ -43,7 +43,7 @@ def case(shape: tuple[int, ...], device: str, compiled: bool) -> Case:
         providers,
         # Images and masks in, masks out: with the weights on chip nothing else need move.
         bytes=4.0 * pixels * (3 + 2 * channels),
-        # A weight costs about 30 operations (differences, deviation, exponential, softmax), then two a channel and step.
+        # A weight costs about 30 operations (deviation, exponential, softmax), then two a channel and step.
         operations=pixels * TAPS * (30.0 + 2.0 * channels * iterations),
     )
 
