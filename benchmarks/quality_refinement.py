@@ -1,8 +1,8 @@
 """How much PAR and PAMR mend coarse masks: Tables 2 and 3 of the supplement in small, without a network.
 
 The ground-truth masks of a folder in VOC layout are coarsened to what a CAM gives (averaged to 1/16, blurred, scaled to
-1 at each class's peak, background at a fixed score), refined under each setting, labelled by the highest score, and scored
-in mIoU against the masks. The default blur makes the coarse masks about as bad as the paper's CAMs (48 %). It
+1 at each class's peak, background at a fixed score), refined under each setting, labelled by the highest score, and
+scored in mIoU against the masks. The default blur makes the coarse masks about as bad as the paper's CAMs (48 %). It
 refines real CAMs of a trained network, so its column is another experiment: only the order of settings compares.
 
 python benchmarks/quality_refinement.py VOC_FOLDER [--split train_aug] [--out docs/refinement.md]

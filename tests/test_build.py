@@ -1,4 +1,4 @@
-"""The build: what the kernels may include, one list of sources, installing without a compiler, failing loudly with a bad one."""
+"""The build: what kernels may include, one list of sources, installing without a compiler, failing with a bad one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
     kernels = re.search(r"set\(AFA_CPU_KERNELS([^)]*)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
     for source in kernels:
         out = tmp_path / "kernel.o"
-        flags = ["-std=c++17", "-O2", "-fPIC", "-mavx2", "-mfma", "-DAFA_ISA=avx2", "-DAFA_WITH_X86_ISAS=1", "-Wno-psabi"]
+        flags = [
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-mavx2",
+            "-mfma",
+            "-DAFA_ISA=avx2",
+            "-DAFA_WITH_X86_ISAS=1",
+            "-Wno-psabi",
+        ]
         subprocess.run([cxx, *flags, "-c", str(ROOT / source), "-o", str(out)], check=True)
         symbols = subprocess.run([nm, "-C", str(out)], capture_output=True, text=True, check=True).stdout
         shared = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line) and "afa::avx2::" not in line]

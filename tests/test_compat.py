@@ -84,7 +84,9 @@ def test_second_patch_finds_nothing(theirs, capsys):
 
 
 def test_other_argument_names_still_work(theirs):
-    module = theirs(THEIRS.replace("forward(self, imgs, masks)", "forward(self, image, cam)").replace("masks *", "cam *"))
+    module = theirs(
+        THEIRS.replace("forward(self, imgs, masks)", "forward(self, image, cam)").replace("masks *", "cam *")
+    )
     compat.patch([module], verbose=False)
     image, mask = torch.rand(1, 3, 8, 9), torch.rand(1, 2, 8, 9)
     want = PAR([1], 1)(image, mask)

@@ -1,0 +1,65 @@
+"""Writes the README's speed table from benchmarks/results: python benchmarks/readme_table.py [--check]
+
+Every JSON file there is a report of `harness.write`, or a list of them. One line a case: the first provider (plain PyTorch)
+against the fastest of ours, with the floor, and the machine in the heading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+START, END = "<!-- speed table: python benchmarks/readme_table.py -->", "<!-- end of speed table -->"
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        for report in content if isinstance(content, list) else content.get("reports", [content]):
+            if "rows" in report:
+                found.append(report)
+    return found
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    lines = []
+    machines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for report in found:
+        machines.setdefault((report["machine"]["device"], report["machine"]["torch"]), []).append(report)
+    for (device, torch_version), group in machines.items():
+        lines += [f"**{device}**, torch {torch_version}:", ""]
+        lines += ["| operator | case | PyTorch ms | ours ms | speed-up | floor ms | of floor | peak MB, PyTorch / ours |"]
+        lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+        for report in group:
+            for case in dict.fromkeys(row["case"] for row in report["rows"]):
+                rows = [row for row in report["rows"] if row["case"] == case]
+                base, ours = rows[0], min(rows[1:] or rows, key=lambda row: row["median_ms"])
+                numbers = [f"{base['median_ms']:.3g}", f"{ours['median_ms']:.3g} ({ours['provider']})"]
+                numbers += [f"{ours['speedup']:.1f}x", f"{ours['floor_ms']:.3g}", f"{100 * ours['of_floor']:.0f} %"]
+                numbers += [f"{base['peak_mb']:.0f} / {ours['peak_mb']:.0f}"]
+                lines.append(f"| {report['operator']} | {case} | " + " | ".join(numbers) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail if the README's table is not the one of the results")
+    options = parser.parse_args()
+    text = README.read_text()
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    new = f"{before}{START}\n\n{markdown(reports(HERE / 'results'))}\n{END}{after}"
+    if options.check and new != text:
+        sys.exit("README.md: the speed table is not that of benchmarks/results; run python benchmarks/readme_table.py")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
