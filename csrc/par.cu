@@ -95,20 +95,11 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Write wri
   }
 }
 
-// Rounds a weight to half precision and hands what was lost to the next one: the sum of a pixel's weights stays what it was, else
-// every iteration would make the masks a little larger or smaller.
-__device__ inline float round_carrying(float weight, float* lost) {
-  const float wanted = weight + *lost, rounded = __half2float(__float2half_rn(wanted));
-  *lost = wanted - rounded;
-  return rounded;
-}
-
 // ---- the weights alone ---------------------------------------------------------------------------------------------------
 
 struct WeightArgs {
   View<4> images, out;  // [B, 3, H, W], [B, 8 * D, H, W]
   int reach_y, reach_x;
-  bool carry;  // for half-precision weights that are diffused with
   ParTaps taps;
 };
 
@@ -135,9 +126,7 @@ __global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __
         const int y = int(y0) + row;
         if (y >= height || x >= width) continue;
         const int64_t to = offset_of(args.out, b, 0, y) + x * args.out.stride[3];
-        float lost = 0.0f;
         auto write = [&](int t, float weight) {
-          if (args.carry) weight = round_carrying(weight, &lost);
           store_element(args.out.data, args.out.dtype, to + t * args.out.stride[1], weight);
         };
         if constexpr (kShared) {
@@ -175,14 +164,13 @@ struct ParWeights {
       const int y = p / plan.tile_w, x = p - y * plan.tile_w;
       if (y >= tile.height || x >= tile.width) continue;
       const SharedArray<float> centre = pixels + ((y + plan.reach_y) * plan.pitch + x + plan.reach_x);
-      float even = 0.0f, lost = 0.0f;
+      float even = 0.0f;
       pixel_weights<0>(
           taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * plan.pitch + dx]; },
           [&](int t, float weight) {
             if constexpr (kTapsPerWord<Word> == 1) {
               to[t * count + p] = weight;
             } else {
-              weight = round_carrying(weight, &lost);
               if (t % 2 == 1) to[t / 2 * count + p] = __floats2half2_rn(even, weight);
               even = weight;
             }
@@ -218,13 +206,13 @@ static Status check_images(const ParArgs& args) {
                                                                                                                    : Status::unsupported;
 }
 
-static Status launch_weights(const ParArgs& args, const View<4>& out, bool carry, void* stream) {
+static Status launch_weights(const ParArgs& args, const View<4>& out, void* stream) {
   AFA_TRY(check_images(args));
   for (int i = 0; i < 4; ++i)
     if (out.size[i] != (i == 1 ? 8 * args.num_dilations : args.images.size[i])) return Status::bad_argument;
   const auto& size = args.images.size;
   WeightArgs weights = {args.images, out, int(farthest(args, args.images.size[2])), int(farthest(args, args.images.size[3])),
-                        carry, make_taps(args)};
+                        make_taps(args)};
   LaunchShape shape;
   shape.block = dim3(kWeightThreads);
   shape.grid = dim3(unsigned(blocks_for(size[3], kTileW)), grid_limit(blocks_for(size[2], kTileH)), grid_limit(size[0]));
@@ -238,7 +226,7 @@ static Status launch_weights(const ParArgs& args, const View<4>& out, bool carry
 
 Status par_weights_cuda(const ParArgs& args, const View<4>& out, int device, void* stream) {
   DeviceGuard guard(device);
-  return launch_weights(args, out, false, stream);
+  return launch_weights(args, out, stream);
 }
 
 struct Prepared {
@@ -283,7 +271,7 @@ Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weigh
   if (prepared.resident)
     return launch_resident(prepared.diffusion, prepared.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
   prepared.diffusion.weights.data = workspace;
-  if (given.num_iter > 0) AFA_TRY(launch_weights(args, prepared.diffusion.weights, half_weights, stream));
+  if (given.num_iter > 0) AFA_TRY(launch_weights(args, prepared.diffusion.weights, stream));
   return stream_diffusion(prepared.diffusion, true, static_cast<char*>(workspace) + prepared.weight_bytes(), stream);
 }
 

@@ -23,11 +23,18 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
-SANITIZERS = {
-    "none": [],
-    "address": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
-    "thread": ["-g", "-fsanitize=thread"],
-}
+THREAD_SANITIZER = HERE.parent / "thread_sanitizer" / "openmp.cpp"
+ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+THREAD = ["-g", "-fsanitize=thread"]
+
+
+def _flags_of(file: Path, sanitizer: str) -> list[str]:
+    """Optimised and sanitized is only what a test is about: the emulated sources, or for "thread" the CPU's kernels."""
+    if file.suffix == ".cu" or file.parent == HERE:
+        return ["-O1", *(ADDRESS if sanitizer == "address" else [])]
+    if sanitizer == "thread" and file.parent != CSRC / "bind":
+        return ["-O1", "-fopenmp", *THREAD]
+    return ["-O0"]
 
 
 def compiler() -> str | None:
@@ -45,15 +52,16 @@ def _flags() -> list[str]:
 
     python = sysconfig.get_path("include")
     # Half-precision arrays are read 16 bytes at a time, as on a device.
-    flags = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-psabi"
-    folders = [
-        f"-I{HERE / 'include'}",
-        f"-I{HERE}",
-        f"-I{CSRC}",
-        f"-isystem{python}",
-        f"-isystem{pybind11.get_include()}",
+    flags = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -DAFA_WITH_CUDA=1"
+    quiet = "-Wall -Wno-unknown-pragmas -Wno-psabi"
+    folders = [HERE / "include", HERE, CSRC]
+    libraries = [python, pybind11.get_include()]
+    return [
+        *flags.split(),
+        *quiet.split(),
+        *(f"-I{path}" for path in folders),
+        *(f"-isystem{path}" for path in libraries),
     ]
-    return [*flags.split(), "-DAFA_WITH_CUDA=1", *folders]
 
 
 @functools.cache
@@ -63,20 +71,19 @@ def _headers_digest() -> bytes:
 
 
 def build(sanitizer: str = "none") -> Path:
-    """Compile what changed and link; returns the shared library."""
+    """Compile what changed and link; returns the shared library. ``sanitizer``: "none", "address" or "thread"."""
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
     files = sources("AFA_CUDA_SOURCES", "AFA_BINDINGS", "AFA_CPU_KERNELS", "AFA_CPU_SOURCES")
     files += [HERE / "emulator.cpp", HERE / "switches.cpp", HERE / "faults.cu"]
+    files += [THREAD_SANITIZER] if sanitizer == "thread" else []
     folder = ROOT / "build" / "cuda_emulator"
     folder.mkdir(parents=True, exist_ok=True)
     common = _flags()
 
     def compile_one(file: Path) -> Path:
-        # Only what is emulated is worth optimising, and sanitizing here.
-        is_emulated = file.suffix == ".cu" or file.parent == HERE
-        flags = [*common, "-O1", *SANITIZERS[sanitizer]] if is_emulated else [*common, "-O0"]
+        flags = [*common, *_flags_of(file, sanitizer)]
         key = hashlib.sha256(_headers_digest() + file.read_bytes() + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
         target = folder / f"{file.name}.{key}.o"
         if not target.exists():
@@ -87,12 +94,13 @@ def build(sanitizer: str = "none") -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
+    link = {"address": ADDRESS, "thread": THREAD}.get(sanitizer, [])
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     library = folder / key / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([cxx, *SANITIZERS[sanitizer], "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+        subprocess.run([cxx, *link, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
         unfinished.rename(library)
     return library
 

@@ -1,7 +1,7 @@
 """Every emulated CUDA entry point at odd shapes, in a process whose memory accesses a sanitizer checks.
 
 Run by test_cuda_emulator.py with the sanitizer's runtime preloaded. NumPy alone: each array is its own allocation,
-so an access one element past it is seen. ``python under_sanitizers.py address [fault]``; the numbers are checked elsewhere.
+so an access one element past it is seen. ``python under_sanitizers.py address [fault]``. The numbers are other tests'.
 """
 
 from __future__ import annotations
