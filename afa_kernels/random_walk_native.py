@@ -21,7 +21,7 @@ def random_walk(
     out = torch.empty(cams.shape, dtype=cams.dtype, device=cams.device)
     threads = torch.get_num_threads()
     tensors = view(affinity), view(cams)
-    scratch = workspace(native.random_walk_cpu_workspace(*tensors, radius, threads), cams.device)
+    scratch = workspace(native.random_walk_cpu_workspace(*tensors, radius, power, threads), cams.device)
     present = [] if class_mask is None else class_mask.flatten().tolist()
     options = radius, power, eps, present, num_steps, transpose
     native.random_walk_cpu(*tensors, view(out), *options, scratch.data_ptr(), threads)

@@ -2,24 +2,31 @@
 //
 //   D_jj = sum_i A_ij^p + eps,   T = D^-1 A^p,   M' = T M        repeated
 //
-// The window is [B, (2r+1)^2, h, w], tap t of pixel i holding A_ij for j = i + offset_t; the walk is the diffusion of
-// diffusion.h with zero border and the weights T. What taps outside the image hold plays no part.
+// The window is [B, (2r+1)^2, h, w], tap t of pixel i holding A_ij for j = i + offset_t. That is the diffusion of diffusion.h with
+// zero border and the weights T. What taps outside the image hold plays no part.
 #pragma once
 
-#include "diffusion.h"
+#include "common.h"
+#include "cpu.h"
 
 namespace afa {
 
 struct WalkArgs {
-  View<4> affinity;  // [B, (2r+1)^2, H, W]
+  View<4> affinity;                     // [B, (2r+1)^2, H, W]
   int64_t radius = 0;
   float power = 2, eps = 0.1f;
 };
 
-// `diffusion` holds masks, out, num_iter, class_mask and transpose (the gradient of the masks); its weights, offsets and border
-// are not read. Workspaces in bytes, one image at a time, 64-byte aligned.
-int64_t random_walk_cpu_workspace(const WalkArgs& args, const DiffusionArgs& diffusion, int threads);
-Status random_walk_cpu(const WalkArgs& args, const DiffusionArgs& diffusion, void* workspace, int threads);
+struct WalkMasks {
+  View<4> cams, out;                    // [B, C, H, W], distinct
+  const uint8_t* class_mask = nullptr;  // [B][C] on the host; null: every channel. Channels with 0 are written as 0
+  int64_t num_steps = 0;
+  bool transpose = false;               // the adjoint: the gradient of the cams
+};
+
+// Workspaces in bytes, one image at a time, 64-byte aligned.
+int64_t random_walk_cpu_workspace(const WalkArgs& args, const WalkMasks& masks, int threads);
+Status random_walk_cpu(const WalkArgs& args, const WalkMasks& masks, void* workspace, int threads);
 
 // The gradient of the affinity. states and grads [B, C, H, W] hold what entered each step and the gradient that came to its end,
 // steps and channels side by side: dL/dT_ij = sum_c grads_c,i states_c,j.

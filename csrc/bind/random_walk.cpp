@@ -12,23 +12,24 @@ static WalkArgs walk_args(const View<4>& affinity, int64_t radius, float power, 
   return args;
 }
 
-static DiffusionArgs mask_args(const View<4>& masks, const View<4>& out, const std::vector<uint8_t>& class_mask, int64_t num_steps,
-                               bool transpose) {
-  DiffusionArgs args;
-  args.masks = masks, args.out = out, args.num_iter = num_steps, args.transpose = transpose;
-  args.class_mask = class_mask.empty() ? nullptr : class_mask.data();
-  return args;
+static WalkMasks walk_masks(const View<4>& cams, const View<4>& out, const std::vector<uint8_t>& class_mask, int64_t num_steps,
+                            bool transpose) {
+  WalkMasks masks;
+  masks.cams = cams, masks.out = out, masks.num_steps = num_steps, masks.transpose = transpose;
+  masks.class_mask = class_mask.empty() ? nullptr : class_mask.data();
+  return masks;
 }
 
 void bind_random_walk(py::module_& module) {
-  module.def("random_walk_cpu_workspace", [](const View<4>& affinity, const View<4>& cams, int64_t radius, int threads) {
-    return random_walk_cpu_workspace(walk_args(affinity, radius, 1, 1), mask_args(cams, cams, {}, 1, false), threads);
+  module.def("random_walk_cpu_workspace", [](const View<4>& affinity, const View<4>& cams, int64_t radius, float power,
+                                             int threads) {
+    return random_walk_cpu_workspace(walk_args(affinity, radius, power, 1), walk_masks(cams, cams, {}, 1, false), threads);
   });
   module.def("random_walk_cpu", [](const View<4>& affinity, const View<4>& cams, const View<4>& out, int64_t radius, float power,
                                    float eps, const std::vector<uint8_t>& class_mask, int64_t num_steps, bool transpose,
                                    uint64_t workspace, int threads) {
     py::gil_scoped_release release;
-    check(random_walk_cpu(walk_args(affinity, radius, power, eps), mask_args(cams, out, class_mask, num_steps, transpose),
+    check(random_walk_cpu(walk_args(affinity, radius, power, eps), walk_masks(cams, out, class_mask, num_steps, transpose),
                           pointer<void>(workspace), threads),
           "random_walk_cpu");
   });
