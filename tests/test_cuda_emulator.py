@@ -123,7 +123,7 @@ def test_any_order_of_threads_gives_the_same_bits(rng, emulator, kind, dtype):
 
 @pytest.mark.parametrize("operator", [par, pamr])
 def test_half_weights_keep_to_their_budget(rng, device, emulator, operator):
-    """bfloat16 masks are refined with half-precision weights: 1e-3 after 10 iterations, without the masks' rounding."""
+    """Half-precision weights, which bfloat16 masks get: at most 2^-11 an iteration, in practice a third of that."""
     images, masks = torch.rand(1, 3, 25, 31, generator=rng), torch.rand(1, 4, 25, 31, generator=rng).bfloat16()
     want = operator(images, masks.float(), SIX, 10, backend="reference")
     out = torch.empty(masks.shape)  # float32, so that only the weights are rounded
@@ -133,7 +133,8 @@ def test_half_weights_keep_to_their_budget(rng, device, emulator, operator):
     scratch = torch.empty(max(1, size), dtype=torch.uint8)
     options = 0, 10, False, True, scratch.data_ptr(), 0, 0
     native.par_cuda(view(images), view(masks), view(out), dilations, factors, *options)
-    assert relative_error(out, want) < 1e-3
+    assert relative_error(out, want) < 2e-3
+    assert ((out - want).abs() <= 10 * 2**-11 * want + 1e-6).all()
 
 
 @pytest.mark.parametrize("images_in_batch", [1, 3, 7])
