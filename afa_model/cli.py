@@ -41,6 +41,14 @@ def usage() -> str:
     )
 
 
+def _with_underscores(word: str) -> str:
+    """``--affinity-at=1,2`` as ``--affinity_at=1,2``: options may be written either way, values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `afa`; returns the exit code (2 for a mistake in what was asked)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -57,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         module, function = _WHERE.get(argv[0], (f"afa_model.{argv[0]}", "main"))
-        return getattr(importlib.import_module(module), function)(argv[1:]) or 0
+        rest = [_with_underscores(word) for word in argv[1:]]
+        return getattr(importlib.import_module(module), function)(rest) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `afa ... | head`: nobody reads on

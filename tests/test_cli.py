@@ -199,7 +199,7 @@ def test_predict_writes_labels_and_panels(trained, root, tmp_path, capsys):
 def test_predict_takes_classes_and_a_point(trained, root, tmp_path, capsys):
     photo = str(root / "JPEGImages" / "2007_000000.jpg")
     line = ["predict", photo, "--checkpoint", str(trained), "--out", str(tmp_path), "--device", "cpu"]
-    assert cli.main([*line, "--labels", "cat,person", "--affinity_at", "10,20", "--panels", "false"]) == 0
+    assert cli.main([*line, "--labels", "cat,person", "--affinity-at", "10,20", "--panels", "false"]) == 0
     printed = capsys.readouterr().out
     assert "cat" in printed and "person" in printed and "dog" not in printed
     assert [path.name for path in tmp_path.iterdir()] == ["2007_000000.png"]
