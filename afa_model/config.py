@@ -142,6 +142,8 @@ class Config:
         device: auto (CUDA if there is one), cpu or cuda.
         amp: auto (bfloat16 where the device is a GPU that has it), bf16 or off.
         channels_last: keep images and convolution weights in channels_last memory format.
+        compile: run backbone and decoder through torch.compile while training (for GPUs; starts slowly).
+        cuda_graph: on a GPU, make the pseudo-labels in a CUDA graph.
         data: where the images and labels are.
         augment: how training photographs are varied.
         loader: how they are grouped.
@@ -160,6 +162,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)

@@ -17,6 +17,7 @@ from .config import Config, ConfigError, parse, to_dict, to_yaml
 from .evaluate import evaluate
 from .guards import FiniteGuard, Interrupt, TrainingError
 from .logs import RunLog, Window
+from .memory import keep_freed_memory
 from .processes import Here, autocast, data_parallel, gather_from_all, processes, seed_everything, to_device
 from .restore import build_model
 from .schedule import build_optimizer, learning_rate, set_learning_rate
@@ -87,7 +88,14 @@ class Trainer:
         )
         groups = self.optimizer.param_groups
         self.learning = [p for group in groups if group["lr_scale"] > 0 for p in group["params"]]
-        self.step = data_parallel(_StepModule(self.model, TrainingStep(self.model, config.step)), here)
+        step = TrainingStep(
+            self.model,
+            config.step,
+            max_classes=int(self.data.labels.sum(1).max()),
+            compile=config.compile,
+            cuda_graph=config.cuda_graph,
+        )
+        self.step = data_parallel(_StepModule(self.model, step), here)
 
         self.progress = checkpoint.Progress()
         self.keeper = checkpoint.CheckpointKeeper(self.folder, config.checkpoint.keep_last)
@@ -254,6 +262,8 @@ def train(config: Config) -> Summary:
         TrainingError: the loss became NaN or infinite; the batch is saved.
     """
     with processes(config.device) as here:
+        if here.device.type == "cpu":
+            keep_freed_memory()
         trainer = Trainer(config, here)
         log = RunLog(
             config.out,
