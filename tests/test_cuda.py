@@ -1,0 +1,168 @@
+"""What only a CUDA device can show: graphs, streams, no synchronisation, compiled code, the memory that is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import afa_kernels
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SIX = (1, 2, 4, 8, 12, 24)
+
+
+def native(operator: str) -> bool:
+    rows = afa_kernels.backends()
+    return any(row[:4] == (operator, "native", "cuda", True) for row in rows)
+
+
+class Case:
+    """An operator on inputs that stay where they are, as a CUDA graph needs them."""
+
+    def __init__(self, operator: str, run: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+        self.operator, self.run, self.inputs = operator, run, inputs
+
+    def __call__(self) -> torch.Tensor:
+        return self.run(*self.inputs)
+
+    def renew(self) -> None:
+        for tensor in self.inputs:
+            tensor.copy_(torch.rand(tensor.shape))
+
+
+def make(name: str) -> Case:
+    random = lambda *shape: torch.rand(shape, device="cuda")
+    present = torch.rand(2, 5, device="cuda") > 0.3
+    height, width = 48, 60
+    images, masks = random(2, 3, height, width), random(2, 5, height, width)
+    taps = [(0, 0), (1, -2), (-3, 1), (0, 5)]
+    query, key, head = random(2, 4, 300, 16), random(2, 4, 300, 16), (random(4), random(1))
+    cases = {
+        "par resident": Case("par", lambda x, m: afa_kernels.par(x, m, class_mask=present), images, masks),
+        "par streaming": Case(
+            "par", lambda x, m: afa_kernels.par(x, m, [1, 500], 3), random(2, 3, 40, 2000), random(2, 5, 40, 2000)
+        ),
+        "par bfloat16": Case("par", lambda x, m: afa_kernels.par(x, m.bfloat16()).float(), images, masks),
+        "pamr": Case("par", lambda x, m: afa_kernels.pamr(x, m, SIX, 10), images, masks),
+        "par_weights": Case("par_weights", lambda x: afa_kernels.par_weights(x), images),
+        "diffuse": Case("diffuse", lambda w, m: afa_kernels.diffuse(w, m, taps, 3), random(2, 4, height, width), masks),
+        "window_affinity": Case(
+            "window_affinity", lambda q, k: afa_kernels.window_affinity(q, k, *head, 15, 20, 4), query, key
+        ),
+        "random_walk": Case(
+            "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
+        ),
+    }
+    return cases[name]
+
+
+NAMES = [
+    "par resident",
+    "par streaming",
+    "par bfloat16",
+    "pamr",
+    "par_weights",
+    "diffuse",
+    "window_affinity",
+    "random_walk",
+]
+
+
+@pytest.fixture(params=NAMES)
+def case(request):
+    torch.manual_seed(0)
+    made = make(request.param)
+    if not native(made.operator):
+        pytest.skip(f"no native CUDA kernel for {made.operator}")
+    with afa_kernels.use_backend("native"):
+        yield made
+
+
+def test_graph_replays_on_new_inputs(case):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        case()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = case()
+    for _ in range(3):
+        case.renew()
+        graph.replay()
+        assert torch.equal(out, case())
+
+
+def test_the_current_stream_is_respected(case):
+    """Inputs that a slow stream is still writing: a kernel on any other stream would read the old ones."""
+    case.renew()
+    fresh = [torch.rand_like(tensor) for tensor in case.inputs]
+    want = case.run(*fresh)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for tensor, value in zip(case.inputs, fresh):
+            tensor.copy_(value)
+        got = case()
+    side.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_nothing_waits_for_the_device(case):
+    case()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_on_every_run(case):
+    first = case()
+    assert all(torch.equal(case(), first) for _ in range(5))
+
+
+def test_agrees_with_the_reference(case):
+    got = case()
+    with afa_kernels.use_backend("reference"):
+        want = case()
+    # One case rounds its masks to bfloat16, in both.
+    assert (got - want).norm() / want.norm() < 4e-3
+    assert torch.equal(got.isfinite(), want.isfinite())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_with_inductor(mode):
+    if not native("par"):
+        pytest.skip("no native CUDA kernel for par")
+    images, masks = torch.rand(2, 3, 33, 40, device="cuda"), torch.rand(2, 4, 33, 40, device="cuda")
+
+    def step(images, masks):
+        return afa_kernels.par(images, masks.relu(), (1, 3), 4, backend="native") * 2
+
+    compiled = torch.compile(step, fullgraph=True, mode=mode)
+    for _ in range(3):
+        got = compiled(images, masks).clone()
+    torch.testing.assert_close(got, step(images, masks))
+
+
+def test_resident_par_takes_two_buffers_and_its_output():
+    """Weights stay on chip: they would be 48 floats a pixel, the two mask buffers and the output are 3 * 3."""
+    if not native("par"):
+        pytest.skip("no native CUDA kernel for par")
+    images, masks = torch.rand(2, 3, 160, 160, device="cuda"), torch.rand(2, 3, 160, 160, device="cuda")
+    afa_kernels.par(images, masks, backend="native")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    afa_kernels.par(images, masks, backend="native")
+    taken = torch.cuda.max_memory_allocated() - before
+    weights = 48 * 4 * images.shape[0] * 160 * 160
+    assert taken < 4 * masks.numel() * 4 + 2**20 < weights
