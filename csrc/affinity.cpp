@@ -1,11 +1,11 @@
 // Affinity and its loss on the CPU, forward.
 //
 // Data flow, one image at a time: queries and keys go to channel-major rows of float32 (Channels), weights folded in; then, for
-// each image row, tiles of up to 12 queries x 2 vectors of keys sum their products in registers, chunk of channels after chunk,
-// and are finished while in L1: sigmoid, then either both mirrored taps of the window, or the pair's share of the loss. Loss sums
-// are taken row by row in a fixed order: the same bits for any number of threads.
-// Floor: N * (2r+1)^2 * heads * d fused multiply-adds. Bound: arithmetic; a tile also computes the corners of its parallelogram,
-// which at r = 8 makes 1.9 times as many.
+// each pair of image rows, tiles of up to 8 queries x 3 vectors of keys sum their products in registers, chunk of channels after
+// chunk, and are finished while in L1: sigmoid, then either both mirrored taps of the window, or the pair's share of the loss. Loss
+// sums are taken row by row in a fixed order: the same bits for any number of threads.
+// Floor: N * (2r+1)^2 * heads * d fused multiply-adds. Bound: arithmetic; a tile also computes what lies beside its band, which at
+// r = 8 makes up to 1.7 times as many.
 #include "affinity_band.h"
 
 namespace afa {
@@ -15,42 +15,38 @@ namespace AFA_ISA {
 
 template <class T>
 static void write_window(const Tile& tile, const Tiling& tiling, T* window) {
-  const int64_t plane = tiling.height * tiling.width, side = tiling.side, r = side / 2, width = tiling.width;
-  for (int64_t dx = -tiling.radius; dx <= tiling.radius; ++dx) {
-    T* here = window + ((r + tile.dy) * side + r + dx) * plane + tile.y * width;
-    T* there = window + ((r - tile.dy) * side + r - dx) * plane + (tile.y + tile.dy) * width + dx;
-    const int64_t low = std::max(tile.x, tile.first - dx), high = std::min(tile.x + tile.queries, tile.first + tile.keys - dx);
-    const float* scores = tile.scores - tile.x * tile.stride + dx - tile.first;
-    if (tile.dy == 0 && dx < 0) continue;
-    for (int64_t x = low; x < high; ++x) {
-      from_float(scores[x * tile.stride + x], here + x);
-      there[x] = here[x];
+  const int64_t plane = tiling.height * tiling.width, side = tiling.side, r = side / 2;
+  tiling.lines(tile, [&](const Line& at) {
+    const int64_t dy = at.key_y - at.y;
+    for (int64_t k = at.begin; k < at.end; ++k) {
+      const int64_t dx = k - at.x;
+      T* here = window + ((r + dy) * side + r + dx) * plane + at.y * tiling.width + at.x;
+      from_float(at.scores[2 * k], here);
+      window[((r - dy) * side + r - dx) * plane + at.key_y * tiling.width + k] = *here;
     }
-  }
+  });
 }
 
-// Adds the tile's pairs, both orders of each, to the sums of its row.
+// Adds the tile's pairs, both orders of each, to the sums of its rows.
 static void add_pairs(const Tile& tile, const Tiling& tiling, const int32_t* labels, PairSums* sums) {
   float same = 0, different = 0;
   int64_t same_count = 0, different_count = 0;
-  const int32_t* others = labels + (tile.y + tile.dy) * tiling.width + tile.first;
-  for (int64_t q = 0; q < tile.queries; ++q) {
-    const int32_t own = labels[tile.y * tiling.width + tile.x + q];
-    if (own < 0) continue;
-    const float* scores = tile.scores + q * tile.stride;
-    for (int64_t k = tile.begin(q, tiling.radius); k < tile.end(q, tiling.radius, tiling.width); ++k) {
+  tiling.lines(tile, [&](const Line& at) {
+    const int32_t own = labels[at.y * tiling.width + at.x], *others = labels + at.key_y * tiling.width;
+    if (own < 0) return;
+    for (int64_t k = at.begin; k < at.end; ++k) {
+      const float score = at.scores[2 * k];
       const bool equal = others[k] == own, counts = others[k] >= 0;
-      same += equal ? 1.0f - scores[k] : 0.0f;
-      different += counts && !equal ? scores[k] : 0.0f;
+      same += equal ? 1.0f - score : 0.0f;
+      different += counts && !equal ? score : 0.0f;
       same_count += equal;
       different_count += counts && !equal;
     }
-    if (tile.dy == 0) {  // the pixel's pair with itself comes once
-      const float self = scores[tile.begin(q, tiling.radius)];
-      sums->same -= 1.0f - self;
+    if (at.y == at.key_y) {  // the pixel's pair with itself comes once
+      sums->same -= 1.0f - at.scores[2 * at.x];
       sums->same_count -= 1;
     }
-  }
+  });
   sums->same += 2.0 * same, sums->different += 2.0 * different;
   sums->same_count += 2 * same_count, sums->different_count += 2 * different_count;
 }
@@ -100,9 +96,10 @@ static bool fits(const AttentionArgs& args, int threads) {
 
 int64_t attention_bytes(const AttentionArgs& args, int threads) {
   Arena arena{nullptr};
+  const Tiling tiling(args.height, args.width, args.radius);
   Channels(args, arena, threads);
-  arena.take<float>(threads * Tiling(args.height, args.width, args.radius).floats());
-  arena.take<PairSums>(args.height);
+  arena.take<float>(threads * tiling.floats());
+  arena.take<PairSums>(tiling.pairs);
   return arena.used;
 }
 
@@ -126,19 +123,19 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
   const Channels channels(args, arena, threads);
   const Tiling tiling(args.height, args.width, args.radius);
   float* buffers = arena.take<float>(threads * tiling.floats());
-  PairSums* rows = arena.take<PairSums>(args.height);
+  PairSums* rows = arena.take<PairSums>(tiling.pairs);
   *sums = PairSums();
   for (int64_t b = 0; b < args.query.size[0]; ++b) {
     const int32_t* image_labels = labels + b * args.height * args.width;
     pack_channels(args, b, channels, threads);
-    std::fill(rows, rows + args.height, PairSums());
+    std::fill(rows, rows + tiling.pairs, PairSums());
     for_each_tile(
         tiling, buffers, threads, [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
         [&](const Tile& tile) {
           sigmoid_in_place(tile, args.head_bias);
           add_pairs(tile, tiling, image_labels, rows + tile.y);
         });
-    for (int64_t y = 0; y < args.height; ++y) add_sums(rows[y], sums);
+    for (int64_t y = 0; y < tiling.pairs; ++y) add_sums(rows[y], sums);
   }
   return Status::ok;
 }
@@ -147,15 +144,20 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
 
 // sum_h w_h (S_ij + S_ji) of one tile; `line` takes a query's keys or a key's queries.
 static void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, const Tile& tile, float* line) {
-  const int64_t from = tile.y * tiling.width + tile.x, to = (tile.y + tile.dy) * tiling.width + tile.first;
-  for (int64_t head = 0; head < args.maps.size[1]; ++head) {
-    for (int64_t q = 0; q < tile.queries; ++q) {
-      load_row(line_of(args.maps, to, tile.keys), b, head, from + q, line);
-      for (int64_t k = 0; k < tile.keys; ++k) tile.scores[q * tile.stride + k] += args.head_weight[head] * line[k];
-    }
-    for (int64_t k = 0; k < tile.keys; ++k) {
-      load_row(line_of(args.maps, from, tile.queries), b, head, to + k, line);
-      for (int64_t q = 0; q < tile.queries; ++q) tile.scores[q * tile.stride + k] += args.head_weight[head] * line[q];
+  for (int64_t rows = 0; rows < 4; ++rows) {
+    const int64_t y = 2 * tile.y + rows % 2, key_y = 2 * (tile.y + tile.below) + rows / 2;
+    if (y >= tiling.height || key_y >= tiling.height || key_y < y) continue;
+    const int64_t from = y * tiling.width + tile.x, to = key_y * tiling.width + tile.first;
+    float* scores = tile.scores + rows % 2 * tile.stride + rows / 2;
+    for (int64_t head = 0; head < args.maps.size[1]; ++head) {
+      for (int64_t q = 0; q < tile.columns; ++q) {
+        load_row(line_of(args.maps, to, tile.keys), b, head, from + q, line);
+        for (int64_t k = 0; k < tile.keys; ++k) scores[2 * q * tile.stride + 2 * k] += args.head_weight[head] * line[k];
+      }
+      for (int64_t k = 0; k < tile.keys; ++k) {
+        load_row(line_of(args.maps, from, tile.columns), b, head, to + k, line);
+        for (int64_t q = 0; q < tile.columns; ++q) scores[2 * q * tile.stride + 2 * k] += args.head_weight[head] * line[q];
+      }
     }
   }
 }
@@ -164,7 +166,7 @@ int64_t maps_bytes(const MapsArgs& args, int threads) {
   Arena arena{nullptr};
   const Tiling tiling(args.height, args.width, args.radius);
   arena.take<float>(threads * tiling.floats());
-  arena.take<float>(threads * (tiling.stride + kTileQueries));
+  arena.take<float>(threads * tiling.stride);
   return arena.used;
 }
 
@@ -175,12 +177,12 @@ Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspac
   Arena arena{static_cast<char*>(workspace)};
   const Tiling tiling(args.height, args.width, args.radius);
   float* buffers = arena.take<float>(threads * tiling.floats());
-  float* lines = arena.take<float>(threads * (tiling.stride + kTileQueries));
+  float* lines = arena.take<float>(threads * tiling.stride);
   for (int64_t b = 0; b < args.maps.size[0]; ++b)
     window_of_any(tiling, b, args.head_bias, out, buffers, threads, [&](int64_t y, float* row) {
       for (int64_t t = 0; t < tiling.count; ++t)
-        for (int64_t dy = 0; dy < tiling.rows_below() && y + dy < tiling.height; ++dy)
-          add_maps(args, b, tiling, tiling.tile(t, y, dy, row), lines + thread_number() * (tiling.stride + kTileQueries));
+        for (int64_t below = 0; below < tiling.below() && y + below < tiling.pairs; ++below)
+          add_maps(args, b, tiling, tiling.tile(t, y, below, row), lines + thread_number() * tiling.stride);
     });
   return Status::ok;
 }

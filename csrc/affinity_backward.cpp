@@ -51,20 +51,18 @@ struct PairGradients {
 
 static void pair_gradients_of_loss(const Tile& tile, const Tiling& tiling, const int32_t* labels, const PairGradient& gradient,
                                    const PairGradients& to) {
-  const int32_t* others = labels + (tile.y + tile.dy) * tiling.width;
-  for (int64_t q = 0; q < tile.queries; ++q) {
-    const int64_t x = tile.x + q;
-    const int32_t own = labels[tile.y * tiling.width + x];
-    if (own < 0) continue;
-    float* here = to.at(tile.y, x, tile.dy);
-    for (int64_t k = tile.begin(q, tiling.radius); k < tile.end(q, tiling.radius, tiling.width); ++k) {
-      const int64_t other = tile.first + k;
-      if (others[other] < 0) continue;
-      const float value = 2.0f * (others[other] == own ? gradient.same : gradient.different) * tile.scores[q * tile.stride + k];
-      here[other - x] = value;
-      to.at(tile.y + tile.dy, other, -tile.dy)[x - other] = value;
+  tiling.lines(tile, [&](const Line& at) {
+    const int32_t own = labels[at.y * tiling.width + at.x], *others = labels + at.key_y * tiling.width;
+    if (own < 0) return;
+    const int64_t dy = at.key_y - at.y;
+    float* here = to.at(at.y, at.x, dy) - at.x;
+    for (int64_t k = at.begin; k < at.end; ++k) {
+      if (others[k] < 0) continue;
+      const float value = 2.0f * (others[k] == own ? gradient.same : gradient.different) * at.scores[2 * k];
+      here[k] = value;
+      to.at(at.key_y, k, -dy)[at.x - k] = value;
     }
-  }
+  });
 }
 
 // `lines` holds three rows of pixels.
