@@ -27,28 +27,36 @@ static void write_window(const Tile& tile, const Tiling& tiling, T* window) {
   });
 }
 
+static inline float sum_of(vfloat values) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += values[i];
+  return sum;
+}
+static inline int64_t count_of(vint masks) {
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i) count -= masks[i];
+  return count;
+}
+
 // Adds the tile's pairs, both orders of each, to the sums of its rows.
-static void add_pairs(const Tile& tile, const Tiling& tiling, const int32_t* labels, PairSums* sums) {
-  float same = 0, different = 0;
-  int64_t same_count = 0, different_count = 0;
-  tiling.lines(tile, [&](const Line& at) {
-    const int32_t own = labels[at.y * tiling.width + at.x], *others = labels + at.key_y * tiling.width;
-    if (own < 0) return;
-    for (int64_t k = at.begin; k < at.end; ++k) {
-      const float score = at.scores[2 * k];
-      const bool equal = others[k] == own, counts = others[k] >= 0;
-      same += equal ? 1.0f - score : 0.0f;
-      different += counts && !equal ? score : 0.0f;
-      same_count += equal;
-      different_count += counts && !equal;
-    }
-    if (at.y == at.key_y) {  // the pixel's pair with itself comes once
-      sums->same -= 1.0f - at.scores[2 * at.x];
+static void add_pairs(const Tile& tile, const Tiling& tiling, const LaneLabels& labels, float bias, PairSums* sums) {
+  vfloat same = {}, different = {};
+  vint same_count = {}, different_count = {};
+  for (int64_t i = 0; i < 2 * tile.columns; ++i) {
+    const float* scores = tile.scores + i * tile.stride;
+    labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
+      const vfloat affinity = sigmoid(load(scores + lane) + bias);
+      same += (vfloat)((vint)(1.0f - affinity) & is_same);
+      different += (vfloat)((vint)affinity & is_different);
+      same_count += is_same, different_count += is_different;
+    });
+    if (tile.below == 0 && labels.values[tile.y * labels.row + 2 * tile.x + i] >= 0) {  // a pixel's pair with itself comes once
+      sums->same -= 1.0f - sigmoid(splat(scores[2 * (tile.x - tile.first) + i]) + bias)[0];
       sums->same_count -= 1;
     }
-  });
-  sums->same += 2.0 * same, sums->different += 2.0 * different;
-  sums->same_count += 2 * same_count, sums->different_count += 2 * different_count;
+  }
+  sums->same += 2.0 * sum_of(same), sums->different += 2.0 * sum_of(different);
+  sums->same_count += 2 * count_of(same_count), sums->different_count += 2 * count_of(different_count);
 }
 
 static void add_sums(const PairSums& from, PairSums* to) {
@@ -60,7 +68,11 @@ template <class T, class Fill>
 static void window_of(const Tiling& tiling, int64_t b, float bias, T* out, float* buffers, int threads, const Fill& fill) {
   T* window = out + b * tiling.side * tiling.side * tiling.height * tiling.width;
   for_each_tile(tiling, buffers, threads, fill, [&](const Tile& tile) {
-    sigmoid_in_place(tile, bias);
+    for (int64_t i = 0; i < 2 * tile.columns; ++i)
+      for (int64_t lane = 0; lane < 2 * tile.keys; lane += kLanes) {
+        float* at = tile.scores + i * tile.stride + lane;
+        store(at, sigmoid(load(at) + bias));
+      }
     write_window(tile, tiling, window);
   });
 }
@@ -100,6 +112,7 @@ int64_t attention_bytes(const AttentionArgs& args, int threads) {
   Channels(args, arena, threads);
   arena.take<float>(threads * tiling.floats());
   arena.take<PairSums>(tiling.pairs);
+  LaneLabels(tiling, arena);
   return arena.used;
 }
 
@@ -124,17 +137,15 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
   const Tiling tiling(args.height, args.width, args.radius);
   float* buffers = arena.take<float>(threads * tiling.floats());
   PairSums* rows = arena.take<PairSums>(tiling.pairs);
+  const LaneLabels lanes(tiling, arena);
   *sums = PairSums();
   for (int64_t b = 0; b < args.query.size[0]; ++b) {
-    const int32_t* image_labels = labels + b * args.height * args.width;
+    lanes.load(labels + b * args.height * args.width, tiling);
     pack_channels(args, b, channels, threads);
     std::fill(rows, rows + tiling.pairs, PairSums());
     for_each_tile(
         tiling, buffers, threads, [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
-        [&](const Tile& tile) {
-          sigmoid_in_place(tile, args.head_bias);
-          add_pairs(tile, tiling, image_labels, rows + tile.y);
-        });
+        [&](const Tile& tile) { add_pairs(tile, tiling, lanes, args.head_bias, rows + tile.y); });
     for (int64_t y = 0; y < tiling.pairs; ++y) add_sums(rows[y], sums);
   }
   return Status::ok;

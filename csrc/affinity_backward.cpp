@@ -49,20 +49,25 @@ struct PairGradients {
   }
 };
 
-static void pair_gradients_of_loss(const Tile& tile, const Tiling& tiling, const int32_t* labels, const PairGradient& gradient,
-                                   const PairGradients& to) {
-  tiling.lines(tile, [&](const Line& at) {
-    const int32_t own = labels[at.y * tiling.width + at.x], *others = labels + at.key_y * tiling.width;
-    if (own < 0) return;
-    const int64_t dy = at.key_y - at.y;
-    float* here = to.at(at.y, at.x, dy) - at.x;
-    for (int64_t k = at.begin; k < at.end; ++k) {
-      if (others[k] < 0) continue;
-      const float value = 2.0f * (others[k] == own ? gradient.same : gradient.different) * at.scores[2 * k];
-      here[k] = value;
-      to.at(at.key_y, k, -dy)[at.x - k] = value;
+static void pair_gradients_of_loss(const Tile& tile, const Tiling& tiling, const LaneLabels& labels, const PairGradient& gradient,
+                                   float bias, const PairGradients& to) {
+  const vfloat same = splat(2.0f * gradient.same), different = splat(2.0f * gradient.different);
+  for (int64_t i = 0; i < 2 * tile.columns; ++i) {
+    if (labels.values[tile.y * labels.row + 2 * tile.x + i] < 0) continue;
+    float* scores = tile.scores + i * tile.stride;
+    labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
+      const vfloat factor = (vfloat)(((vint)same & is_same) | ((vint)different & is_different));
+      const vfloat slope = (vfloat)((vint)sigmoid_slope(load(scores + lane) + bias) & (is_same | is_different));
+      store(scores + lane, factor * slope);
+    });
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      const Line at = tiling.line(tile, i, parity);
+      const int64_t dy = at.key_y - at.y;
+      float *here = to.at(at.y, at.x, dy) - at.x, *there = to.at(at.key_y, 0, -dy) + at.x;
+      const int64_t step = to.side * to.row - 1;  // to the next pixel's gradient at the same key
+      for (int64_t k = at.begin; k < at.end; ++k) here[k] = there[k * step] = at.scores[2 * k];
     }
-  });
+  }
 }
 
 // `lines` holds three rows of pixels.
@@ -133,25 +138,36 @@ static double multiply_share(const AttentionArgs& args, const PairGradients& fro
   const View<4> own = line_of(args.query, share.begin, share.count);
   const View<4> to = out.data ? line_of(out, share.begin, share.count) : out;
   float *result = lines, *line = lines + kBackQueries * kPanel;
-  std::fill(panel, panel + from.height * from.width * kPanel, 0.0f);
-  for (int64_t n = 0; n < from.height * from.width; ++n) load_row(other, b, share.head, n, panel + n * kPanel);
+  const bool in_place = other.dtype == DType::f32 && other.stride[3] == 1 && other.stride[2] == kPanel && share.count == kPanel;
+  const float* values = panel;
+  if (in_place) {
+    values = static_cast<const float*>(other.data) + b * other.stride[0] + share.head * other.stride[1];
+  } else {
+    for (int64_t n = 0; n < from.height * from.width; ++n) {
+      std::fill(panel + n * kPanel + share.count, panel + (n + 1) * kPanel, 0.0f);
+      load_row(other, b, share.head, n, panel + n * kPanel);
+    }
+  }
+  std::fill(line, line + kPanel, 0.0f);
   const int64_t tiles = (from.width + kBackQueries - 1) / kBackQueries, queries = (from.width + tiles - 1) / tiles;
   double dot = 0;
   for (int64_t y = 0; y < from.height; ++y)
     for (int64_t x = 0; x < from.width; x += queries) {
       const int64_t count = std::min(queries, from.width - x);
-      kMultiply[count](from, y, x, panel, result);
+      kMultiply[count](from, y, x, values, result);
       for (int64_t q = 0; q < count; ++q) {
-        float* values = result + q * kPanel;
+        float* sums = result + q * kPanel;
         if (share.of_query) {
           load_row(own, b, share.head, y * from.width + x + q, line);
+          vfloat products = {};
+          for (int64_t c = 0; c < kPanel; c += kLanes) products += load(line + c) * load(sums + c);
           float part = 0;
-          for (int64_t c = 0; c < share.count; ++c) part += line[c] * values[c];
+          for (int l = 0; l < kLanes; ++l) part += products[l];
           dot += part;
         }
         if (!to.data) continue;
-        for (int64_t c = 0; c < share.count; ++c) values[c] *= args.head_weight[share.head];
-        store_row(to, b, share.head, y * from.width + x + q, values);
+        for (int64_t c = 0; c < kPanel; c += kLanes) store(sums + c, load(sums + c) * args.head_weight[share.head]);
+        store_row(to, b, share.head, y * from.width + x + q, sums);
       }
     }
   return dot;
@@ -183,6 +199,7 @@ int64_t backward_bytes(const AttentionArgs& args, int threads) {
   Arena first{nullptr}, second{nullptr};
   PairGradients(tiling, first), PairGradients(tiling, second);
   Channels(args, first, threads);
+  LaneLabels(tiling, first);
   first.take<float>(threads * std::max(tiling.floats(), 3 * args.width));
   second.take<float>(threads * args.height * args.width * kPanel);
   second.take<float>(threads * (kBackQueries + 1) * kPanel);
@@ -202,15 +219,13 @@ Status backward_of_attention(const AttentionArgs& args, const PairGradient& grad
     pairs.clear();
     if (gradient.labels) {
       const Channels channels(args, rest, threads);
-      const int32_t* labels = gradient.labels + b * args.height * args.width;
+      const LaneLabels labels(tiling, rest);
+      labels.load(gradient.labels + b * args.height * args.width, tiling);
       pack_channels(args, b, channels, threads);
       for_each_tile(
           tiling, rest.take<float>(threads * tiling.floats()), threads,
           [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
-          [&](const Tile& tile) {
-            slope_in_place(tile, args.head_bias);
-            pair_gradients_of_loss(tile, tiling, labels, gradient, pairs);
-          });
+          [&](const Tile& tile) { pair_gradients_of_loss(tile, tiling, labels, gradient, args.head_bias, pairs); });
     } else {
       float* lines = rest.take<float>(threads * 3 * args.width);
 #pragma omp parallel for schedule(static) num_threads(threads)

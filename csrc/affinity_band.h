@@ -129,38 +129,63 @@ struct Channels {
   float *values, *lines;
 
   Channels(const AttentionArgs& args, Arena& arena, int threads)
-      : heads(args.query.size[1]), each(args.query.size[3]), depth(heads * each), row(round_up(2 * args.width, 16)),
+      : heads(args.query.size[1]), each(args.query.size[3]), depth(heads * each), row(round_up(2 * args.width + 2, 16)),
         height(args.height), width(args.width) {
     const int64_t slack = kTileVectors * kLanes;  // a tile may read past the last key
     values = arena.take<float>((height + 1) / 2 * 2 * depth * row + slack);
-    lines = arena.take<float>(threads * 2 * width * each);
+    lines = arena.take<float>(threads * 4 * each);
   }
   float* key(int64_t y, int64_t c) const { return values + (y * 2 * depth + c) * row; }
   float* query(int64_t y, int64_t c) const { return key(y, c < depth ? c + depth : c - depth); }
 };
 
+typedef float vfour __attribute__((vector_size(16)));
+
+// 4 channels of 4 pixels, [pixel][channel] -> [channel][pixel].
+static inline void transpose_four(const float* const* pixels, int64_t channel, float scale, float* to, int64_t row) {
+  vfour in[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&in[i], pixels[i] + channel, 16);
+  const vfour low01 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5), high01 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+  const vfour low23 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5), high23 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+  const vfour out[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                        __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) {
+    const vfour scaled = out[i] * scale;
+    __builtin_memcpy(to + i * row, &scaled, 16);
+  }
+}
+
+// One head of one pair of rows: two columns of pixels at a time, copied to float where they are not already.
+static inline void pack_head(const View<4>& view, int64_t b, int64_t head, float scale, int64_t y, const Channels& to, float* channels,
+                             float* lines) {
+  const bool direct = view.dtype == DType::f32 && view.stride[3] == 1;
+  for (int64_t x = 0; x < to.width; x += 2) {
+    const float* pixels[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = 2 * y + i % 2, column = x + i / 2, n = row * to.width + column;
+      float* copy = lines + i * to.each;
+      pixels[i] = copy;
+      if (row >= to.height || column >= to.width)
+        std::fill(copy, copy + to.each, 0.0f);
+      else if (direct)
+        pixels[i] = static_cast<const float*>(view.data) + b * view.stride[0] + head * view.stride[1] + n * view.stride[2];
+      else
+        load_row(view, b, head, n, copy);
+    }
+    int64_t e = 0;
+    for (; e + 4 <= to.each; e += 4) transpose_four(pixels, e, scale, channels + e * to.row + 2 * x, to.row);
+    for (; e < to.each; ++e)
+      for (int i = 0; i < 4; ++i) channels[e * to.row + 2 * x + i] = pixels[i][e] * scale;
+  }
+}
+
 static inline void pack_channels(const AttentionArgs& args, int64_t b, const Channels& to, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t y = 0; y < to.height; y += 2)
-    for (int64_t c = 0; c < 2 * to.heads; ++c) {
-      const bool is_key = c < to.heads;
-      const int64_t head = is_key ? c : c - to.heads, size = to.width * to.each;
-      const float scale = is_key ? 1.0f : args.head_weight[head];
-      float *upper = to.lines + thread_number() * 2 * size, *lower = upper + size;
-      std::fill(lower, lower + size, 0.0f);
-      for (int64_t x = 0; x < to.width; ++x) {
-        load_row(is_key ? args.key : args.query, b, head, y * to.width + x, upper + x * to.each);
-        if (y + 1 < to.height)
-          load_row(is_key ? args.key : args.query, b, head, (y + 1) * to.width + x, lower + x * to.each);
-      }
-      for (int64_t e = 0; e < to.each; ++e) {
-        float* channel = to.key(y / 2, c * to.each + e);
-        for (int64_t x = 0; x < to.width; ++x) {
-          channel[2 * x] = upper[x * to.each + e] * scale;
-          channel[2 * x + 1] = lower[x * to.each + e] * scale;
-        }
-        std::fill(channel + 2 * to.width, channel + to.row, 0.0f);
-      }
+  for (int64_t y = 0; y < (to.height + 1) / 2; ++y)
+    for (int64_t head = 0; head < to.heads; ++head) {
+      float* lines = to.lines + thread_number() * 4 * to.each;
+      pack_head(args.key, b, head, 1.0f, y, to, to.key(y, head * to.each), lines);
+      pack_head(args.query, b, head, args.head_weight[head], y, to, to.query(y, head * to.each), lines);
     }
 }
 
@@ -215,26 +240,57 @@ static inline void fill_products(const Channels& from, const Tiling& tiling, int
     }
 }
 
-// --- the sigmoid, in place over a tile ---
+// --- the sigmoid, and lanes that are pairs ---
 
 // Without cancellation at either end: both 1/(1+e) and e/(1+e) come from e = exp(-|z|).
-static inline void sigmoid_in_place(const Tile& tile, float bias) {
-  for (int64_t q = 0; q < 2 * tile.columns; ++q)
-    for (int64_t k = 0; k < 2 * tile.keys; k += kLanes) {
-      float* at = tile.scores + q * tile.stride + k;
-      const vfloat z = load(at) + bias, e = exp_of(-abs_of(z)), inverse = 1.0f / (1.0f + e);
-      store(at, z >= 0.0f ? inverse : e * inverse);
-    }
+static inline vfloat sigmoid(vfloat z) {
+  const vfloat e = exp_of(-abs_of(z)), inverse = 1.0f / (1.0f + e);
+  return z >= 0.0f ? inverse : e * inverse;
+}
+static inline vfloat sigmoid_slope(vfloat z) {
+  const vfloat e = exp_of(-abs_of(z)), inverse = 1.0f / (1.0f + e);
+  return e * inverse * inverse;
 }
 
-// The derivative of the sigmoid instead of its value.
-static inline void slope_in_place(const Tile& tile, float bias) {
-  for (int64_t q = 0; q < 2 * tile.columns; ++q)
-    for (int64_t k = 0; k < 2 * tile.keys; k += kLanes) {
-      float* at = tile.scores + q * tile.stride + k;
-      const vfloat e = exp_of(-abs_of(load(at) + bias)), inverse = 1.0f / (1.0f + e);
-      store(at, e * inverse * inverse);
-    }
+// Labels of one image as the lanes of the tiles have them, [pairs of rows][row], negative where there is no pixel.
+struct LaneLabels {
+  int64_t row;
+  int32_t* values;
+  LaneLabels(const Tiling& tiling, Arena& arena) : row(2 * tiling.width + tiling.stride) {
+    values = arena.take<int32_t>(tiling.pairs * row);
+  }
+  void load(const int32_t* labels, const Tiling& tiling) const {
+    std::fill(values, values + tiling.pairs * row, -1);
+    for (int64_t y = 0; y < tiling.height; ++y)
+      for (int64_t x = 0; x < tiling.width; ++x) values[y / 2 * row + 2 * x + y % 2] = labels[y * tiling.width + x];
+  }
+};
+
+// Calls visit(lane, equal, different) for the vectors of lanes in which query i has pairs: masks of those with its own label and of
+// those with another.
+template <class Visit>
+static inline void labelled_lanes(const Tile& tile, const Tiling& tiling, const LaneLabels& labels, int64_t i, const Visit& visit) {
+  const int32_t own = labels.values[tile.y * labels.row + 2 * tile.x + i];
+  const Line lines[2] = {tiling.line(tile, i, 0), tiling.line(tile, i, 1)};
+  vint lane, low, high;
+  int64_t begin = 2 * tile.keys, end = 0;
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    if (lines[parity].begin >= lines[parity].end) continue;
+    begin = std::min(begin, 2 * (lines[parity].begin - tile.first)), end = std::max(end, 2 * (lines[parity].end - tile.first));
+  }
+  if (own < 0 || begin >= end) return;
+  for (int l = 0; l < kLanes; ++l) {
+    lane[l] = l;
+    low[l] = int32_t(2 * (lines[l % 2].begin - tile.first)), high[l] = int32_t(2 * (lines[l % 2].end - tile.first));
+  }
+  const int32_t* others = labels.values + (tile.y + tile.below) * labels.row + 2 * tile.first;
+  for (int64_t l = begin / kLanes * kLanes; l < end; l += kLanes) {
+    vint other;
+    __builtin_memcpy(&other, others + l, sizeof other);
+    const vint at = lane + int32_t(l);
+    const vint counts = (at >= low) & (at < high) & (other >= 0), equal = counts & (other == own);
+    visit(l, equal, counts & ~equal);
+  }
 }
 
 }  // namespace AFA_ISA
