@@ -329,15 +329,14 @@ bool plan_resident(const DiffusionArgs& args, int planes, bool half, ResidentPla
     plan.pitch = plan.tile_w + 2 * plan.reach_x;
     // Two rows of 16 pixels make a warp: their banks must not meet.
     if (plan.tile_w == 16) plan.pitch += (48 - plan.pitch % 32) % 32;
-    for (plan.tile_h = 1; plan.tile_h <= height && plan.tile_h <= 256; ++plan.tile_h) {
-      plan.tiles_y = int(blocks_for(height, plan.tile_h));
+    for (int64_t cuts = 1; cuts * plan.tiles_x <= device.multiprocessors && cuts <= height; ++cuts) {
+      plan.tile_h = int(blocks_for(height, cuts)), plan.tiles_y = int(blocks_for(height, plan.tile_h));
       const int tiles = plan.tiles_x * plan.tiles_y;
-      if (tiles > device.multiprocessors) continue;
       plan.rows = plan.tile_h + 2 * plan.reach_y;
       plan.images = int(std::min<int64_t>(batch, device.multiprocessors / tiles));
       const int64_t fixed = SharedArena::bytes<float>(plan.pixels() * args.taps / (half ? 2 : 1)) + SharedArena::bytes<int>(channels + 1);
       const int64_t plane = int64_t(plan.rows) * plan.pitch, room = (device.shared_bytes - fixed - 16) / (4 * plane);
-      if (room < std::max(planes, 1)) break;  // taller tiles need more
+      if (room < std::max(planes, 1)) continue;
       plan.channels = int(std::min<int64_t>(std::min<int64_t>(room, kResidentChannels), channels));
       plan.shared_bytes = int(fixed + SharedArena::bytes<float>(std::max(plan.channels, planes) * plane));
       plan.threads = int(std::min<int64_t>(kResidentThreads, std::max<int64_t>(128, round_up(plan.pixels(), 32))));

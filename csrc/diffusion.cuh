@@ -8,8 +8,8 @@
 //
 // Bound: an image is resident if it can be cut into at most as many tiles as there are multiprocessors, with
 //     4 (float) or 2 (half) bytes * taps * tile pixels + 4 bytes * (1, for PAR 3) * (tile_h + 2 reach) * (tile_w + 2 reach)
-// of shared memory a block (227 KB on an H100). On an H100 with PAR's 48 taps reaching 24 pixels that is about 340 x 340 pixels
-// in float and 460 x 460 in half, any batch, any number of channels. Floor: taps * (channels + 1) shared loads of 4 bytes per
+// of shared memory a block (227 KB on an H100). On an H100 with PAR's 48 taps reaching 24 pixels that is 320 x 320 pixels in
+// float and 416 x 416 in half, any batch, any number of channels. Floor: taps * (channels + 1) shared loads of 4 bytes per
 // pixel and iteration, 32 a cycle and multiprocessor; beside it two trips of a channel through L2 and one barrier.
 // Occupancy: diffuse_resident 1024 x 1 (threads x blocks a multiprocessor; shared memory decides).
 #pragma once

@@ -43,6 +43,13 @@ def device(request, emulator):
         yield request.param
 
 
+@pytest.fixture
+def one_device(emulator):
+    """As `device`, for what does not depend on it."""
+    with emulated(emulator):
+        yield
+
+
 # --- the operators' tests, on the emulated backend --------------------------------------------------------------------
 
 
@@ -64,7 +71,8 @@ def on_emulator(test: types.FunctionType) -> types.FunctionType:
     copy = types.FunctionType(test.__code__, names, test.__name__, test.__defaults__, test.__closure__)
     copy.__kwdefaults__ = test.__kwdefaults__
     marks = [native_alone(mark) for mark in getattr(test, "pytestmark", [])]
-    copy.pytestmark = [*marks, pytest.mark.usefixtures("device").mark]
+    fixture = "one_device" if any(part in test.__name__ for part in ("opcheck", "compiles")) else "device"
+    copy.pytestmark = [*marks, pytest.mark.usefixtures(fixture).mark]
     return copy
 
 
@@ -135,6 +143,23 @@ def test_half_weights_keep_to_their_budget(rng, device, emulator, operator):
     native.par_cuda(view(images), view(masks), view(out), dilations, factors, *options)
     assert relative_error(out, want) < 2e-3
     assert ((out - want).abs() <= 10 * 2**-11 * want + 1e-6).all()
+
+
+def test_the_bound_of_residence_is_the_stated_one(emulator):
+    """On an H100 PAR keeps its weights on chip, out of the workspace, up to 320 x 320 in float, 416 x 416 in half."""
+    emulator.set_device(132, 227 * 1024)
+    try:
+        for half, largest in ((False, 320), (True, 416)):
+            for size, resident in ((largest, True), (largest + 32, False)):
+                images, masks = (
+                    torch.empty(2, 3, size, size, device="meta"),
+                    torch.empty(2, 3, size, size, device="meta"),
+                )
+                views = [(0, 0, tuple(tensor.shape), tensor.stride()) for tensor in (images, masks)]
+                needed = emulator.native.par_cuda_workspace(*views, list(SIX), 10, False, half, 0)
+                assert (needed < 48 * 2 * size * size) == resident
+    finally:
+        emulator.set_device()
 
 
 @pytest.mark.parametrize("images_in_batch", [1, 3, 7])

@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import afa_kernels
+from afa_kernels import _native_module
 
 WISH = int(os.environ.get("AFA_FUZZ", "0"))
-CASES = 20_000 if WISH == 1 else WISH or 30
+CASES = 20_000 if WISH == 1 else WISH or 15
 fuzz = settings(
     max_examples=CASES,
     deadline=None,
@@ -319,3 +320,53 @@ def test_affinity_loss(backend, data):
         want = afa_kernels.affinity_loss(affinity, labels.to(DEVICE), radius)
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
     assert [float(count) for count in got[1:]] == [float(count) for count in want[1:]]
+
+
+# --- the compiled entry points ----------------------------------------------------------------------------------------
+
+
+def nowhere(*shape: int) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """A contiguous float32 tensor as the entry points take it, at no address."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return 0, 0, shape, tuple(strides)
+
+
+def modules() -> list[str]:
+    cpu = [name for name in ("native",) if name in available("par")]
+    return [*cpu, "emulated"] if build.compiler() and DEVICE == "cpu" else cpu
+
+
+@pytest.mark.parametrize("module", modules())
+@fuzz
+@given(st.data())
+def test_workspace_sizes_are_64_bit(module, data):
+    """Sizes whose products pass 2^31 and 2^32: nothing wraps, and more pixels or channels never need less."""
+    draw = Draw(data)
+    batch, channels = draw.integer("B", 1, 200), draw.integer("C", 1, 2000)
+    height, width = draw.integer("H", 1, 60_000), draw.integer("W", 1, 60_000)
+    dilations = draw.choice("dilations", [[1], [1, 2, 4, 8, 12, 24]])
+    half, num_iter = draw.flag("half weights"), draw.integer("num_iter", 3, 20)
+    taps, pixels = 8 * len(dilations), height * width
+    offsets = [0] * (2 * taps)
+
+    def sizes(height: int, channels: int) -> tuple[int, int]:
+        images, masks = nowhere(batch, 3, height, width), nowhere(batch, channels, height, width)
+        weights = nowhere(batch, taps, height, width)
+        if module == "native":
+            native = _native_module.native
+            return native.par_cpu_workspace(images, masks, dilations, 2), native.diffuse_cpu_workspace(
+                weights, masks, offsets, 2
+            )
+        native, transpose = build.load().native, True  # the adjoint always streams
+        refine = native.par_cuda_workspace(images, masks, dilations, num_iter, transpose, half, 0)
+        return refine, native.diffuse_cuda_workspace(weights, masks, offsets, num_iter, transpose, 0)
+
+    refine, diffuse = sizes(height, channels)
+    if module == "native":  # one image at a time: its weights and two copies of its masks, in float32
+        least = 4 * pixels * (taps + 2 * channels)
+        assert refine >= least and diffuse >= least
+    else:
+        masks, weights = 8 * batch * channels * pixels, (2 if half else 4) * batch * taps * pixels
+        assert diffuse >= masks and refine >= masks + weights
+    assert all(more >= less for more, less in zip(sizes(height + 1, channels), (refine, diffuse)))
+    assert all(more >= less for more, less in zip(sizes(height, channels + 1), (refine, diffuse)))
