@@ -41,6 +41,10 @@ class CompiledNetworks:
                 delattr(part, name)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 class GraphedFunction:
     """A function of tensors as a CUDA graph: launched in one go, without the host's time for each kernel.
 
@@ -62,7 +66,7 @@ class GraphedFunction:
 
     def __call__(self, *inputs: Tensor | None, key: Any = None, **options: Any) -> tuple:
         """``options`` are passed on; they must be the same for the same ``key``."""
-        if inputs[0].device.type != "cuda":
+        if not _on_gpu(inputs[0]):
             return self._function(*inputs, **options)
         which = key, *((x.shape, x.dtype, x.stride()) if x is not None else None for x in inputs)
         if which not in self._graphs:
