@@ -27,7 +27,10 @@ DeviceLimits device_limits() {
 
 DeviceGuard::DeviceGuard(int device) {
   cudaGetDevice(&previous_);
-  cudaSetDevice(device);
+  if (previous_ == device)
+    previous_ = -1;
+  else
+    cudaSetDevice(device);
 }
 DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);

@@ -186,8 +186,9 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_adjoint(const __grid_
 // ---- copies --------------------------------------------------------------------------------------------------------------
 
 // out = in where the channel is present (if copy_present), 0 where it is not (if zero_absent).
-__global__ void __launch_bounds__(kStepThreads, 8) copy_masks(const __grid_constant__ View<4> in, const __grid_constant__ View<4> out,
-                                                              const uint8_t* class_mask, bool copy_present, bool zero_absent) {
+__global__ void __launch_bounds__(kStepThreads, 8)
+    copy_masks(const __grid_constant__ View<4> in, const __grid_constant__ View<4> out, const uint8_t* class_mask,
+               bool copy_present, bool zero_absent) {
   const int64_t x = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (x >= out.size[3]) return;
   for (int64_t z = blockIdx.z; z < out.size[0] * out.size[1]; z += gridDim.z) {
@@ -314,8 +315,10 @@ Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace,
 
 bool plan_resident(const DiffusionArgs& args, int planes, bool half, ResidentPlan* best) {
   const DeviceLimits device = device_limits();
-  const int64_t batch = args.masks.size[0], channels = args.masks.size[1], height = args.masks.size[2], width = args.masks.size[3];
-  if (!device.cooperative || args.transpose || args.num_iter < 1 || args.taps > kResidentTaps || channels > 4096) return false;
+  const int64_t batch = args.masks.size[0], channels = args.masks.size[1];
+  const int64_t height = args.masks.size[2], width = args.masks.size[3];
+  if (!device.cooperative || args.transpose || args.num_iter < 1) return false;
+  if (args.taps > kResidentTaps || channels > 4096) return false;
   if (height * width > (int64_t(1) << 24) || (half && args.taps % 2 != 0)) return false;
   ResidentPlan plan;
   plan.half = half;
@@ -334,7 +337,8 @@ bool plan_resident(const DiffusionArgs& args, int planes, bool half, ResidentPla
       const int tiles = plan.tiles_x * plan.tiles_y;
       plan.rows = plan.tile_h + 2 * plan.reach_y;
       plan.images = int(std::min<int64_t>(batch, device.multiprocessors / tiles));
-      const int64_t fixed = SharedArena::bytes<float>(plan.pixels() * args.taps / (half ? 2 : 1)) + SharedArena::bytes<int>(channels + 1);
+      const int64_t words = plan.pixels() * args.taps / (half ? 2 : 1);
+      const int64_t fixed = SharedArena::bytes<float>(words) + SharedArena::bytes<int>(channels + 1);
       const int64_t plane = int64_t(plan.rows) * plan.pitch, room = (device.shared_bytes - fixed - 16) / (4 * plane);
       if (room < std::max(planes, 1)) continue;
       plan.channels = int(std::min<int64_t>(std::min<int64_t>(room, kResidentChannels), channels));
@@ -384,7 +388,8 @@ static Status check_sizes(const DiffusionArgs& args) {
 
 static bool plan_for_tensor(const DiffusionArgs& args, ResidentPlan* plan) {
   // A single iteration reads the weights once anyway.
-  return args.num_iter > 1 && plan_resident(args, TensorWeights::kPlanes, args.weights.dtype == DType::f16 && args.taps % 2 == 0, plan);
+  const bool half = args.weights.dtype == DType::f16 && args.taps % 2 == 0;
+  return args.num_iter > 1 && plan_resident(args, TensorWeights::kPlanes, half, plan);
 }
 
 int64_t diffuse_cuda_workspace(const DiffusionArgs& args, int device) {

@@ -202,8 +202,8 @@ static Status check_images(const ParArgs& args) {
   if (args.num_dilations < 1 || args.images.size[1] != kColours) return Status::bad_argument;
   for (int i = 0; i < 4; ++i)
     if (args.images.size[i] < 1) return Status::bad_argument;
-  return args.num_dilations <= kMaxDilations && args.images.size[2] < (1 << 30) && args.images.size[3] < (1 << 30) ? Status::ok
-                                                                                                                   : Status::unsupported;
+  const bool fits = args.num_dilations <= kMaxDilations && args.images.size[2] < (1 << 30) && args.images.size[3] < (1 << 30);
+  return fits ? Status::ok : Status::unsupported;
 }
 
 static Status launch_weights(const ParArgs& args, const View<4>& out, void* stream) {
@@ -247,7 +247,9 @@ struct Prepared {
     resident = plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
   }
   int64_t weight_bytes() const {
-    return diffusion.num_iter > 0 ? round_up((diffusion.weights.dtype == DType::f16 ? 2 : 4) * diffusion.weights.stride[0] * diffusion.weights.size[0], 256) : 0;
+    const View<4>& weights = diffusion.weights;
+    const int64_t each = weights.dtype == DType::f16 ? 2 : 4;
+    return diffusion.num_iter > 0 ? round_up(each * weights.stride[0] * weights.size[0], 256) : 0;
   }
 };
 

@@ -45,7 +45,7 @@ def backends(operator: str) -> list[str]:
 
 
 def has_cuda_source(operator: str) -> bool:
-    return operator in ("par", "par_weights", "diffuse")
+    return any(f'"{operator}_cuda"' in path.read_text() for path in (build.CSRC / "bind").glob("*.cpp"))
 
 
 @contextlib.contextmanager
