@@ -1,8 +1,8 @@
 """Paints small animals seen from above, with their masks: the photographs of the generated data set.
 
-What makes them a fair stand-in for photographs with image-level labels: an animal is told by its head, which
-always looks the same; the body is several times larger and wears one of five coats, its kind's own only some
-of the time, in one of four patterns; the grounds are textured and have nothing to do with what walks on them.
+What makes them a fair stand-in for photographs with image-level labels: what tells a kind for certain is a
+small part, the marks of its head; the body is several times larger and wears one of five coats, its kind's own
+most of the time, in one of four patterns; the grounds are textured and have nothing to do with what is on them.
 
 Everything is drawn from signed distances (negative inside, in units of the animal's length), so outlines are
 smooth at any size and angle, and the mask is where the distance is negative.
@@ -223,12 +223,12 @@ def _fish(u: np.ndarray, v: np.ndarray, coat: np.ndarray) -> list[Layer]:
     bent, fin = v - 0.05 * np.sin(3.2 * u), 0.78 * coat
     side = np.abs(bent)
     body = melt(ellipse(u, bent, 0.08, 0, 0.42, 0.20), limb(u, bent, (-0.1, 0), (-0.42, 0), 0.1, 0.035), 0.08)
-    ring = smoothstep((0.035 - np.abs(u - 0.29)) / 0.015)
     return [
         (limb(u, side, (-0.36, 0.02), (-0.55, 0.15), 0.05, 0.055), fin),
         (ellipse(u, np.abs(v), 0.02, 0.22, 0.13, 0.07, -0.5), fin),
         (body, coat),
-        (np.maximum(body, 0.24 - u), blend((214, 44, 52), (250, 246, 240), ring)),
+        (np.maximum(body, np.abs(u - 0.27) - 0.035), _plain(u, 250, 246, 240)),
+        (np.maximum(body, ellipse(u, side, 0.39, 0.08, 0.075, 0.06)), _plain(u, 214, 44, 52)),
         (ellipse(u, side, 0.38, 0.085, 0.035, 0.035), _plain(u, 250, 250, 250)),
         (ellipse(u, side, 0.385, 0.09, 0.018, 0.018), _plain(u, 10, 10, 10)),
     ]
@@ -241,8 +241,8 @@ def _frog(u: np.ndarray, v: np.ndarray, coat: np.ndarray) -> list[Layer]:
         (limb(u, side, (-0.06, 0.40), (-0.34, 0.46), 0.05, 0.03), leg),
         (limb(u, side, (0.20, 0.2), (0.34, 0.38), 0.055, 0.035), leg),
         (ellipse(u, v, -0.08, 0, 0.36, 0.27), coat),
-        (ellipse(u, v, 0.30, 0, 0.165, 0.225), _plain(u, 120, 214, 60)),
-        (ellipse(u, side, 0.34, 0.155, 0.085, 0.085), _plain(u, 255, 214, 40)),
+        (ellipse(u, v, 0.30, 0, 0.165, 0.225), 1.08 * coat),
+        (ellipse(u, side, 0.34, 0.155, 0.095, 0.095), _plain(u, 150, 226, 60)),
         (ellipse(u, side, 0.35, 0.16, 0.03, 0.055), _plain(u, 16, 16, 16)),
     ]
 
@@ -255,7 +255,7 @@ def _mouse(u: np.ndarray, v: np.ndarray, coat: np.ndarray) -> list[Layer]:
         (ellipse(u, v, -0.08, 0, 0.38, 0.27), coat),
         (ellipse(u, side, 0.24, 0.17, 0.115, 0.115), _plain(u, 250, 238, 244)),
         (ellipse(u, side, 0.24, 0.17, 0.075, 0.075), _plain(u, 240, 110, 150)),
-        (face, _plain(u, 250, 238, 244)),
+        (face, 1.12 * coat),
         (ellipse(u, v, 0.52, 0, 0.032, 0.032), _plain(u, 240, 90, 130)),
         (ellipse(u, side, 0.38, 0.075, 0.022, 0.022), _plain(u, 20, 16, 20)),
     ]
