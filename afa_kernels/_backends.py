@@ -7,9 +7,9 @@ Nothing is swapped at import: the choice is made at each call, from the tensors'
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,15 @@ NAMES = ("native", "triton", "reference")
 Predicate = Callable[..., "str | None"]  # (device, *tensors) -> reason or None
 
 _registry: dict[str, dict[str, Predicate]] = {}
-_default: ContextVar[str | None] = ContextVar("afa_backend", default=None)
+# What `use_backend` set, by thread. A plain dict, because torch.compile guards on one: a call that was compiled outside
+# the context is compiled again inside it. It neither guards on a ContextVar or a thread-local, nor traces the first in
+# every version.
+_defaults: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _thread() -> int:
+    return threading.get_ident()
 
 
 class BackendStatus(NamedTuple):
@@ -66,7 +74,7 @@ def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
     predicates = _registry[operator]
     wanted, origin = backend, "backend"
     if wanted is None:
-        wanted, origin = _default.get(), "use_backend"
+        wanted, origin = (_defaults.get(_thread()) if _defaults else None), "use_backend"
     if wanted is None:
         wanted, origin = os.environ.get("AFA_BACKEND") or None, "AFA_BACKEND"
     if wanted is not None:
@@ -92,14 +100,22 @@ def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, calls with ``backend=None`` use this backend (per thread and task; None restores the
+    """Within the block, calls with ``backend=None`` use this backend (per thread; None restores the
     automatic choice).
     """
-    token = _default.set(None if name is None else _check_name(name, "name"))
+    thread, before = threading.get_ident(), _defaults.get(threading.get_ident())
+
+    def set_to(value: str | None) -> None:
+        if value is None:
+            _defaults.pop(thread, None)
+        else:
+            _defaults[thread] = value
+
+    set_to(None if name is None else _check_name(name, "name"))
     try:
         yield
     finally:
-        _default.reset(token)
+        set_to(before)
 
 
 def triton_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:

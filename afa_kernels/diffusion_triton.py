@@ -24,11 +24,11 @@ def interpreted() -> bool:
 @triton.jit
 def _step(
     weights, masks, out, offsets, present,
-    height, width, channels, taps,
+    height, width, channels,
     weights_b, weights_t, weights_y, weights_x,
     masks_b, masks_c, masks_y, masks_x,
     grow_y, grow_x,
-    TRANSPOSE: tl.constexpr, ZERO: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, TRANSPOSE: tl.constexpr, ZERO: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """out [B, C, height + 2 grow_y, width + 2 grow_x]: one step; grow is 0 unless TRANSPOSE."""
     out_width = width + 2 * grow_x
@@ -44,7 +44,7 @@ def _step(
     planes = image * masks_b + channel.to(tl.int64) * masks_c
     plane = weights + image * weights_b
     if tl.max(wanted.to(tl.int32), axis=0) > 0:
-        for tap in range(taps):
+        for tap in range(TAPS):
             dy = tl.load(offsets + 2 * tap)
             dx = tl.load(offsets + 2 * tap + 1)
             if TRANSPOSE:
@@ -120,10 +120,10 @@ def diffuse(
         grid = (triton.cdiv(shape[2] * shape[3], pixels), triton.cdiv(channels, channel_block), batch)
         _step[grid](
             weights, current, out, offsets, present,
-            height, width, channels, offsets.shape[0],
+            height, width, channels,
             *weights.stride(), *current.stride(),
             grow_y, grow_x,
-            TRANSPOSE=transpose, ZERO=border == "zero", PIXELS=pixels, CHANNELS=channel_block,
+            TAPS=offsets.shape[0], TRANSPOSE=transpose, ZERO=border == "zero", PIXELS=pixels, CHANNELS=channel_block,
         )  # fmt: skip
         current = _fold(out, height, width, grow_y, grow_x, border) if transpose else out
     return current.to(masks.dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from conftest import DEVICE, available, relative_error
 
 import afa_kernels
-from afa_kernels import PAMR, PAR, pamr, pamr_weights, par, par_reference, par_weights
+from afa_kernels import PAMR, PAR, _backends, pamr, pamr_weights, par, par_reference, par_weights
 
 BACKENDS = available("par")
 FAST = BACKENDS[1:]
@@ -364,6 +365,23 @@ def test_choice_of_backend(rng, monkeypatch):
     monkeypatch.setenv("AFA_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="AFA_BACKEND must be one of"):
         par(images, masks)
+
+
+def test_use_backend_reaches_compiled_code_and_this_thread_only(rng):
+    torch._dynamo.reset()  # torch 2.11 confuses functions compiled by earlier tests with this one's
+    images, masks = inputs(rng)
+    compiled = torch.compile(lambda x, m: par(x, m, (1,), 1), fullgraph=True, backend="aot_eager")
+    first = compiled(images, masks)
+    with afa_kernels.use_backend("reference"):
+        with afa_kernels.use_backend("native"):
+            pass
+        assert _backends.choose("par", None, images) == "reference"
+        found = []
+        thread = threading.Thread(target=lambda: found.append(_backends.choose("par", None, images)))
+        thread.start(), thread.join()
+        assert found == ["native"]
+        assert torch.equal(compiled(images, masks), par(images, masks, (1,), 1, backend="reference"))
+    assert torch.equal(compiled(images, masks), first)
 
 
 def test_backends_says_why_not():
