@@ -1,17 +1,19 @@
 // Diffusion with the weights resident on chip: every iteration in one cooperative launch.
 //
-// Data flow: each block owns a tile of one image. Once, a WeightSource writes the tile's weights into shared memory as
-// [taps][pixels], where they stay. Then, for each iteration and each group of up to 4 channels, the block loads the masks of its
-// tile with a halo as wide as the farthest tap (the border is resolved in that load, so the inner loop has no bounds to check),
-// and each pixel sums weight * neighbour over its taps. Masks travel between the blocks through the workspace (in L2), with a
-// grid-wide barrier between iterations. A batch larger than the chip is walked through a few images at a time.
+// Data flow: each block owns a tile of one image. Once, a WeightSource computes the tile's weights, which stay: in shared memory
+// as [taps][pixels], the first 24 taps in registers where that helps (kHeld). Then, for each iteration and each group of up to 4
+// channels, the block loads the masks of its tile with a halo as wide as the farthest tap (the border is resolved in that load,
+// so the inner loop has no bounds to check), and each pixel sums weight * neighbour over its taps. Masks travel between the
+// blocks through the workspace (in L2), with a grid-wide barrier between iterations. A batch larger than the chip is walked
+// through a few images at a time.
 //
 // Bound: an image is resident if it can be cut into at most as many tiles as there are multiprocessors, with
-//     4 (float) or 2 (half) bytes * taps * tile pixels + 4 bytes * (1, for PAR 3) * (tile_h + 2 reach) * (tile_w + 2 reach)
-// of shared memory a block (227 KB on an H100). On an H100 with PAR's 48 taps reaching 24 pixels that is 320 x 320 pixels in
-// float and 416 x 416 in half, any batch, any number of channels. Floor: taps * (channels + 1) shared loads of 4 bytes per
-// pixel and iteration, 32 a cycle and multiprocessor; beside it two trips of a channel through L2 and one barrier.
-// Occupancy: diffuse_resident 1024 x 1 (threads x blocks a multiprocessor; shared memory decides).
+//     4 (half: 2) bytes * taps in shared memory * tile pixels + 4 bytes * (1, for PAR 3) * (tile_h + 2 reach) * (tile_w + 2 reach)
+// of shared memory a block (227 KB on an H100). On an H100 with PAR's 48 taps reaching 24 pixels that is 352 x 352 pixels in
+// float and 416 x 416 in half, any batch, any number of channels. Floor: (taps in shared memory + taps * channels) shared
+// loads of 4 bytes per pixel and iteration, 32 a cycle and multiprocessor; beside it two trips of a channel through L2 and one
+// barrier.
+// Occupancy: diffuse_resident 512 x 1 (threads x blocks a multiprocessor; shared memory decides; 1024 threads without kHeld).
 #pragma once
 
 #include <type_traits>
@@ -22,8 +24,9 @@
 namespace afa {
 
 constexpr int kResidentTaps = 64;
-constexpr int kResidentThreads = 1024;
 constexpr int kResidentChannels = 4;  // at once
+constexpr int kHeldTaps = 24, kHeldPixels = 2;  // weights in registers: taps of each pixel, pixels of each thread
+constexpr int resident_threads(int held) { return held > 0 ? 512 : 1024; }
 
 struct ResidentPlan {
   int tile_h = 0, tile_w = 0, tiles_y = 0, tiles_x = 0;
@@ -33,6 +36,7 @@ struct ResidentPlan {
   int images = 0;                // of the batch at once
   int threads = 0, shared_bytes = 0;
   bool half = false;             // weights in half precision
+  int held = 0;                  // taps whose weights are in registers: 0 or kHeldTaps
   __host__ __device__ int pixels() const { return tile_h * tile_w; }
   __host__ __device__ int blocks() const { return tiles_y * tiles_x * images; }
 };
@@ -95,41 +99,69 @@ __device__ inline void load_tile(const ResidentPlan& plan, const Tile& tile, int
   }
 }
 
-// One iteration of kChannels channels, whose tile is loaded. `write(c, y, x, value)` takes the result.
-template <int kChannels, class Word, class Write>
-__device__ inline void gather_tile(const ResidentArgs& args, const Tile& tile, SharedArray<Word> weights,
-                                   SharedArray<float> pixels, Write write) {
-  const ResidentPlan& plan = args.plan;
-  const int count = plan.pixels(), plane = plan.rows * plan.pitch;
-  for (int p = threadIdx.x; p < count; p += blockDim.x) {
-    const int y = p / plan.tile_w, x = p - y * plan.tile_w;
-    if (y >= tile.height || x >= tile.width) continue;
-    const int centre = (y + plan.reach_y) * plan.pitch + x + plan.reach_x;
-    float sum[kChannels] = {};
-#pragma unroll 4
-    for (int word = 0; word < args.taps / kTapsPerWord<Word>; ++word) {
-      const Word packed = weights[word * count + p];
+// The weights that a thread holds in registers: of its pixels threadIdx.x and threadIdx.x + blockDim.x.
+template <int kHeld>
+struct HeldWeights {
+  float of[kHeldPixels][kHeld];
+};
+template <>
+struct HeldWeights<0> {};
+
+// Calls visit(p, j) for every pixel p of the tile that is this thread's, j counting them. Unrolled where weights are held, so that
+// j is a constant there: registers have no run-time index.
+template <int kHeld, class Visit>
+__device__ inline void for_own_pixels(int count, Visit visit) {
+  if constexpr (kHeld > 0) {
 #pragma unroll
-      for (int k = 0; k < kTapsPerWord<Word>; ++k) {
-        const float weight = tap_weight(packed, k);
-        const int from = centre + args.offset[word * kTapsPerWord<Word> + k];
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) sum[c] = fmaf(weight, pixels[from + c * plane], sum[c]);
-      }
+    for (int j = 0; j < kHeldPixels; ++j) {
+      const int p = int(threadIdx.x + j * blockDim.x);
+      if (p < count) visit(p, j);
     }
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) write(c, tile.y + y, tile.x + x, sum[c]);
+  } else {
+    for (int p = threadIdx.x; p < count; p += blockDim.x) visit(p, 0);
   }
 }
 
-template <class Word, class Source>
-__global__ void __launch_bounds__(kResidentThreads, 1) diffuse_resident(const __grid_constant__ ResidentArgs args,
-                                                                        const __grid_constant__ Source source) {
+// One iteration of kChannels channels, whose tile is loaded. `write(c, y, x, value)` takes the result.
+template <int kChannels, int kHeld, class Word, class Write>
+__device__ inline void gather_tile(const ResidentArgs& args, const Tile& tile, SharedArray<Word> weights,
+                                   const HeldWeights<kHeld>& held, SharedArray<float> pixels, Write write) {
+  const ResidentPlan& plan = args.plan;
+  const int count = plan.pixels(), plane = plan.rows * plan.pitch;
+  for_own_pixels<kHeld>(count, [&](int p, int j) {
+    const int y = p / plan.tile_w, x = p - y * plan.tile_w;
+    if (y >= tile.height || x >= tile.width) return;
+    const int centre = (y + plan.reach_y) * plan.pitch + x + plan.reach_x;
+    float sum[kChannels] = {};
+    auto add = [&](float weight, int tap) {
+      const int from = centre + args.offset[tap];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) sum[c] = fmaf(weight, pixels[from + c * plane], sum[c]);
+    };
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int t = 0; t < kHeld; ++t) add(held.of[j][t], t);
+    }
+#pragma unroll 4
+    for (int word = 0; word < (args.taps - kHeld) / kTapsPerWord<Word>; ++word) {
+      const Word packed = weights[word * count + p];
+#pragma unroll
+      for (int k = 0; k < kTapsPerWord<Word>; ++k) add(tap_weight(packed, k), kHeld + word * kTapsPerWord<Word> + k);
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) write(c, tile.y + y, tile.x + x, sum[c]);
+  });
+}
+
+template <class Word, int kHeld, class Source>
+__global__ void __launch_bounds__(resident_threads(kHeld), 1)
+    diffuse_resident(const __grid_constant__ ResidentArgs args, const __grid_constant__ Source source) {
   const ResidentPlan& plan = args.plan;
   const int channels = int(args.masks.size[1]), planes = plan.channels > Source::kPlanes ? plan.channels : Source::kPlanes;
   const int64_t height = args.masks.size[2], width = args.masks.size[3], image = height * width;
   SharedArena arena;
-  SharedArray<Word> weights = arena.take<Word>(int64_t(args.taps / kTapsPerWord<Word>) * plan.pixels());
+  SharedArray<Word> weights = arena.take<Word>(int64_t((args.taps - kHeld) / kTapsPerWord<Word>) * plan.pixels());
+  HeldWeights<kHeld> held;
   SharedArray<float> pixels = arena.take<float>(int64_t(planes) * plan.rows * plan.pitch);
   SharedArray<int> present = arena.take<int>(channels + 1);
 
@@ -152,7 +184,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1) diffuse_resident(const __
               store_element(args.out.data, args.out.dtype,
                             offset_of(args.out, tile.b, c, tile.y + y) + (tile.x + x) * args.out.stride[3], 0.0f);
             }
-      if (found > 0) source.template fill<Word>(args, tile, weights, pixels);
+      if (found > 0) source.template fill<Word, kHeld>(args, tile, weights, held, pixels);
     }
     for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {
       const bool last = iteration + 1 == args.num_iter;
@@ -178,10 +210,10 @@ __global__ void __launch_bounds__(kResidentThreads, 1) diffuse_resident(const __
             __stcg(to + (begin + c) * image + y * width + x, value);
         };
         switch (count) {
-          case 1: gather_tile<1>(args, tile, weights, pixels, write); break;
-          case 2: gather_tile<2>(args, tile, weights, pixels, write); break;
-          case 3: gather_tile<3>(args, tile, weights, pixels, write); break;
-          default: gather_tile<4>(args, tile, weights, pixels, write);
+          case 1: gather_tile<1>(args, tile, weights, held, pixels, write); break;
+          case 2: gather_tile<2>(args, tile, weights, held, pixels, write); break;
+          case 3: gather_tile<3>(args, tile, weights, held, pixels, write); break;
+          default: gather_tile<4>(args, tile, weights, held, pixels, write);
         }
       }
       // The next iteration reads what the neighbours wrote; the next images reuse the buffers.
@@ -207,21 +239,33 @@ Status launch_resident(const DiffusionArgs& args, const ResidentPlan& plan, cons
   LaunchShape shape;
   shape.grid = dim3(unsigned(plan.blocks())), shape.block = dim3(unsigned(plan.threads));
   shape.shared_bytes = plan.shared_bytes, shape.cooperative = true;
-  if (plan.half) return launch(diffuse_resident<__half2, Source>, shape, stream, resident, source);
-  return launch(diffuse_resident<float, Source>, shape, stream, resident, source);
+  if (plan.half) return launch(diffuse_resident<__half2, 0, Source>, shape, stream, resident, source);
+  if (plan.held > 0) return launch(diffuse_resident<float, kHeldTaps, Source>, shape, stream, resident, source);
+  return launch(diffuse_resident<float, 0, Source>, shape, stream, resident, source);
 }
 
-// The weights of pixel p of a tile, from `weight(tap)`.
-template <class Weight>
-__device__ inline void store_weights(SharedArray<float> weights, int p, int pixels, int taps, Weight weight) {
-  for (int t = 0; t < taps; ++t) weights[t * pixels + p] = weight(t);
-}
-template <class Weight>
-__device__ inline void store_weights(SharedArray<__half2> weights, int p, int pixels, int taps, Weight weight) {
-  for (int t = 0; t < taps; t += 2) {
-    const float even = weight(t);  // in the order of the taps
-    weights[t / 2 * pixels + p] = __floats2half2_rn(even, weight(t + 1));
+// Takes one pixel's weights in the order of the taps and puts each where it stays: by hold() below kHeld, where `tap` must be a
+// constant, by keep() from there on.
+template <class Word, int kHeld>
+class WeightKeeper {
+ public:
+  __device__ WeightKeeper(SharedArray<Word> weights, HeldWeights<kHeld>* held, int count, int p, int j)
+      : weights_(weights), held_(held), count_(count), p_(p), j_(j) {}
+  __device__ void hold(int tap, float weight) { held_->of[j_][tap] = weight; }
+  __device__ void keep(int tap, float weight) {
+    if constexpr (kTapsPerWord<Word> == 1) {
+      weights_[(tap - kHeld) * count_ + p_] = weight;
+    } else {
+      if (tap % 2 == 1) weights_[tap / 2 * count_ + p_] = __floats2half2_rn(even_, weight);
+      even_ = weight;
+    }
   }
-}
+
+ private:
+  SharedArray<Word> weights_;
+  HeldWeights<kHeld>* held_;
+  int count_, p_, j_;
+  float even_ = 0.0f;
+};
 
 }  // namespace afa

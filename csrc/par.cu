@@ -35,10 +35,11 @@ __device__ inline int direction_y(int k) { return (k + (k >= 4)) / 3 - 1; }
 __device__ inline int direction_x(int k) { return (k + (k >= 4)) % 3 - 1; }
 __device__ inline bool is_diagonal(int k) { return 0xA5 >> k & 1; }
 
-// The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; `write(t, weight)` takes them, taps ascending.
-// kDilations: how many, if the kernel was made for that number, else 0.
-template <int kDilations, class Pixel, class Write>
-__device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Write write) {
+// The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; keeper.keep(t, weight) takes them, taps ascending,
+// those of the first kHeldDilations keeper.hold(t, weight) with a constant t. kDilations: how many there are, if the kernel was made
+// for that number, else 0.
+template <int kDilations, int kHeldDilations, class Pixel, class Keeper>
+__device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& keeper) {
   const int dilations = kDilations > 0 ? kDilations : taps.count;
   float centre[kColours], scale[kColours];
 #pragma unroll
@@ -78,7 +79,7 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Write wri
     for (int t = 0; t < 8 * kDilations; ++t) sum += value[t] = __expf(value[t] - highest);
     const float inverse = 1.0f / sum;
 #pragma unroll
-    for (int t = 0; t < 8 * kDilations; ++t) write(t, fmaf(value[t], inverse, position(t / 8, t % 8)));
+    for (int t = 0; t < 8 * kDilations; ++t) keeper.keep(t, fmaf(value[t], inverse, position(t / 8, t % 8)));
   } else {
     float highest = -INFINITY, sum = 0.0f;
     for (int i = 0; i < dilations; ++i)
@@ -89,9 +90,14 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Write wri
         highest = higher;
       }
     const float inverse = 1.0f / sum;
-    for (int i = 0; i < dilations; ++i)
+    auto weight = [&](int i, int k) { return fmaf(__expf(kappa(i, k) - highest), inverse, position(i, k)); };
+    if constexpr (kHeldDilations > 0) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k) write(8 * i + k, fmaf(__expf(kappa(i, k) - highest), inverse, position(i, k)));
+      for (int t = 0; t < 8 * kHeldDilations; ++t) keeper.hold(t, weight(t / 8, t % 8));
+    }
+    for (int i = kHeldDilations; i < dilations; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) keeper.keep(8 * i + k, weight(i, k));
   }
 }
 
@@ -101,6 +107,12 @@ struct WeightArgs {
   View<4> images, out;  // [B, 3, H, W], [B, 8 * D, H, W]
   int reach_y, reach_x;
   ParTaps taps;
+};
+
+struct WeightWriter {
+  const View<4>& out;
+  int64_t at;  // the pixel's first weight
+  __device__ void keep(int t, float weight) { store_element(out.data, out.dtype, at + t * out.stride[1], weight); }
 };
 
 template <int kDilations, bool kShared>
@@ -125,22 +137,19 @@ __global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __
       for (int row = threadIdx.x / kTileW; row < kTileH; row += kWeightThreads / kTileW) {
         const int y = int(y0) + row;
         if (y >= height || x >= width) continue;
-        const int64_t to = offset_of(args.out, b, 0, y) + x * args.out.stride[3];
-        auto write = [&](int t, float weight) {
-          store_element(args.out.data, args.out.dtype, to + t * args.out.stride[1], weight);
-        };
+        WeightWriter writer{args.out, offset_of(args.out, b, 0, y) + x * args.out.stride[3]};
         if constexpr (kShared) {
           const SharedArray<float> centre = tile + ((row + args.reach_y) * pitch + column + args.reach_x);
           const int plane = rows * pitch;
-          pixel_weights<kDilations>(args.taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * pitch + dx]; }, write);
+          pixel_weights<kDilations, 0>(args.taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * pitch + dx]; }, writer);
         } else {
-          pixel_weights<kDilations>(
+          pixel_weights<kDilations, 0>(
               args.taps,
               [&](int c, int dy, int dx) {
                 const int64_t row_at = offset_of(images, b, c, clamp_to(y + dy, 0, height - 1));
                 return load_element(images.data, images.dtype, row_at + clamp_to(x + dx, 0, width - 1) * images.stride[3]);
               },
-              write);
+              writer);
         }
       }
     }
@@ -152,30 +161,23 @@ struct ParWeights {
   static constexpr int kPlanes = kColours;
   View<4> images;
   ParTaps taps;
-  template <class Word>
-  __device__ void fill(const ResidentArgs& args, const Tile& tile, SharedArray<Word> to, SharedArray<float> pixels) const {
+  template <class Word, int kHeld>
+  __device__ void fill(const ResidentArgs& args, const Tile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
+                       SharedArray<float> pixels) const {
     const ResidentPlan& plan = args.plan;
     const int count = plan.pixels(), plane = plan.rows * plan.pitch;
     load_tile(plan, tile, images.size[2], images.size[3], false, kColours, pixels, [&](int c, int y, int x) {
       return load_element(images.data, images.dtype, offset_of(images, tile.b, c, y) + x * images.stride[3]);
     });
     __syncthreads();
-    for (int p = threadIdx.x; p < count; p += blockDim.x) {
+    for_own_pixels<kHeld>(count, [&](int p, int j) {
       const int y = p / plan.tile_w, x = p - y * plan.tile_w;
-      if (y >= tile.height || x >= tile.width) continue;
+      if (y >= tile.height || x >= tile.width) return;
       const SharedArray<float> centre = pixels + ((y + plan.reach_y) * plan.pitch + x + plan.reach_x);
-      float even = 0.0f;
-      pixel_weights<0>(
+      pixel_weights<0, kHeld / 8>(
           taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * plan.pitch + dx]; },
-          [&](int t, float weight) {
-            if constexpr (kTapsPerWord<Word> == 1) {
-              to[t * count + p] = weight;
-            } else {
-              if (t % 2 == 1) to[t / 2 * count + p] = __floats2half2_rn(even, weight);
-              even = weight;
-            }
-          });
-    }
+          WeightKeeper<Word, kHeld>(to, &held, count, p, j));
+    });
   }
 };
 

@@ -146,10 +146,10 @@ def test_half_weights_keep_to_their_budget(rng, device, emulator, operator):
 
 
 def test_the_bound_of_residence_is_the_stated_one(emulator):
-    """On an H100 PAR keeps its weights on chip, out of the workspace, up to 320 x 320 in float, 416 x 416 in half."""
+    """On an H100 PAR keeps its weights on chip, out of the workspace, up to 352 x 352 in float, 416 x 416 in half."""
     emulator.set_device(132, 227 * 1024)
     try:
-        for half, largest in ((False, 320), (True, 416)):
+        for half, largest in ((False, 352), (True, 416)):
             for size, resident in ((largest, True), (largest + 32, False)):
                 images, masks = (
                     torch.empty(2, 3, size, size, device="meta"),
@@ -160,6 +160,21 @@ def test_the_bound_of_residence_is_the_stated_one(emulator):
                 assert (needed < 48 * 2 * size * size) == resident
     finally:
         emulator.set_device()
+
+
+@pytest.mark.parametrize("kilobytes", [227, 96, 60, 44])
+@pytest.mark.parametrize("taps", [24, 25, 48, 64])
+def test_weights_in_registers_and_in_shared_memory(rng, emulator, kilobytes, taps):
+    """Less and less shared memory: one wave of threads and two, weights all shared, half in registers, all streamed."""
+    offsets = torch.randint(-4, 5, (taps, 2), generator=rng)
+    weights, masks = torch.rand(2, taps, 24, 40, generator=rng) / taps, torch.rand(2, 5, 24, 40, generator=rng)
+    want = diffuse(weights, masks, offsets, 3, backend="reference")
+    results = []
+    for order in (0, 1):
+        with emulated(emulator, order):
+            emulator.set_device(2, kilobytes * 1024)
+            results.append(diffuse(weights, masks, offsets, 3))
+    assert torch.equal(*results) and relative_error(results[0], want) < 1e-5
 
 
 @pytest.mark.parametrize("images_in_batch", [1, 3, 7])
