@@ -96,7 +96,8 @@ class GraphedFunction:
                 self._function(*places, **options)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with precision, torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: what the threads of a data loader or of NCCL do meanwhile is their own affair.
+        with precision, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._function(*places, **options)
         self._pool = self._pool or graph.pool()
         return graph, places, outputs

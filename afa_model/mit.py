@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afa_model.mit_weights import checkpoint_filter_fn
-from afa_model.onednn import Linear, attention
+from afa_model.onednn import Linear
 
 
 class Pyramid(NamedTuple):
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         if self.sr_ratio > 1:
             source = self.norm(_image_to_tokens(self.sr(self._at_least_one_patch(x, height, width))))
         key, value = self.kv(source).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = attention(query, key, value)
+        x = F.scaled_dot_product_attention(query, key, value)
         return self.drop(self.proj(x.transpose(1, 2).flatten(2))), query, key
 
     def _at_least_one_patch(self, x: Tensor, height: int, width: int) -> Tensor:

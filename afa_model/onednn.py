@@ -1,15 +1,14 @@
-"""Linear layers and attention of the backbone through oneDNN's float32 matrix product on the CPU.
+"""Linear layers of the backbone through oneDNN's float32 matrix product on the CPU.
 
 PyTorch multiplies float32 matrices on the CPU with MKL, which leaves AVX-512 unused on processors that are not
 Intel's: on a Zen 5 core oneDNN, which comes with PyTorch too, is twice as fast (200 against 95 GFLOP/s at the
-sizes of MiT-B1). On a GPU, in other dtypes, under autocast and wherever oneDNN cannot run, these are PyTorch's own
-layer and function.
+sizes of MiT-B1). On a GPU, in other dtypes, under autocast and wherever oneDNN cannot run, it is PyTorch's own
+layer.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -66,23 +65,3 @@ class Linear(nn.Linear):
         if not torch.is_grad_enabled():
             return _product(x, self.weight, self.bias)
         return _Product.apply(x, self.weight, self.bias)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``scaled_dot_product_attention``: query [B, heads, N, d], key and value [B, heads, M, d] -> [B, heads, N, d].
-
-    Without gradients, and where there is enough to do, one head of one image at a time: its map [N, M] stays in
-    the processor's cache.
-    """
-    size = query.shape[2] * key.shape[2]
-    if torch.is_grad_enabled() or size < 1 << 15 or torch.compiler.is_compiling() or not _can_run(query, key):
-        return F.scaled_dot_product_attention(query, key, value)
-    batch, heads, count, width = query.shape
-    out = query.new_empty(batch, count, heads, width)  # what the next layer wants side by side
-    query, key = query.contiguous(), (key * width**-0.5).contiguous()
-    value = value.transpose(2, 3).contiguous()
-    for i in range(batch):
-        for head in range(heads):
-            scores = _product(query[i, head], key[i, head])
-            out[i, :, head] = _product(torch.softmax(scores, 1, out=scores), value[i, head])
-    return out.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""oneDNN's linear layer and attention: what PyTorch's own give, forward and backward, wherever they are used."""
+"""oneDNN's linear layer: what PyTorch's own gives, forward and backward, wherever it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from conftest import relative_error
 from torch import nn
 
 from afa_model import onednn
-from afa_model.onednn import Linear, attention
+from afa_model.onednn import Linear
 
 needs_onednn = pytest.mark.skipif(not onednn._AVAILABLE, reason="this torch has no oneDNN")
 
@@ -80,27 +80,3 @@ def test_linear_leaves_the_rest_to_torch(products):
 def test_linear_refuses_what_torch_refuses():
     with pytest.raises(RuntimeError):
         Linear(6, 4)(torch.randn(2, 5))
-
-
-@needs_onednn
-@pytest.mark.parametrize(("heads", "count", "keys"), [(8, 200, 200), (1, 1030, 65), (3, 400, 100)])
-def test_attention_is_the_formula(products, heads, count, keys):
-    torch.manual_seed(0)
-    query = torch.randn(2, count, heads, 16).transpose(1, 2)
-    key, value = torch.randn(2, keys, 2, heads, 16).permute(2, 0, 3, 1, 4)
-    before = query.clone(), key.clone(), value.clone()
-    with torch.no_grad():
-        got = attention(query, key, value)
-    assert len(products) == 2 * 2 * heads
-    want = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert relative_error(got, want) < 1e-6
-    assert all(torch.equal(a, b) for a, b in zip(before, (query, key, value)))
-    assert torch.equal(attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
-
-
-def test_attention_leaves_gradients_and_small_maps_to_torch(products):
-    query, key, value = torch.randn(3, 1, 2, 200, 8, requires_grad=True)
-    attention(query, key, value).sum().backward()
-    with torch.no_grad():
-        attention(query[:, :, :9], key, value)
-    assert not products
