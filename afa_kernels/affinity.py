@@ -280,7 +280,7 @@ def register(operator: str) -> None:
     def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
         return _native_module.native_can_run(operator, device, *tensors)
 
-    _backends.register(operator, native=native_reason)
+    _backends.register(operator, native=native_reason, triton=_backends.triton_reason)
 
 
 register("window_affinity")

@@ -225,4 +225,4 @@ def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
     return _native_module.native_can_run("random_walk", device, *tensors)
 
 
-_backends.register("random_walk", native=_native_reason)
+_backends.register("random_walk", native=_native_reason, triton=_backends.triton_reason)
