@@ -20,15 +20,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _can_run(x: Tensor, other: Tensor) -> bool:
+def _can_run(x: Tensor, weight: Tensor) -> bool:
     return (
         _AVAILABLE
+        and not torch.compiler.is_compiling()  # Inductor has a choice of its own
         and x.device.type == "cpu"
-        and x.dtype == other.dtype == torch.float32
+        and x.dtype == weight.dtype == torch.float32
         and x.ndim >= 2
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
+        and torch.backends.mkldnn.enabled
     )
 
 

@@ -166,7 +166,8 @@ def test_compiles_without_graph_break():
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         got = torch.compile(model, backend="eager", fullgraph=True)(images)
-        assert torch.equal(got.seg_logits, model(images).seg_logits)
+        # not bit for bit: eager linear layers take oneDNN's matrix product
+        torch.testing.assert_close(got.seg_logits, model(images).seg_logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stride", [(4, 2, 2, 1), (4, 2, 2, 2)])
