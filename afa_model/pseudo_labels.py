@@ -142,18 +142,28 @@ def refine_propagated(
     """Second half of :func:`random_walk_label`: what :func:`propagate` gave, refined -> label [B, H, W]."""
     classes, present = class_slots(cls_labels)
     size = images01.shape[2:]
+    boxes = [[0, size[0], 0, size[1]]] * len(walked)
+    if img_box is not None:
+        boxes = [[y0, min(y1, size[0]), x0, min(x1, size[1])] for y0, y1, x0, x1 in img_box.tolist()]
+    alike: dict[tuple[int, int], list[int]] = {}  # images whose boxes have one size go through PAR together
+    for i, (y0, y1, x0, x1) in enumerate(boxes):
+        if y1 > y0 and x1 > x0:  # else nothing of the photograph is left in the crop
+            alike.setdefault((y1 - y0, x1 - x0), []).append(i)
+
+    def inside(maps: Tensor, members: list[int]) -> Tensor:
+        return torch.stack([maps[i, :, slice(*boxes[i][:2]), slice(*boxes[i][2:])] for i in members])
+
     with phase("PAR"):
         walked = _resize(walked, size)
-        boxes = [(0, size[0], 0, size[1])] * len(walked) if img_box is None else img_box.tolist()
         label = torch.full((len(walked), *size), IGNORE, device=walked.device)
-        for i, (y0, y1, x0, x1) in enumerate(boxes):
-            one = slice(i, i + 1)
-            part = walked[one, :, y0:y1, x0:x1]
-            if not part.numel():
-                continue  # nothing of the photograph is left in the crop
-            image = _halve(images01[one, :, y0:y1, x0:x1].float())
-            refined = _par(image, part, present[one], dilations, num_iter)
-            label[i, y0:y1, x0:x1] = _decide(refined, part.shape[2:], classes[one])[0]
+        for box_size, members in alike.items():
+            image = _halve(inside(images01, members).float())
+            shown = torch.stack([present[i] for i in members])
+            refined = _par(image, inside(walked, members), shown, dilations, num_iter)
+            decided = _decide(refined, box_size, torch.stack([classes[i] for i in members]))
+            for i, one in zip(members, decided):
+                y0, y1, x0, x1 = boxes[i]
+                label[i, y0:y1, x0:x1] = one
         return label
 
 

@@ -143,3 +143,16 @@ def test_wrong_arguments_are_named(case):
         cam_to_label(cam, cls_labels, BOX[:1])
     with pytest.raises(ValueError, match="low, high"):
         random_walk_label(images, affinity, cam, cls_labels, BOX, 2, high=0.3, low=0.5)
+
+
+def test_boxes_of_one_size_at_different_places(case):
+    """Such images are refined together; each label is the one it gets alone."""
+    images, cam, cls_labels, affinity = (torch.cat([tensor, tensor.flip(-1)]) for tensor in case)
+    cls_labels = torch.cat([case[2]] * 2)
+    boxes = torch.tensor([[0, 30, 6, 52], [10, 40, 3, 49], [0, 40, 0, 56], [5, 5, 0, 56]])
+    label = random_walk_label(images, affinity, cam, cls_labels, boxes, 2)
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = random_walk_label(images[one], affinity[one], cam[one], cls_labels[one], boxes[one], 2)
+        assert disagreement(label[one], alone) < 1e-3
+    assert (label[3] == IGNORE).all()
