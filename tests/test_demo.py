@@ -24,9 +24,14 @@ SHORT += ["--loader.batch_size", "2", "--augment.crop", "64", "--log.pictures_ev
 
 # mIoU in percent of three complete runs on two cores; another processor rounds otherwise and ends elsewhere.
 RECORDED = {
-    0: {},
+    0: {"cam": 71.0, "pamr": 80.4, "refined_cam": 80.8,
+        "random_walk": 71.7, "refined_random_walk": 80.2, "segmentation": 71.4},
+    1: {"cam": 67.1, "pamr": 78.4, "refined_cam": 79.0,
+        "random_walk": 69.1, "refined_random_walk": 78.2, "segmentation": 67.5},
+    2: {"cam": 67.5, "pamr": 79.2, "refined_cam": 79.8,
+        "random_walk": 69.9, "refined_random_walk": 78.6, "segmentation": 69.3},
 }
-BAND = 8.0
+BAND = 6.0
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +137,8 @@ def test_order_of_the_rows(seed, tmp_path):
     result = demo.demo(config)
     miou = {kind: 100 * scores.miou for kind, scores in result.scores.items()}
     print(seed, {kind: round(value, 1) for kind, value in miou.items()})
-    assert miou["refined_cam"] > miou["cam"] + 2
-    assert miou["random_walk"] > miou["cam"] + 1
-    assert miou["refined_random_walk"] > miou["cam"] + 2
+    assert miou["refined_cam"] > miou["cam"] + 5
+    assert miou["random_walk"] > miou["cam"]
+    assert miou["refined_random_walk"] > miou["random_walk"] + 5
     for kind, value in RECORDED[seed].items():
         assert miou[kind] == pytest.approx(value, abs=BAND), kind
