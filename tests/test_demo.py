@@ -22,7 +22,7 @@ TINY = SyntheticSettings(train=8, val=4)
 SHORT = ["--schedule.max_iters", "4", "--schedule.warmup_iters", "1", "--step.cam_iters", "1", "--step.aff_iters", "2"]
 SHORT += ["--loader.batch_size", "2", "--augment.crop", "64", "--log.pictures_every", "0"]
 
-# mIoU in percent of three complete runs on two cores; another processor rounds otherwise and ends elsewhere.
+# mIoU in percent of three complete runs on one thread; other threads and processors round otherwise and end elsewhere.
 RECORDED = {
     0: {"cam": 71.0, "pamr": 80.4, "refined_cam": 80.8,
         "random_walk": 71.7, "refined_random_walk": 80.2, "segmentation": 71.4},
