@@ -3,11 +3,16 @@
 PAR (AFA, Eq. 9-11), for each pixel over its taps t (8 neighbours for each dilation):
 
     kappa_rgb = mean over colours of -(|I_t - I| / (sigma + 1e-8) / w1)^2      sigma: unbiased std of the neighbours
-    kappa_pos = -(dist_t / (sigma_pos + 1e-8) / w2)^2                          sigma_pos: unbiased std of the
-    distances weights   = softmax_t(kappa_rgb) + w3 softmax_t(kappa_pos)
+    kappa_pos = -(dist_t / (sigma_pos + 1e-8) / w2)^2                          sigma_pos: unbiased std of the distances
+    weights   = softmax_t(kappa_rgb) + w3 softmax_t(kappa_pos)
 
 PAMR (1-stage-wseg, Eq. 5-6): weights = softmax_t(mean over colours of -|I_t - I| / (1e-8 + 0.1 sigma)), sigma with
 the centre counted once for each dilation.
+
+Images beyond 0..1 are taken as they are. sigma is finite for finite pixels, though squares of float32 overflow from
+about 1e18 on: PyTorch sums them in float64 on a CPU (on CUDA it does not, and they do overflow), the kernels shrink
+such pixels first. Weights are NaN where a neighbour is NaN or infinite, and where every neighbour is so far from the
+pixel, in sigmas, that kappa overflows.
 """
 
 from __future__ import annotations

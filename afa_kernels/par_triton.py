@@ -16,6 +16,8 @@ from . import diffusion_triton
 from .diffusion_triton import interpreted
 from .par_reference import position_weights, tap_offsets
 
+SHRINK = tl.constexpr(2.0**-80)
+
 
 @triton.jit
 def _weights(
@@ -52,13 +54,19 @@ def _weights(
                         + tl.minimum(tl.maximum(x + tl.load(offsets + 1), 0), width - 1) * images_x,
                         mask=inside, other=0.0).to(tl.float32)  # fmt: skip
         value = tl.load(plane + at, mask=reads, other=0.0).to(tl.float32)
-        # Deviations from the first neighbour: a constant neighbourhood gives exactly 0.
-        deviation = tl.where(real[None, :], value - first[:, None], 0.0)
-        own = centre - first
+        # Deviations from the first neighbour: a constant neighbourhood gives exactly 0. Large values are shrunken by a
+        # power of two first, for their squares would overflow.
+        largest = tl.max(tl.abs(value), axis=1)
+        if PAMR:
+            largest = tl.maximum(largest, tl.abs(centre))
+        shrink = tl.where(largest > 1e15, SHRINK, 1.0)
+        start = first * shrink
+        deviation = tl.where(real[None, :], value * shrink[:, None] - start[:, None], 0.0)
+        own = centre * shrink - start
         mean = (tl.sum(deviation, axis=1) + centres * own) / count
         spread = tl.where(real[None, :], deviation - mean[:, None], 0.0)
         squares = tl.sum(spread * spread, axis=1) + centres * (own - mean) * (own - mean)
-        sigma = tl.sqrt(squares / (count - 1.0))
+        sigma = tl.sqrt(squares / (count - 1.0)) / shrink
         distance = value - centre[:, None]
         if PAMR:
             kappa -= tl.abs(distance) / (1e-8 + 0.1 * sigma)[:, None]

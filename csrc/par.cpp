@@ -3,7 +3,8 @@
 // Data flow: the image goes to float32 rows with replicated margins once; then, for each pixel row, vectors of pixels walk the
 // 8*D taps four times: mean, squared deviation, kappa with its maximum, exponential with its sum. Deviations are taken from the
 // first neighbour and then from the mean, so a constant neighbourhood has a standard deviation of exactly 0, as the formula's
-// 1e-8 expects. Floor: 8*D exponentials and 3 * 3 * 8*D loads per pixel. Bound: arithmetic, about 30 operations per weight.
+// 1e-8 expects. A row in which a square overflows (pixels beyond 1e18) is done once more with shrunken pixels.
+// Floor: 8*D exponentials and 3 * 3 * 8*D loads per pixel. Bound: arithmetic, about 30 operations per weight.
 #include "par.h"
 
 #include <algorithm>
@@ -22,11 +23,13 @@ struct ParRows {
   const int32_t* offsets;   // [taps][2]
   const float* position;    // [taps]
   int64_t taps, height, width, colours, margin, image_row;
+  float centres, count;     // values a deviation is taken of: PAMR has the centre among them, once for each dilation
   float* image;             // [H][colours][margin + row + margin]
 
   ParRows(const ParArgs& par, const int32_t* tap_offsets, const float* tap_position, float* memory)
       : args(par), offsets(tap_offsets), position(tap_position), taps(8 * par.num_dilations), height(par.images.size[2]),
-        width(par.images.size[3]), colours(par.images.size[1]), image(memory) {
+        width(par.images.size[3]), colours(par.images.size[1]),
+        centres(par.variant == ParVariant::pamr ? float(par.num_dilations) : 0.0f), count(float(taps) + centres), image(memory) {
     int64_t reach = 0;
     for (int64_t i = 0; i < par.num_dilations; ++i) reach = std::max<int64_t>(reach, par.dilations[i]);
     margin = round_up(std::min(reach, width), 16);
@@ -49,37 +52,58 @@ static void prepare_row(const void* context, int64_t b, int64_t y) {
   }
 }
 
-// 1 / (the divisor of one colour's differences), at kLanes pixels.
-static inline vfloat inverse_divisor(const ParRows& rows, int64_t y, int64_t c, int64_t x, vfloat centre) {
-  const bool pamr = rows.args.variant == ParVariant::pamr;
+// Squared deviations of the neighbours, and of PAMR's centres, from their mean, summed, at kLanes pixels. Shrunk: of pixels times
+// kShrink, whose squares overflow for no float.
+constexpr float kShrink = 0x1p-80f;
+template <bool kShrunk>
+static inline vfloat squares_of(const ParRows& rows, int64_t y, int64_t c, int64_t x, vfloat centre) {
+  auto shrunk = [](vfloat pixels) { return kShrunk ? pixels * kShrink : pixels; };
   auto neighbour = [&](int64_t t) {
-    return load(rows.at(y + rows.offsets[2 * t], c) + x +
-                std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width));
+    return shrunk(load(rows.at(y + rows.offsets[2 * t], c) + x +
+                       std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width)));
   };
-  const vfloat origin = neighbour(0);
-  // PAMR's deviation has the centre among the values, once for each dilation.
-  const float centres = pamr ? float(rows.args.num_dilations) : 0.0f, count = float(rows.taps) + centres;
-  vfloat mean = (centre - origin) * centres;
+  const vfloat origin = neighbour(0), away = shrunk(centre) - origin;
+  vfloat mean = away * rows.centres;
   for (int64_t t = 0; t < rows.taps; ++t) mean += neighbour(t) - origin;
-  mean = mean / count;
-  vfloat squares = (centre - origin - mean) * (centre - origin - mean) * centres;
+  mean = mean / rows.count;
+  vfloat squares = (away - mean) * (away - mean) * rows.centres;
   for (int64_t t = 0; t < rows.taps; ++t) {
     const vfloat deviation = neighbour(t) - origin - mean;
     squares += deviation * deviation;
   }
-  vfloat sigma = squares / (count - 1.0f);
-  for (int i = 0; i < kLanes; ++i) sigma[i] = __builtin_sqrtf(sigma[i]);
+  return squares;
+}
+
+static inline vfloat root_of(vfloat value) {
+  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+}
+
+// 1 / (the divisor of one colour's differences), at kLanes pixels. `finite` stays 0 unless squares overflow, which kWide mends.
+template <bool kWide>
+static inline vfloat inverse_divisor(const ParRows& rows, int64_t y, int64_t c, int64_t x, vfloat centre, vfloat* finite) {
+  const vfloat squares = squares_of<false>(rows, y, c, x, centre);
+  vfloat sigma = root_of(squares / (rows.count - 1.0f));
+  if constexpr (kWide) {
+    const vfloat wide = root_of(squares_of<true>(rows, y, c, x, centre) / (rows.count - 1.0f)) * (1.0f / kShrink);
+    sigma = squares * 0.0f == 0.0f ? sigma : wide;
+  } else {
+    *finite += squares * 0.0f;
+  }
+  const bool pamr = rows.args.variant == ParVariant::pamr;
   return pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : 1.0f / ((sigma + 1e-8f) * rows.args.w1);
 }
 
-static void fill_row(const void* context, int64_t, int64_t y, int64_t row, float* weights) {
-  const ParRows& rows = *static_cast<const ParRows*>(context);
+// Whether no square overflowed.
+template <bool kWide>
+static bool fill(const ParRows& rows, int64_t y, int64_t row, float* weights) {
   const float share = -1.0f / float(rows.colours);
   const bool pamr = rows.args.variant == ParVariant::pamr;
+  vfloat finite = {};
   for (int64_t x = 0; x < rows.width; x += kLanes) {
     for (int64_t c = 0; c < rows.colours; ++c) {
       const vfloat centre = load(rows.at(y, c) + x);
-      const vfloat scale = inverse_divisor(rows, y, c, x, centre);
+      const vfloat scale = inverse_divisor<kWide>(rows, y, c, x, centre, &finite);
       for (int64_t t = 0; t < rows.taps; ++t) {
         const int64_t dx = std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width);
         const vfloat distance = (load(rows.at(y + rows.offsets[2 * t], c) + x + dx) - centre) * scale;
@@ -100,6 +124,14 @@ static void fill_row(const void* context, int64_t, int64_t y, int64_t row, float
       store(weights + t * row + x, load(weights + t * row + x) * inverse + rows.position[t]);
   }
   for (int64_t t = 0; t < rows.taps; ++t) std::fill(weights + t * row + rows.width, weights + (t + 1) * row, 0.0f);
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += finite[i];
+  return total == 0.0f;
+}
+
+static void fill_row(const void* context, int64_t, int64_t y, int64_t row, float* weights) {
+  const ParRows& rows = *static_cast<const ParRows*>(context);
+  if (!fill<false>(rows, y, row, weights)) fill<true>(rows, y, row, weights);
 }
 
 int64_t par_bytes(const ParArgs& args) { return ParRows(args, nullptr, nullptr, nullptr).floats() * 4; }

@@ -35,6 +35,23 @@ __device__ inline int direction_y(int k) { return (k + (k >= 4)) / 3 - 1; }
 __device__ inline int direction_x(int k) { return (k + (k >= 4)) % 3 - 1; }
 __device__ inline bool is_diagonal(int k) { return 0xA5 >> k & 1; }
 
+// The deviation of one colour where squares overflow (pixels beyond 1e18), rare and so kept small: of the pixels times 2^-80.
+template <class Pixel>
+__device__ inline float wide_deviation(const ParTaps& taps, int dilations, int c, float count, Pixel pixel) {
+  constexpr float kShrink = 0x1p-80f;
+  const float origin = pixel(c, -taps.dy[0], -taps.dx[0]) * kShrink, away = pixel(c, 0, 0) * kShrink - origin;
+  const float centres = count - float(8 * dilations);
+  float sum = away * centres, squares = away * away * centres;
+#pragma unroll 1
+  for (int t = 0; t < 8 * dilations; ++t) {
+    const float value = pixel(c, direction_y(t % 8) * taps.dy[t / 8], direction_x(t % 8) * taps.dx[t / 8]) * kShrink - origin;
+    sum += value;
+    squares = fmaf(value, value, squares);
+  }
+  const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
+  return sqrtf(variance < 0.0f ? 0.0f : variance) * (1.0f / kShrink);
+}
+
 // The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; keeper.keep(t, weight) takes them, taps ascending,
 // those of the first kHeldDilations keeper.hold(t, weight) with a constant t. kDilations: how many there are, if the kernel was made
 // for that number, else 0.
@@ -57,7 +74,9 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& 
         squares = fmaf(value, value, squares);
       }
     // max() would turn NaN into 0.
-    const float variance = (squares - sum * (sum / count)) / (count - 1.0f), sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
+    const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
+    float sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
+    if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, dilations, c, count, pixel);
     scale[c] = taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
   }
   auto kappa = [&](int i, int k) {
