@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._native_module import native, view, workspace
+from . import _native_module
+from ._native_module import address, native, view, workspace
 
 
 def random_walk(
@@ -19,8 +20,16 @@ def random_walk(
     transpose: bool,
 ) -> Tensor:
     out = torch.empty(cams.shape, dtype=cams.dtype, device=cams.device)
-    threads = torch.get_num_threads()
     tensors = view(affinity), view(cams)
+    if _native_module.on_cuda(cams):
+        place = _native_module.cuda_stream(cams.device)
+        kept = None if class_mask is None else class_mask.contiguous()
+        size = native.random_walk_cuda_workspace(*tensors, radius, num_steps, transpose, place[0])
+        scratch = workspace(size, cams.device)
+        options = radius, power, eps, address(kept), num_steps, transpose, scratch.data_ptr()
+        native.random_walk_cuda(*tensors, view(out), *options, *place)
+        return out
+    threads = torch.get_num_threads()
     scratch = workspace(native.random_walk_cpu_workspace(*tensors, radius, power, threads), cams.device)
     present = [] if class_mask is None else class_mask.flatten().tolist()
     options = radius, power, eps, present, num_steps, transpose
@@ -32,8 +41,15 @@ def random_walk_affinity_gradient(
     affinity: Tensor, states: Tensor, grads: Tensor, radius: int, power: float, eps: float
 ) -> Tensor:
     out = torch.empty(affinity.shape, dtype=affinity.dtype, device=affinity.device)
-    threads = torch.get_num_threads()
     tensors = view(affinity), view(states)
+    if _native_module.on_cuda(affinity):
+        place = _native_module.cuda_stream(affinity.device)
+        size = native.random_walk_affinity_gradient_cuda_workspace(view(affinity), radius)
+        scratch = workspace(size, affinity.device)
+        options = radius, power, eps, scratch.data_ptr()
+        native.random_walk_affinity_gradient_cuda(*tensors, view(grads), view(out), *options, *place)
+        return out
+    threads = torch.get_num_threads()
     size = native.random_walk_affinity_gradient_cpu_workspace(*tensors, radius, threads)
     scratch = workspace(size, affinity.device)
     options = radius, power, eps, scratch.data_ptr(), threads

@@ -68,4 +68,39 @@ Status affinity_loss_cpu(const View<4>& window, const int32_t* labels, int64_t r
 Status affinity_loss_backward_cpu(const View<4>& grad_window, const int32_t* labels, int64_t radius, float same, float different,
                                   int threads);
 
+// The same on a GPU: every pointer is the device's, head holds the weights and then the bias. Asynchronous on the stream, nothing
+// allocated, capturable in a CUDA graph. A loss's results and its gradient stay on the device.
+struct PairResults {
+  float* loss = nullptr;
+  int64_t *pos_count = nullptr, *neg_count = nullptr;  // N+ + 1 and N- + 1
+};
+struct DeviceSlopes {  // dL/dA is -grad / (2 pos_count) for pairs with the same label, grad / (2 neg_count) for others
+  const int32_t* labels = nullptr;
+  const float* grad = nullptr;
+  const int64_t *pos_count = nullptr, *neg_count = nullptr;
+  View<4> window, grad_window;  // used if labels is null
+};
+struct DeviceGradients {
+  View<4> query, key;   // or maps in query; null data: not wanted
+  float* head = nullptr;  // [heads + 1]
+};
+
+int64_t attention_cuda_workspace(const AttentionArgs& args);
+Status window_affinity_cuda(const AttentionArgs& args, const float* head, const View<4>& out, int device, void* stream);
+Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head, const int32_t* labels, const PairResults& results,
+                                    void* workspace, int device, void* stream);
+int64_t attention_backward_cuda_workspace(const AttentionArgs& args, int device);
+Status attention_backward_cuda(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const DeviceGradients& out,
+                               void* workspace, int device, void* stream);
+
+Status affinity_from_maps_cuda(const MapsArgs& args, const float* head, const View<4>& out, int device, void* stream);
+int64_t affinity_from_maps_backward_cuda_workspace(const MapsArgs& args);
+Status affinity_from_maps_backward_cuda(const MapsArgs& args, const float* head, const DeviceSlopes& slopes,
+                                        const DeviceGradients& out, void* workspace, int device, void* stream);
+
+int64_t affinity_loss_cuda_workspace(const View<4>& window);
+Status affinity_loss_cuda(const View<4>& window, const int32_t* labels, int64_t radius, const PairResults& results, void* workspace,
+                          int device, void* stream);
+Status affinity_loss_backward_cuda(const View<4>& grad_window, const DeviceSlopes& slopes, int64_t radius, int device, void* stream);
+
 }  // namespace afa

@@ -19,7 +19,7 @@ struct WalkArgs {
 
 struct WalkMasks {
   View<4> cams, out;                    // [B, C, H, W], distinct
-  const uint8_t* class_mask = nullptr;  // [B][C] on the host; null: every channel. Channels with 0 are written as 0
+  const uint8_t* class_mask = nullptr;  // [B][C], the CPU's on the host; null: every channel. Channels with 0 are written as 0
   int64_t num_steps = 0;
   bool transpose = false;               // the adjoint: the gradient of the cams
 };
@@ -33,5 +33,13 @@ Status random_walk_cpu(const WalkArgs& args, const WalkMasks& masks, void* works
 int64_t random_walk_affinity_gradient_cpu_workspace(const WalkArgs& args, const View<4>& states, int threads);
 Status random_walk_affinity_gradient_cpu(const WalkArgs& args, const View<4>& states, const View<4>& grads,
                                          const View<4>& grad_affinity, void* workspace, int threads);
+
+// The same on a GPU: every pointer is the device's, class_mask too. Asynchronous on the stream, nothing allocated, capturable in a
+// CUDA graph.
+int64_t random_walk_cuda_workspace(const WalkArgs& args, const WalkMasks& masks, int device);
+Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* workspace, int device, void* stream);
+int64_t random_walk_affinity_gradient_cuda_workspace(const WalkArgs& args);
+Status random_walk_affinity_gradient_cuda(const WalkArgs& args, const View<4>& states, const View<4>& grads,
+                                          const View<4>& grad_affinity, void* workspace, int device, void* stream);
 
 }  // namespace afa

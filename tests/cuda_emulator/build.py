@@ -121,8 +121,8 @@ class Emulator:
         """Order of threads and blocks: 0 ascending, 1 descending, above that shuffled by this seed."""
         self._switches.afa_emulator_set_order(order)
 
-    def set_device(self, multiprocessors: int = 4, shared_bytes: int = 227 * 1024) -> None:
-        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes)
+    def set_device(self, multiprocessors: int = 4, shared_bytes: int = 227 * 1024, capability: int = 9) -> None:
+        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes, capability)
 
     def set_blocks(self, first: int = 0, count: int = 2**62) -> None:
         """Run only these blocks of every launch that is not cooperative; ``first`` < 0 counts from the last one."""

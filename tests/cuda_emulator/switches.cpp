@@ -4,7 +4,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void afa_emulator_set_order(int order) { emulator::settings().order = order; }
-EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes) {
+EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes, int capability) {
+  emulator::settings().capability = capability;
   emulator::settings().multiprocessors = multiprocessors;
   emulator::settings().shared_bytes = shared_bytes;
 }

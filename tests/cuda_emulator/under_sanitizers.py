@@ -55,6 +55,61 @@ def run_diffusion(native, shape: tuple, kind: str, transpose: bool) -> None:
             native.diffuse_cuda(view(weights), view(masks), view(out), offsets, *options)
 
 
+GRIDS = [(1, 1, 1), (3, 5, 2), (9, 8, 3), (1, 20, 9)]  # height, width, radius
+
+
+def scratch_of(size: int) -> np.ndarray:
+    return np.full(max(size, 1), 255, np.uint8)
+
+
+def run_affinity(native, grid: tuple, kind: str, depth: int) -> None:
+    height, width, radius = grid
+    pixels, side = height * width, 2 * radius + 1
+    query, key, grad_query, grad_key = (floats(2, 3, pixels, depth, kind=kind) for _ in range(4))
+    window, grad_window = (floats(2, side * side, height, width, kind=kind) for _ in range(2))
+    head, grad_head, grad = floats(4), floats(4), floats(1)
+    labels = np.arange(2 * pixels, dtype=np.int32) % 3 - 1
+    loss, counts = floats(1), np.ones(2, np.int64)
+    addresses = loss.ctypes.data, counts.ctypes.data, counts.ctypes.data + 8
+    slopes = grad.ctypes.data, *addresses[1:]
+    common = view(query), view(key)
+    native.window_affinity_cuda(*common, head.ctypes.data, grid, view(window), 0, 0)
+    scratch = scratch_of(native.attention_cuda_workspace(*common, grid))
+    options = labels.ctypes.data, addresses, scratch.ctypes.data, 0, 0
+    native.attention_affinity_loss_cuda(*common, head.ctypes.data, grid, *options)
+    scratch = scratch_of(native.attention_backward_cuda_workspace(*common, grid, 0))
+    gradients = view(grad_query), view(grad_key), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
+    for name, source in (
+        ("attention_affinity_loss", (labels.ctypes.data, slopes)),
+        ("window_affinity", (view(window), view(grad_window))),
+    ):
+        getattr(native, f"{name}_backward_cuda")(*common, head.ctypes.data, grid, *source, *gradients)
+    maps, grad_maps = (floats(2, 3, pixels, pixels, kind=kind) for _ in range(2))
+    native.affinity_from_maps_cuda(view(maps), head.ctypes.data, grid, view(window), 0, 0)
+    scratch = scratch_of(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid))
+    gradients = view(grad_maps), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
+    sources = view(window), view(grad_window)
+    native.affinity_from_maps_backward_cuda(view(maps), head.ctypes.data, grid, *sources, *gradients)
+    scratch = scratch_of(native.affinity_loss_cuda_workspace(view(window)))
+    native.affinity_loss_cuda(view(window), labels.ctypes.data, radius, addresses, scratch.ctypes.data, 0, 0)
+    native.affinity_loss_backward_cuda(view(grad_window), labels.ctypes.data, radius, slopes, 0, 0)
+
+
+def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
+    height, width, radius = grid
+    affinity, grad_affinity = (floats(2, (2 * radius + 1) ** 2, height, width, kind=kind) for _ in range(2))
+    cams, out = (floats(2, 3, height, width, kind=kind) for _ in range(2))
+    present = np.arange(6, dtype=np.uint8) % 2
+    for num_steps in (0, 1, 2):
+        size = native.random_walk_cuda_workspace(view(affinity), view(cams), radius, num_steps, transpose, 0)
+        scratch = scratch_of(size)
+        options = radius, 2.0, 0.1, present.ctypes.data, num_steps, transpose, scratch.ctypes.data, 0, 0
+        native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
+    scratch = scratch_of(native.random_walk_affinity_gradient_cuda_workspace(view(affinity), radius))
+    options = radius, 2.0, 0.1, scratch.ctypes.data, 0, 0
+    native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
+
+
 def main(sanitizer: str, fault: str | None = None) -> None:
     emulator = load(sanitizer)
     if fault is not None:
@@ -72,6 +127,10 @@ def main(sanitizer: str, fault: str | None = None) -> None:
                     dilations = DILATIONS[calls % 3]
                     run_par(emulator.native, shape, dilations, kind, transpose, bool(calls % 2), bool(calls // 2 % 2))
                     calls += 1
+        for grid in GRIDS:
+            for kind in ("float32", "float16", "uint16"):
+                run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
+                run_walk(emulator.native, grid, kind, transpose=bool(order))
     print(f"clean after {len(emulator.launches())} launches")
 
 
