@@ -35,6 +35,14 @@ class Case:
             tensor.copy_(torch.rand(tensor.shape))
 
 
+def loss_and_gradients(query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """The fused loss and the gradients of queries, keys and head in one vector."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, *rest[:2])]
+    loss = afa_kernels.attention_affinity_loss(*leaves, rest[2], 4)[0]
+    grads = torch.autograd.grad(loss, leaves)
+    return torch.cat([loss.detach().flatten(), *(grad.float().flatten() for grad in grads)])
+
+
 def make(name: str) -> Case:
     random = lambda *shape: torch.rand(shape, device="cuda")
     present = torch.rand(2, 5, device="cuda") > 0.3
@@ -42,6 +50,7 @@ def make(name: str) -> Case:
     images, masks = random(2, 3, height, width), random(2, 5, height, width)
     taps = [(0, 0), (1, -2), (-3, 1), (0, 5)]
     query, key, head = random(2, 4, 300, 16), random(2, 4, 300, 16), (random(4), random(1))
+    labels = torch.randint(3, (2, 15, 20), device="cuda")
     cases = {
         "par resident": Case("par", lambda x, m: afa_kernels.par(x, m, class_mask=present), images, masks),
         "par streaming": Case(
@@ -53,6 +62,26 @@ def make(name: str) -> Case:
         "diffuse": Case("diffuse", lambda w, m: afa_kernels.diffuse(w, m, taps, 3), random(2, 4, height, width), masks),
         "window_affinity": Case(
             "window_affinity", lambda q, k: afa_kernels.window_affinity(q, k, *head, 15, 20, 4), query, key
+        ),
+        "window_affinity bfloat16": Case(
+            "window_affinity",
+            lambda q, k: afa_kernels.window_affinity(q.bfloat16(), k.bfloat16(), *head, 15, 20, 4).float(),
+            query,
+            key,
+        ),
+        "attention_affinity_loss": Case(
+            "attention_affinity_loss", lambda q, k: loss_and_gradients(q, k, *head, labels), query, key
+        ),
+        "attention_affinity_loss float16": Case(
+            "attention_affinity_loss", lambda q, k: loss_and_gradients(q.half(), k.half(), *head, labels), query, key
+        ),
+        "affinity_loss": Case(
+            "affinity_loss", lambda a: afa_kernels.affinity_loss(a, labels, 4)[0], random(2, 81, 15, 20)
+        ),
+        "affinity_from_maps": Case(
+            "affinity_from_maps",
+            lambda m: afa_kernels.affinity_from_maps(m, *head, 15, 20, 4),
+            random(2, 4, 300, 300),
         ),
         "random_walk": Case(
             "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
@@ -69,6 +98,11 @@ NAMES = [
     "par_weights",
     "diffuse",
     "window_affinity",
+    "window_affinity bfloat16",
+    "attention_affinity_loss",
+    "attention_affinity_loss float16",
+    "affinity_loss",
+    "affinity_from_maps",
     "random_walk",
 ]
 
@@ -133,7 +167,7 @@ def test_agrees_with_the_reference(case):
     got = case()
     with afa_kernels.use_backend("reference"):
         want = case()
-    # One case rounds its masks to bfloat16, in both.
+    # Some cases round to half precision, in both.
     assert (got - want).norm() / want.norm() < 4e-3
     assert torch.equal(got.isfinite(), want.isfinite())
 
