@@ -42,7 +42,7 @@ fi
 
 pytest=("$python" -m pytest -p no:cacheprovider --continue-on-collection-errors --tb=short -o addopts= -q -m "not slow")
 AFA_TEST_DEVICE=cuda stage cuda_tests 60 "${pytest[@]}" tests/test_cuda.py --junitxml="$work/cuda_tests.xml"
-operators=(tests/test_par.py tests/test_diffusion.py tests/test_affinity.py tests/test_random_walk.py tests/test_fuzz.py)
+operators=(tests/test_par.py tests/test_diffusion.py tests/test_affinity.py tests/test_random_walk.py tests/test_fuzz*.py)
 AFA_TEST_DEVICE=cuda stage operators_on_cuda 100 "${pytest[@]}" "${operators[@]}" --junitxml="$work/operators_on_cuda.xml"
 stage benchmarks 120 "$python" benchmarks/run.py --device cuda --compile --seconds 0.3 --out "$work/benchmarks"
 
