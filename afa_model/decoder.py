@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afa_model.onednn import pointwise
+
 
 class Projection(nn.Module):
     """Holds one map's linear layer under the public checkpoints' name; the decoder applies it."""
@@ -64,11 +66,12 @@ class SegFormerHead(nn.Module):
         )
         by_size: dict[tuple[int, int], Tensor] = {}
         for x, linear, fuse in branches:
-            part = F.conv2d(x, (fuse @ linear.weight)[:, :, None, None], fuse @ linear.bias)
+            part = pointwise(x, fuse @ linear.weight, fuse @ linear.bias)
             key = (x.shape[2], x.shape[3])
             by_size[key] = by_size[key] + part if key in by_size else part
         parts = [
             part if key == tuple(size) else F.interpolate(part, size, mode="bilinear", align_corners=False)
             for key, part in by_size.items()
         ]
-        return self.linear_pred(self.dropout(F.relu(self.linear_fuse.bn(sum(parts[1:], parts[0])))))
+        x = self.dropout(F.relu(self.linear_fuse.bn(sum(parts[1:], parts[0]))))
+        return pointwise(x, self.linear_pred.weight.flatten(1), self.linear_pred.bias)

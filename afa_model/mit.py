@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afa_model.mit_weights import checkpoint_filter_fn
-from afa_model.onednn import Linear
+from afa_model.onednn import Linear, depthwise_gelu
 
 
 class Pyramid(NamedTuple):
@@ -55,14 +55,14 @@ def _image_to_tokens(image: Tensor) -> Tensor:
 
 
 class DepthwiseConv(nn.Module):
-    """3x3 depthwise convolution of tokens: what gives MiT its sense of position."""
+    """3x3 depthwise convolution of tokens, which is what gives MiT its sense of position, and GELU."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, 1, 1, groups=dim)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return _image_to_tokens(self.dwconv(_tokens_to_image(x, height, width)))
+        return _image_to_tokens(depthwise_gelu(_tokens_to_image(x, height, width), self.dwconv))
 
 
 class Mlp(nn.Module):
@@ -76,7 +76,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = self.drop(F.gelu(self.dwconv(self.fc1(x), height, width)))
+        x = self.drop(self.dwconv(self.fc1(x), height, width))
         return self.drop(self.fc2(x))
 
 
