@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import torch
-from harness import Case
+from harness import Case, compiled, kernels
+from run import main
 
 import afa_kernels
 from afa_kernels.par import DILATIONS
@@ -23,20 +25,16 @@ QUICK = SHAPES[:3]
 TAPS = 8 * len(DILATIONS)
 
 
-def case(shape: tuple[int, ...], device: str, compiled: bool) -> Case:
+def case(shape: tuple[int, ...], device: str, compiling: bool) -> Case:
     batch, channels, height, width, iterations = shape
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, height, width, generator=generator).to(device)
     masks = torch.rand(batch, channels, height, width, generator=generator).to(device)
     call = partial(afa_kernels.par, images, masks, num_iter=iterations)
     providers = {"reference": partial(call, backend="reference")}
-    if compiled:
-        providers["torch.compile"] = torch.compile(providers["reference"], dynamic=False)
-    for row in afa_kernels.backends():
-        # Triton's interpreter on the CPU is there to prove kernels, not to be timed.
-        timed = row.backend == "native" or (row.backend == "triton" and device == "cuda")
-        if (row.operator, row.device, row.available) == ("par", device, True) and timed:
-            providers[row.backend] = partial(call, backend=row.backend)
+    if compiling:
+        providers["torch.compile"] = compiled(providers["reference"])
+    providers |= {name: partial(call, backend=name) for name in kernels("par", device)}
     pixels = batch * height * width
     return Case(
         f"{batch}x{channels}x{height}x{width}, {iterations} iterations",
@@ -48,5 +46,9 @@ def case(shape: tuple[int, ...], device: str, compiled: bool) -> Case:
     )
 
 
-def cases(device: str, quick: bool = False, compiled: bool = False) -> list[Case]:
-    return [case(shape, device, compiled) for shape in (QUICK if quick else SHAPES)]
+def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
+    return [case(shape, device, compiling) for shape in (QUICK if quick else SHAPES)]
+
+
+if __name__ == "__main__":
+    main(["par", *sys.argv[1:]])

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Case:
     providers: dict[str, Callable[[], Any]]  # the first is what the others are checked against and compared with
     bytes: float = 0.0  # that must cross memory at least once
     operations: float = 0.0  # multiply and add counted as two
+    dtype: torch.dtype = torch.float32  # of the arithmetic: whose peak the operations are held against
     tolerance: float = 1e-5  # norm of the difference over norm of the first provider's result
 
 
@@ -96,7 +98,7 @@ def describe(device: str) -> dict[str, Any]:
     import afa_kernels
 
     native = afa_kernels._native_module.native
-    bandwidth, peak = limits(device)
+    bandwidth, peaks = limits(device)
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -106,21 +108,58 @@ def describe(device: str) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "peak_gflop_s": round(peak / 1e9, 1),
+        **{peak_key(dtype): round(peak / 1e9, 1) for dtype, peak in peaks.items()},
     }
 
 
-def limits(device: str) -> tuple[float, float]:
-    """Bytes per second of a copy (read and written counted) and float32 operations per second of a matrix product."""
+def peak_key(dtype: torch.dtype) -> str:
+    """Where a machine's description has the operations per second of a dtype."""
+    return "peak_gflop_s" if dtype == torch.float32 else f"peak_gflop_s_{str(dtype).removeprefix('torch.')}"
+
+
+def limits(device: str) -> tuple[float, dict[torch.dtype, float]]:
+    """Bytes per second of a copy (read and written counted) and operations per second of a matrix product.
+
+    Products of float32 on the CPU, where half precision is not arithmetic but storage; of bfloat16 too on a GPU.
+    """
     size = 1 << (28 if device == "cuda" else 25)
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
     seconds = min(_seconds(lambda: target.copy_(source), device) for _ in range(7))
-    n = 4096 if device == "cuda" else 1024
-    a = torch.rand(n, n, device=device)
-    out = torch.empty_like(a)
-    product = min(_seconds(lambda: torch.mm(a, a, out=out), device) for _ in range(7))
-    return 2 * 4 * size / seconds, 2 * n**3 / product
+    n, peaks = 4096 if device == "cuda" else 1024, {}
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
+        a = torch.rand(n, n, device=device, dtype=dtype)
+        out = torch.empty_like(a)
+        product = partial(torch.mm, a, a, out=out)
+        peaks[dtype] = 2 * n**3 / min(_seconds(product, device) for _ in range(7))
+    return 2 * 4 * size / seconds, peaks
+
+
+# --- providers ---
+
+
+def kernels(operator: str, device: str) -> list[str]:
+    """Backends of ours to time: native, and on a GPU Triton (its interpreter is there to prove kernels)."""
+    import afa_kernels
+
+    wanted = ("native", "triton") if device == "cuda" else ("native",)
+    here = [row for row in afa_kernels.backends() if (row.operator, row.device) == (operator, device)]
+    return [row.backend for row in here if row.available and row.backend in wanted]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile``, starting afresh at the first call: it gives up on a function after a few shapes."""
+    ready = torch.compile(function, dynamic=False, fullgraph=True)
+    fresh = True
+
+    def call(*arguments: Any) -> Any:
+        nonlocal fresh
+        if fresh:
+            torch._dynamo.reset()
+            fresh = False
+        return ready(*arguments)
+
+    return call
 
 
 # --- timing ---
@@ -151,7 +190,12 @@ class CacheFlush:
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> float:
-    """Bytes above the level before the call. On the CPU from the kernel's high-water mark of this process (Linux)."""
+    """Bytes at the peak of a call above the level before it: results and scratch, not the inputs.
+
+    CUDA: what torch's allocator had handed out. CPU (Linux): resident pages of this process, its high-water mark
+    set back by the kernel just before the call (``/proc/self/clear_refs``), when memory freed earlier has been
+    returned to the system; what is allocated but never touched does not count. NaN where that is not to be had.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -199,23 +243,26 @@ def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) ->
     del want
     once = {name: _seconds(call, device) for name, call in case.providers.items()}
     rounds = int(min(max(seconds / max(sum(once.values()) / len(once), 1e-6), 5), 200))
+    least = {name: 5 if once[name] < max(seconds, 0.5) else 3 for name in case.providers}
     warm: dict[str, list[float]] = {name: [] for name in case.providers}
     cold: dict[str, list[float]] = {name: [] for name in case.providers}
     flush = CacheFlush(device)
     for _ in range(rounds):
         for name, call in case.providers.items():
             # A slow provider is not repeated as often as a fast one.
-            if len(warm[name]) >= 5 and sum(warm[name]) > 2 * seconds:
+            if len(warm[name]) >= least[name] and sum(warm[name]) > 2 * seconds:
                 continue
             call()
             warm[name].append(_seconds(call, device))
     for _ in range(min(rounds, 7)):
         for name, call in case.providers.items():
+            if len(cold[name]) >= least[name] and sum(cold[name]) > 2 * seconds:
+                continue
             flush()
             cold[name].append(_seconds(call, device))
     floor = max(
         case.bytes / (machine["bandwidth_gb_s"] * 1e9) if case.bytes else 0.0,
-        case.operations / (machine["peak_gflop_s"] * 1e9) if case.operations else 0.0,
+        case.operations / (machine[peak_key(case.dtype)] * 1e9) if case.operations else 0.0,
     )
     base = statistics.median(warm[first])
     rows = []

@@ -173,6 +173,12 @@ def refined_labels(
     return labels
 
 
+def transition(affinity: Tensor, window: Tensor, power: float, eps: float) -> Tensor:
+    """affinity and window, [N, N] both -> the matrix of the random walk, [N, N]."""
+    powered = (affinity * window) ** power
+    return powered / (powered.sum(0) + eps)[:, None]
+
+
 def walked_stacks(
     affinity: Tensor, grid: tuple[int, int], cam: Tensor, cls_labels: Tensor, settings: StepSettings
 ) -> list[list[Tensor]]:
@@ -184,9 +190,8 @@ def walked_stacks(
         small = bilinear(cam[i : i + 1, valid], grid)
         stacks = []
         for score in (settings.low_score, settings.high_score):
-            powered = (affinity[i] * window) ** settings.walk_power
-            transition = powered / (powered.sum(0) + settings.walk_eps)[:, None]
-            walked = transition @ with_background(small, score)[0].flatten(1).t()
+            matrix = transition(affinity[i], window, settings.walk_power, settings.walk_eps)
+            walked = matrix @ with_background(small, score)[0].flatten(1).t()
             stacks.append(walked.t().unflatten(1, grid)[None])
         result.append(stacks)
     return result
@@ -224,11 +229,12 @@ def segmentation_loss(seg_logits: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * (halves[0] + halves[1])
 
 
-def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+def affinity_loss(affinity: Tensor, labels: Tensor, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """affinity [B, N, N], labels [B, h, w] int64, window [N, N] bool."""
     own = labels.flatten(1)
     pairs = (own[:, :, None] == own[:, None, :]).long()
     pairs[(own == IGNORE)[:, :, None] | (own == IGNORE)[:, None, :]] = IGNORE
-    pairs[:, ~window_mask(*labels.shape[1:], radius, labels.device)] = IGNORE
+    pairs[:, ~window] = IGNORE
     same, different = (pairs == 1).float(), (pairs == 0).float()
     pos_count, neg_count = same.sum() + 1, different.sum() + 1
     loss = 0.5 * (same * (1 - affinity)).sum() / pos_count + 0.5 * (different * affinity).sum() / neg_count
@@ -260,7 +266,8 @@ class PublishedStep:
             cls_loss = classification_loss(out.cls_logits, cls_labels)
             seg_loss = segmentation_loss(out.seg_logits, aff_label if iteration > s.aff_iters else refined_label)
             labels = F.interpolate(refined_label[:, None].float(), out.grid, mode="nearest")[:, 0].long()
-            aff_loss, pos_count, neg_count = affinity_loss(out.affinity, labels, s.radius)
+            window = window_mask(*out.grid, s.radius, images.device)
+            aff_loss, pos_count, neg_count = affinity_loss(out.affinity, labels, window)
             learns = float(iteration > s.cam_iters)
             loss = cls_loss + learns * (s.seg_weight * seg_loss + s.aff_weight * aff_loss)
         return StepResult(

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     for operator in options.operators or tables():
         table = importlib.import_module(f"bench_{operator}")
-        cases = table.cases(options.device, quick=options.quick, compiled=options.compile)
+        cases = table.cases(options.device, quick=options.quick, compiling=options.compile)
         path = harness.write(harness.run(operator, cases, options.device, options.seconds), options.out)
         print(f"written: {path} (with .csv and .png)\n")
 

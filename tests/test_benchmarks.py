@@ -1,0 +1,77 @@
+"""The benchmarks: every provider gives the same numbers, peaks are what they say, wrong results are not timed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, available, relative_error
+
+MODULES = ("harness", "run", "published_step", "readme_table", "bench_par", "bench_affinity", "bench_random_walk")
+MACHINE = {"device": "a CPU", "torch": "2", "commit": "0", "bandwidth_gb_s": 10.0, "peak_gflop_s": 50.0}
+
+
+@pytest.fixture
+def bench(monkeypatch) -> SimpleNamespace:
+    """The modules of the benchmarks' folder, which is no package; forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delenv("AFA_BACKEND", raising=False)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("table", ["affinity", "random_walk"])
+def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
+    assert table in bench.run.tables()
+    monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
+    cases = getattr(bench, f"bench_{table}").cases("cpu", quick=True)[:1]
+    report = bench.harness.run(table, cases, "cpu", seconds=0.0)
+    path = bench.harness.write(report, tmp_path)
+    content = json.loads(path.read_text())
+    assert [row["provider"] for row in content["rows"]][:2] == ["dense", "reference"]
+    assert all(row["floor_ms"] > 0 and row["error"] <= 1e-4 for row in content["rows"])
+    assert path.with_suffix(".csv").stat().st_size and path.with_suffix(".png").stat().st_size
+    (line,) = (line for line in bench.readme_table.markdown([content]).splitlines() if line.startswith(f"| {table}"))
+    assert cases[0].name in line
+
+
+def test_what_differs_is_not_timed(bench):
+    case = bench.harness.Case("a case", {"one": lambda: torch.ones(3), "two": lambda: torch.full((3,), 1.01)})
+    with pytest.raises(AssertionError, match=r"a case: two differs from one by 0\.01, not timed"):
+        bench.harness.measure(case, "cpu", 0.0, MACHINE)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+def test_peaks_are_those_of_the_call(bench):
+    mebi = 1 << 20
+    peak = bench.harness.peak_memory(lambda: torch.ones(64 * mebi // 4) + torch.ones(1), "cpu")
+    assert 0.98 * 128 < peak / mebi < 1.1 * 128, "the operand and the result"
+    assert bench.harness.peak_memory(lambda: None, "cpu") < mebi
+
+
+def test_pairs_in_the_window_are_counted(bench):
+    window = bench.bench_affinity.window_mask(20, 20, bench.bench_affinity.RADIUS)
+    assert bench.bench_affinity.pairs(20) == int(window.sum())
+
+
+def test_dense_arithmetic_by_rows_is_that_of_the_whole(bench):
+    table = bench.bench_affinity
+    inputs, labels = table.make_inputs(2, 24, "cpu", torch.float32)
+    window = table.window_mask(24, 24, table.RADIUS)
+    want = table.with_gradients(table.dense_loss, inputs, labels, window)
+    for got, wanted in zip(table.loss_by_rows(inputs, labels), want):
+        assert relative_error(got, wanted) < 2e-5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.skipif("native" not in available("attention_affinity_loss"), reason="no native kernels")
+def test_loss_and_gradients_of_a_large_grid_take_little_memory(bench):
+    """N = 9216, where each of 16 score maps would be 340 MB: all of it under 400 MB over the inputs."""
+    case = bench.bench_affinity.loss_case(*bench.bench_affinity.LARGE, "cpu", torch.float32, False)
+    case.providers["native"]()
+    assert bench.harness.peak_memory(case.providers["native"], "cpu") < 400e6
