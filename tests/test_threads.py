@@ -13,40 +13,10 @@ import pytest
 import torch
 from conftest import DEVICE, ROOT, available
 from cuda_emulator import build
-
-import afa_kernels
+from every_operator import Everything, everything
 
 NATIVE = "native" in available("par")
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native backend here")
-
-
-def everything(seed: int) -> list[torch.Tensor]:
-    """Every operator that is native on DEVICE, forward and backward, on this seed's inputs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator).to(DEVICE)
-
-    height, width, radius = 13, 18, 3
-    images, masks = random(2, 3, height, width), random(2, 5, height, width).requires_grad_()
-    query, key = (random(2, 3, height * width, 8).requires_grad_() for _ in range(2))
-    head = random(3).requires_grad_(), random(1).requires_grad_()
-    labels = torch.randint(3, (2, height, width), generator=generator).to(DEVICE)
-    results = [
-        afa_kernels.par(images, masks, (1, 3), 3),
-        afa_kernels.pamr(images, masks, (1,), 2),
-        afa_kernels.par_weights(images, (1, 2)),
-        afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
-    ]
-    window = afa_kernels.window_affinity(query, key, *head, height, width, radius)
-    results += [
-        window,
-        afa_kernels.affinity_loss(window.detach(), labels, radius)[0],
-        afa_kernels.random_walk(window.detach(), masks, radius),
-    ]
-    sum(result.square().sum() for result in results if result.requires_grad).backward()
-    leaves = masks, query, key, *head
-    return [*(result.detach() for result in results), *(leaf.grad for leaf in leaves)]
 
 
 def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
@@ -61,16 +31,6 @@ def test_eight_python_threads_at_once():
                 assert_same(got, alone)
 
 
-class Refined(torch.utils.data.Dataset):
-    """Runs the operators where the data loader's workers run."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        return everything(index)
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA cannot be used in a forked process")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_loader_workers(start):
@@ -81,12 +41,12 @@ def test_data_loader_workers(start):
         want = [everything(seed) for seed in range(6)]
     finally:
         torch.set_num_threads(threads)
+    # No time limit of its own: how long a worker takes to import PyTorch is the machine's affair.
     loader = torch.utils.data.DataLoader(
-        Refined(),
+        Everything(),
         batch_size=None,
         num_workers=2,
         multiprocessing_context=multiprocessing.get_context(start),
-        timeout=120,
     )
     for got, alone in zip(loader, want, strict=True):
         assert_same(got, alone)
@@ -100,7 +60,11 @@ def watched(library: Path, *arguments: str) -> subprocess.CompletedProcess:
         pytest.skip("the compiler has no ThreadSanitizer runtime")
     # Address randomisation can leave no room where the sanitizer wants its own memory.
     fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0 else []
-    options = {"TSAN_OPTIONS": "exitcode=66 report_signal_unsafe=0", "PYTHONPATH": str(ROOT), "LD_PRELOAD": runtime}
+    options = {
+        "TSAN_OPTIONS": "exitcode=66 report_signal_unsafe=0",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "LD_PRELOAD": runtime,
+    }
     script = ROOT / "tests" / "thread_sanitizer" / "operators.py"
     command = [*fixed, sys.executable, str(script), str(library), *arguments]
     return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True)

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
+from every_operator import everything
 
-import afa_kernels
 from afa_kernels import _native_module
 
 
@@ -26,31 +26,15 @@ def load(library: str):
     return module
 
 
-def everything(_: int) -> list[torch.Tensor]:
-    """Every operator, forward and backward."""
-    generator = torch.Generator().manual_seed(1)
-    random = lambda *shape: torch.rand(shape, generator=generator)
-    height, width, radius = 9, 14, 2
-    images, masks = random(2, 3, height, width), random(2, 5, height, width).requires_grad_()
-    query, key = (random(2, 3, height * width, 8).requires_grad_() for _ in range(2))
-    head = random(3).requires_grad_(), random(1).requires_grad_()
-    labels = torch.randint(3, (2, height, width), generator=generator)
-    results = [
-        afa_kernels.par(images, masks, (1, 3), 3, backend="native"),
-        afa_kernels.pamr(images, masks, (1,), 2, backend="native"),
-        afa_kernels.par_weights(images, (1, 2), backend="native"),
-        afa_kernels.attention_affinity_loss(query, key, *head, labels, radius, backend="native")[0],
-    ]
-    window = afa_kernels.window_affinity(query, key, *head, height, width, radius, backend="native")
-    results += [
-        window,
-        afa_kernels.affinity_loss(window.detach(), labels, radius, backend="native")[0],
-        afa_kernels.random_walk(window.detach(), masks, radius, backend="native"),
-    ]
-    for result in results:
-        if result.requires_grad:
-            result.square().sum().backward()
-    return [result.detach() for result in results] + [masks.grad, query.grad, key.grad, head[0].grad]
+class Recorded:
+    """A module that knows which of its functions were looked up."""
+
+    def __init__(self, module) -> None:
+        self.module, self.used = module, set()
+
+    def __getattr__(self, name: str):
+        self.used.add(name)
+        return getattr(self.module, name)
 
 
 def main(library: str, race: str = "") -> None:
@@ -59,14 +43,18 @@ def main(library: str, race: str = "") -> None:
     if race:
         ctypes.CDLL(library).afa_planted_race()
         return
+    recorded = Recorded(module)
     for name, loaded in list(sys.modules.items()):
         if name.startswith("afa_kernels") and getattr(loaded, "native", None) is original:
-            loaded.native = module
+            loaded.native = recorded
     with mock.patch.object(torch, "get_num_threads", lambda: 4):
-        alone = everything(0)
-        with ThreadPoolExecutor(4) as pool:
-            for results in pool.map(everything, range(4)):
-                assert all(torch.equal(got, want) for got, want in zip(results, alone))
+        for dtype in (torch.float32, torch.float16):
+            alone = everything(0, dtype)
+            with ThreadPoolExecutor(4) as pool:
+                for results in pool.map(everything, [0] * 4, [dtype] * 4):
+                    assert all(torch.equal(got, want) for got, want in zip(results, alone, strict=True))
+    missed = {name for name in dir(module) if name.endswith("_cpu")} - recorded.used
+    assert not missed, f"nothing calls {sorted(missed)}"
     print("every operator ran")
 
 

@@ -1,0 +1,48 @@
+"""Every operator once, forward and backward, on small inputs: what the tests of threads run many times at once."""
+
+from __future__ import annotations
+
+import torch
+from conftest import DEVICE
+
+import afa_kernels
+
+
+def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Results and gradients of every operator that is native on DEVICE, on this seed's inputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+    height, width, radius, heads = 9, 14, 2, 3
+    images, masks, weights = leaf(2, 3, height, width).detach(), leaf(2, 5, height, width), leaf(2, 8, height, width)
+    query, key = leaf(2, heads, height * width, 8), leaf(2, heads, height * width, 8)
+    maps, head = leaf(2, heads, height * width, height * width), (leaf(heads), leaf(1))
+    window = leaf(2, (2 * radius + 1) ** 2, height, width)
+    labels = torch.randint(3, (2, height, width), generator=generator).to(DEVICE)
+    grid = height, width, radius
+    results = [
+        afa_kernels.diffuse(weights.detach(), masks, [(dy, dx) for dy in (-1, 1) for dx in (-2, 0, 1, 3)], 3, "zero"),
+        afa_kernels.par(images, masks, (1, 3), 3),
+        afa_kernels.pamr(images, masks, (1,), 2),
+        afa_kernels.par_weights(images, (1, 2)),
+        afa_kernels.window_affinity(query, key, *head, *grid),
+        afa_kernels.affinity_from_maps(maps, *head, *grid),
+        afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
+        afa_kernels.affinity_loss(window, labels, radius)[0],
+        afa_kernels.random_walk(window, masks, radius, num_steps=2),
+    ]
+    sum(result.float().square().sum() for result in results if result.requires_grad).backward()
+    gradients = [tensor.grad for tensor in (masks, query, key, maps, *head, window)]
+    return [*(result.detach() for result in results), *gradients]
+
+
+class Everything(torch.utils.data.Dataset):
+    """Runs the operators where a data loader's workers run."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return everything(index)
