@@ -12,7 +12,7 @@ from rich.console import Console
 from .checkpoint import CheckpointError
 from .config import ConfigError, Parser, section, to_dict
 from .evaluate import EvaluateSettings, evaluate
-from .predict import PredictSettings, predict
+from .predict import PredictSettings, draw_head_weights, predict
 from .processes import processes
 from .restore import Restored, load_model
 from .voc import DataSettings, EvaluationSet
@@ -97,7 +97,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 
 def predict_main(argv: Sequence[str] | None = None) -> int:
-    """`afa predict IMAGE... --checkpoint RUN --out DIR`."""
+    """`afa predict IMAGE... --checkpoint RUN --out DIR [--head_weights FILE]`."""
     argv = sys.argv[1:] if argv is None else argv
     return _say_errors("afa predict", lambda: _predict(argv))
 
@@ -110,9 +110,16 @@ def _predict(argv: Sequence[str]) -> None:
         " those of the run.",
     )
     parser.add_argument(
-        "images", nargs="+", type=str, metavar="IMAGE", help="photographs, or folders of them"
+        "images", nargs="*", type=str, metavar="IMAGE", help="photographs, or folders of them"
     )
     parser.add_argument("--out", type=str, default="predictions", help="folder to write into")
+    parser.add_argument(
+        "--head_weights",
+        type=str,
+        default=None,
+        metavar="FILE",
+        help="draw how much each attention head counts in the affinity as this PNG; photographs may then be left out",
+    )
     parser.add_class_arguments(PredictSettings)
     restored = _restore(argv, "cpu")
     if restored is not None:
@@ -125,6 +132,11 @@ def _predict(argv: Sequence[str]) -> None:
     settings = section(PredictSettings, Namespace(**_of(PredictSettings, options)))
     with processes(options.device) as here:
         model = restored.model.to(here.device)
+        if options.head_weights is not None:
+            title = f"{restored.path.name}, step {restored.iteration}"
+            print(f"wrote {draw_head_weights(model, options.head_weights, title)}")
+            if not options.images:
+                return
         done = predict(model, options.images, options.out, restored.class_names, settings)
     width = max(len(item.image.name) for item in done)
     for item in done:

@@ -1,4 +1,4 @@
-"""Pictures people look at: the panel of one prediction and the rows of a training step."""
+"""Pictures people look at: the panel of one prediction, the rows of a training step, the weights of the heads."""
 
 from __future__ import annotations
 
@@ -276,6 +276,43 @@ def _draw_legend(
     )
     for text, index in zip(legend.get_texts(), classes):
         text.set_fontweight("bold" if index in present else "normal")
+
+
+def head_weights_figure(weights: Tensor, bias: Tensor, blocks: int, title: str = "") -> Figure:
+    """How much each attention head counts in the affinity, a bar for each (paper's supplement, Figure 8).
+
+    Args:
+        weights: [heads], of all blocks side by side; negative ones speak against an affinity.
+        bias: [1].
+        blocks: how many blocks the heads come from, the last blocks of the backbone.
+        title: of the whole picture.
+    """
+    heads = len(weights)
+    if blocks < 1 or heads % blocks:
+        raise ValueError(f"blocks: expected a divisor of the {heads} heads, got {blocks}")
+    values = weights.detach().float().cpu().numpy()
+    each = heads // blocks
+    figure = Figure(figsize=(max(5.0, 0.55 * heads + 1.2), 3.4), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    bars = axis.bar(range(heads), values, width=0.7, color=np.where(values < 0, "#c0392b", "#2c6fbb"))
+    axis.bar_label(bars, [f"{value:+.2g}" for value in values], fontsize=7.5, padding=2)
+    axis.axhline(0, color="black", linewidth=0.8)
+    for block in range(1, blocks):
+        axis.axvline(block * each - 0.5, color="0.6", linewidth=0.8, linestyle="dashed")
+    names = ["last block", *(f"last block but {'one' if i == 1 else i}" for i in range(1, blocks))][::-1]
+    axis.set_xticks(range(heads), [str(head % each + 1) for head in range(heads)])
+    axis.set_xlabel("head")
+    for block, name in enumerate(names):
+        axis.text((block + 0.5) / blocks, 1.02, name, transform=axis.transAxes, ha="center", fontsize=9.5)
+    axis.set_ylabel("weight in the affinity")
+    axis.set_xlim(-0.5, heads - 0.5)
+    axis.margins(y=0.15)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    text = f"{title}: " if title else ""
+    figure.suptitle(f"{text}affinity head, bias {float(bias.detach()):+.3g}", fontsize=11, fontweight="bold")
+    return figure
 
 
 def to_array(figure: Figure) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 
-from .pictures import peak_of, prediction_panel, save
+from .pictures import head_weights_figure, peak_of, prediction_panel, save
 from .pictures_overlays import photo_of
 from .predict_maps import LabelMaps, LabelSettings, label_maps
 from .transforms import normalize
@@ -146,6 +146,16 @@ def _write(
         ((class_names[i], float(probabilities[i - 1])) for i in present), key=lambda item: -item[1]
     )
     return Prediction(path, target, panel, tuple(found))
+
+
+def draw_head_weights(model: nn.Module, path: str | Path, title: str = "") -> Path:
+    """Write a PNG of how much each attention head counts in the model's affinity; its folder is made if need be.
+
+    Raises:
+        ValueError: a model without attention.
+    """
+    model.require_attention("head_weights")
+    return save(head_weights_figure(*model.affinity_head(), model.encoder.affinity_blocks, title), path)
 
 
 def photos(images: Iterable[str | Path]) -> list[Path]:

@@ -54,7 +54,7 @@ def test_help_lists_every_command(capsys):
             ],
         ),
         ("evaluate", ["--checkpoint", "--json", "--csv", "--data.root", "--eval.scales"]),
-        ("predict", ["IMAGE", "--checkpoint", "--out", "--labels", "--affinity_at"]),
+        ("predict", ["IMAGE", "--checkpoint", "--out", "--labels", "--affinity_at", "--head_weights"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -212,6 +212,19 @@ def test_predict_takes_classes_and_a_point(trained, root, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert cli.main(["predict", str(tmp_path / "none.jpg"), *line[2:]]) == 2
     assert "none.jpg: not found" in capsys.readouterr().err
+
+
+def test_predict_draws_the_weights_of_the_heads(trained, root, tmp_path, capsys):
+    picture = tmp_path / "weights.png"
+    line = ["predict", "--checkpoint", str(trained), "--out", str(tmp_path / "labels"), "--device", "cpu"]
+    assert cli.main([*line, "--head-weights", str(picture)]) == 0
+    assert f"wrote {picture}" in capsys.readouterr().out
+    assert picture.stat().st_size > 1000 and not (tmp_path / "labels").exists()
+    photo = str(root / "JPEGImages" / "2007_000000.jpg")
+    assert cli.main([*line, f"--head-weights={picture}", "--panels", "false", photo]) == 0
+    assert "wrote labels of 1 photograph" in capsys.readouterr().out
+    assert cli.main(line) == 2
+    assert "afa predict: error: images: none given" in capsys.readouterr().err
 
 
 def test_bench_data_measures_the_loader(root, capsys):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from afa_kernels import window_to_dense
-from afa_model.pictures import cam_tile, peak_of, prediction_panel, save, to_array, training_panel
+from afa_model.pictures import cam_tile, head_weights_figure, peak_of, prediction_panel, save, to_array, training_panel
 from afa_model.pictures_overlays import affinity_of_point, cell_of, heat_overlay, label_overlay, photo_of
 from afa_model.voc_files import VOC_CLASSES, voc_palette
 
@@ -166,6 +166,24 @@ def test_training_panel_has_a_row_per_image(rng):
     assert to_array(whole).ndim == 3
     early = texts(training_panel(**arguments, refined_label=refined))
     assert early.count("CAM label, refined") == 3 and "random-walk label" not in early
+
+
+def test_head_weights_are_bars_of_their_blocks(rng):
+    weights = torch.randn(16, generator=rng)
+    figure = head_weights_figure(weights.requires_grad_(), torch.tensor([-0.25]), 2, "a run")
+    (axis,) = figure.axes
+    heights = [bar.get_height() for bar in axis.patches]
+    assert heights == weights.tolist()
+    negative = {bar.get_facecolor() for bar in axis.patches if bar.get_height() < 0}
+    positive = {bar.get_facecolor() for bar in axis.patches if bar.get_height() > 0}
+    assert len(negative) == len(positive) == 1 and negative != positive
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(i) for i in (*range(1, 9), *range(1, 9))]
+    shown = [text.get_text() for text in axis.texts]
+    assert shown.index("last block but one") + 1 == shown.index("last block")
+    assert figure.get_suptitle() == "a run: affinity head, bias -0.25"
+    assert to_array(head_weights_figure(weights[:3], torch.zeros(1), 1)).ndim == 3
+    with pytest.raises(ValueError, match="blocks: expected a divisor of the 16 heads, got 3"):
+        head_weights_figure(weights, torch.zeros(1), 3)
 
 
 def test_drawing_leaves_no_figure_behind(photo):

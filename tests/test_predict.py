@@ -12,7 +12,7 @@ from PIL import Image
 from voc_factory import make_voc
 
 from afa_model.model import AFA
-from afa_model.predict import PredictSettings, photos, predict
+from afa_model.predict import PredictSettings, draw_head_weights, photos, predict
 from afa_model.voc_files import VOC_CLASSES, DataError, read_label, voc_palette
 
 SMALL = {"long_side": None, "scales": (1.0,), "cam_scales": (1.0, 0.5), "radius": 3, "par_dilations": (1, 2)}
@@ -135,11 +135,27 @@ def test_folders_are_searched_in_order_and_nothing_comes_twice(root):
     assert names == ["2007_000001.jpg", "2007_000000.jpg"]
 
 
+def test_the_weights_of_the_heads_are_drawn(root):
+    torch.manual_seed(0)
+    tiny = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
+    model = AFA("mit_b0", 5, embedding=16, backbone_args=tiny)
+    path = draw_head_weights(model, root / "new" / "weights.png")
+    before = path.read_bytes()
+    assert draw_head_weights(model, path).read_bytes() == before
+    with torch.no_grad():
+        model.attn_proj.weight[0, 5] *= -3
+    assert draw_head_weights(model, path).read_bytes() != before
+    with Image.open(path) as image:
+        assert image.size[0] > image.size[1] > 300
+
+
 def test_a_cnn_predicts_its_refined_cam(root):
     torch.manual_seed(0)
     model = AFA("resnet18", 21, stride=(4, 2, 2, 1))
     settings = PredictSettings(**SMALL, labels=("cat",))
     (item, _) = predict(model, [root / "JPEGImages"], root / "out", VOC_CLASSES, settings)
     assert set(read_label(item.label).unique().tolist()) <= {0, 8} and item.panel.exists()
+    with pytest.raises(ValueError, match="head_weights: resnet18 has no attention"):
+        draw_head_weights(model, root / "weights.png")
     with pytest.raises(ValueError, match="affinity_at: the backbone resnet18 has no attention"):
         predict(model, [root], root / "out", VOC_CLASSES, PredictSettings(affinity_at=(0, 0)))
