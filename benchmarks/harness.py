@@ -189,13 +189,24 @@ class CacheFlush:
         self.buffer.fill_(1)
 
 
+def forget_scratch() -> None:
+    """Frees what our kernels keep for their next call on this thread: a peak that left it out would flatter them."""
+    import afa_kernels
+
+    kept = getattr(afa_kernels._native_module, "_scratch", None)
+    if kept is not None:
+        kept.__dict__.clear()
+
+
 def peak_memory(call: Callable[[], Any], device: str) -> float:
     """Bytes at the peak of a call above the level before it: results and scratch, not the inputs.
 
     CUDA: what torch's allocator had handed out. CPU (Linux): resident pages of this process, its high-water mark
     set back by the kernel just before the call (``/proc/self/clear_refs``), when memory freed earlier has been
-    returned to the system; what is allocated but never touched does not count. NaN where that is not to be had.
+    returned to the system; what is allocated but never touched does not count, scratch that our kernels keep from
+    call to call does. NaN where that is not to be had.
     """
+    forget_scratch()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, available, relative_error
 
+from afa_kernels import affinity_native
+
 MODULES = ("harness", "run", "published_step", "readme_table", "bench_par", "bench_affinity", "bench_random_walk")
 MACHINE = {"device": "a CPU", "torch": "2", "commit": "0", "bandwidth_gb_s": 10.0, "peak_gflop_s": 50.0}
 
@@ -52,6 +54,20 @@ def test_peaks_are_those_of_the_call(bench):
     peak = bench.harness.peak_memory(lambda: torch.ones(64 * mebi // 4) + torch.ones(1), "cpu")
     assert 0.98 * 128 < peak / mebi < 1.1 * 128, "the operand and the result"
     assert bench.harness.peak_memory(lambda: None, "cpu") < mebi
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.skipif("native" not in available("window_affinity"), reason="no native kernels")
+def test_scratch_of_the_kernels_counts_at_every_call(bench, monkeypatch):
+    """Kept or not: a peak holds the result and the scratch."""
+    table, asked = bench.bench_affinity, []
+    original = affinity_native.workspace
+    monkeypatch.setattr(affinity_native, "workspace", lambda size, *rest: asked.append(size) or original(size, *rest))
+    call = table.window_case(2, 20, "cpu", torch.float32, False).providers["native"]
+    result = call()
+    for _ in range(3):
+        peak = bench.harness.peak_memory(call, "cpu")
+        assert result.nbytes + 0.7 * asked[0] < peak < 1.5 * (result.nbytes + asked[0])
 
 
 def test_pairs_in_the_window_are_counted(bench):
