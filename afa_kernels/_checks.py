@@ -20,20 +20,26 @@ def check_tensor(
     """``value`` is a non-empty tensor of rank ``len(shape)``; entries of ``shape`` that are numbers, or names found
     in ``sizes``, must match.
     """
-    layout = "[" + ", ".join(str(size) for size in shape) + "]"
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor {_layout(shape)}, got {type(value).__name__}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be one of {allowed}, got {value.dtype}")
-    if value.dim() != len(shape):
-        raise ValueError(f"{name} must have shape {layout}, got {tuple(value.shape)}")
-    for axis, expected in enumerate(shape):
+    found = value.shape
+    if len(found) != len(shape):
+        raise ValueError(f"{name} must have shape {_layout(shape)}, got {tuple(found)}")
+    for size, expected in zip(found, shape):
         wanted = sizes.get(expected) if isinstance(expected, str) else expected
-        if wanted is not None and value.shape[axis] != wanted:
-            raise ValueError(f"{name} must have shape {layout} with {expected} = {wanted}, got {tuple(value.shape)}")
-        if value.shape[axis] == 0:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
+        if wanted is not None and size != wanted:
+            raise ValueError(
+                f"{name} must have shape {_layout(shape)} with {expected} = {wanted}, got {tuple(found)}"
+            )
+        if size == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(found)}")
+
+
+def _layout(shape: Sequence[str | int]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
 
 
 def check_same_device(reference: torch.Tensor, reference_name: str, **others: torch.Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import Any
 
 import torch  # before the native module: both then share one OpenMP runtime and one thread pool
@@ -87,6 +88,21 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+KEPT_SCRATCH = 8 << 20  # bytes
+_scratch = threading.local()
+
+
 def workspace(size: int, device: torch.device) -> torch.Tensor:
-    """Scratch memory of at least ``size`` bytes; torch's allocators align it to 64 bytes."""
-    return torch.empty(max(int(size), 1), dtype=torch.uint8, device=device)
+    """Scratch memory of at least ``size`` bytes for one call; torch's allocators align it to 64 bytes.
+
+    On the CPU every thread keeps what it used last, up to `KEPT_SCRATCH`: fresh memory costs a page fault for each
+    4 KB, which is more than the random walk of a small grid takes. Under deterministic algorithms it is fresh,
+    which PyTorch fills with NaN: a kernel that reads what it has not written shows.
+    """
+    size = max(int(size), 1)
+    if device.type != "cpu" or size > KEPT_SCRATCH or torch.are_deterministic_algorithms_enabled():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    kept = getattr(_scratch, "kept", None)
+    if kept is None or kept.numel() < size:
+        kept = _scratch.kept = torch.empty(size, dtype=torch.uint8)
+    return kept

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "common.h"
 #include "cpu.h"
@@ -32,6 +33,31 @@ static inline void store(float* to, vfloat value) { __builtin_memcpy(to, &value,
 static inline vfloat splat(float value) { return value - vfloat{}; }
 static inline vfloat max_of(vfloat a, vfloat b) { return a > b ? a : b; }
 static inline vfloat abs_of(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
+
+// a_0, b_0, a_1, b_1, ... of the lower halves (kHalf = 0) or the upper ones (kHalf = kLanes / 2).
+template <int kHalf, int... kLane>
+static inline vfloat interleave(vfloat a, vfloat b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kHalf + kLane / 2 + kLane % 2 * kLanes)...);
+#else
+  return __builtin_shuffle(a, b, vint{(kHalf + kLane / 2 + kLane % 2 * kLanes)...});
+#endif
+}
+// Rows to columns of a square: interleaving its halves, log2(kLanes) times.
+static inline void transpose(vfloat (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    vfloat next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
 
 // exp(x) for x <= 0, relative error below 2.5e-7 down to x = -87.3; 0 below that; NaN stays NaN.
 // 2^n comes from adding 1.5 * 2^23, which leaves the rounded n in the low bits; the rest is a polynomial on |r| <= ln(2)/2
