@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Files of tests side by side, a core each; WORKERS= runs them one after the other.
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow bench lint clean
 
@@ -20,10 +22,10 @@ demo: $(VENV)/installed
 	$(BIN)/afa demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest $(WORKERS) -m ''
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.machinery
@@ -80,6 +81,12 @@ def build(sanitizer: str = "none") -> Path:
     files += [THREAD_SANITIZER] if sanitizer == "thread" else []
     folder = ROOT / "build" / "cuda_emulator"
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side build it once
+        return _build(cxx, folder, files, sanitizer)
+
+
+def _build(cxx: str, folder: Path, files: list[Path], sanitizer: str) -> Path:
     common = _flags()
 
     def compile_one(file: Path) -> Path:
