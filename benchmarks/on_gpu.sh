@@ -44,7 +44,10 @@ pytest=("$python" -m pytest -p no:cacheprovider --continue-on-collection-errors 
 AFA_TEST_DEVICE=cuda stage cuda_tests 60 "${pytest[@]}" tests/test_cuda.py --junitxml="$work/cuda_tests.xml"
 operators=(tests/test_par.py tests/test_diffusion.py tests/test_affinity.py tests/test_random_walk.py tests/test_fuzz*.py)
 AFA_TEST_DEVICE=cuda stage operators_on_cuda 100 "${pytest[@]}" "${operators[@]}" --junitxml="$work/operators_on_cuda.xml"
-stage benchmarks 120 "$python" benchmarks/run.py --device cuda --compile --seconds 0.3 --out "$work/benchmarks"
+stage par 100 "$python" benchmarks/run.py par --device cuda --compile --seconds 0.3 --out "$work/benchmarks"
+stage others 60 "$python" benchmarks/run.py affinity random_walk --device cuda --seconds 0.2 --out "$work/benchmarks"
+stage train_step 60 "$python" benchmarks/bench_train_step.py --device cuda --backbone mit_b1 --crop 512 --batch 8 \
+  --json "$work/benchmarks/train_step-cuda.json"
 
 # Whatever is left of the nine minutes goes to the whole suite, emulator and all.
 left=$((530 - SECONDS))

@@ -1,7 +1,8 @@
-"""Writes the README's speed table from benchmarks/results: python benchmarks/readme_table.py [--check]
+"""Writes the README's speed tables from benchmarks/results: python benchmarks/readme_table.py [--check]
 
-Every JSON file there is a report of `harness.write`, or a list of them. One line a case: the first provider (plain
-PyTorch) against the fastest of ours, with the floor, and the machine in the heading.
+Every JSON file there is a report of `harness.write` or of bench_train_step.py, or has several (on_gpu.sh).
+Operators: one line a case, the first provider (plain PyTorch) against the fastest of ours, with the floor, and the
+machine in the heading. Training steps: one line a phase.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
-        for report in content if isinstance(content, list) else content.get("reports", [content]):
-            if "rows" in report:
-                found.append(report)
+        found += content if isinstance(content, list) else content.get("reports", [content])
     return found
 
 
@@ -32,6 +31,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
     lines = []
     machines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for report in found:
+        if "rows" not in report:
+            continue
         machines.setdefault((report["machine"]["device"], report["machine"]["torch"]), []).append(report)
     for (device, torch_version), group in machines.items():
         lines += [f"**{device}**, torch {torch_version}:", ""]
@@ -43,12 +44,33 @@ def markdown(found: list[dict[str, Any]]) -> str:
                 rows = [row for row in report["rows"] if row["case"] == case]
                 own = [row for row in rows if row["provider"] in OURS]
                 base, ours = rows[0], min(own or rows, key=lambda row: row["median_ms"])
-                numbers = [f"{base['median_ms']:.3g}", f"{ours['median_ms']:.3g} ({ours['provider']})"]
-                numbers += [f"{ours['speedup']:.1f}x", f"{ours['floor_ms']:.3g}", f"{100 * ours['of_floor']:.0f} %"]
+                numbers = [short(base["median_ms"]), f"{short(ours['median_ms'])} ({ours['provider']})"]
+                numbers += [f"{ours['speedup']:.1f}x", short(ours["floor_ms"]), f"{100 * ours['of_floor']:.0f} %"]
                 numbers += [f"{base['peak_mb']:.0f} / {ours['peak_mb']:.0f}"]
                 lines.append(f"| {report['operator']} | {case} | " + " | ".join(numbers) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for report in found if "phases" in report for line in step(report))])
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def step(report: dict[str, Any]) -> list[str]:
+    """A training step as published and as it is here, by phases."""
+    named = (("amp", report["amp"] != "off" and report["amp"]), *((key, key) for key in ("compile", "cuda_graph")))
+    options = "".join(f", {text}".replace("_", " ") for key, text in named if report[key] and text)
+    size = f"{report['backbone']}, crop {report['crop']}, batch {report['batch']}{options}"
+    lines = [f"**A training step** ({size}; {report['device']}, torch {report['torch']}):", ""]
+    lines += ["| phase | as published s | here s | speed-up |", "|---|---:|---:|---:|"]
+    for name, times in report["phases"].items():
+        if name == "cpu":
+            continue
+        ratio = times["published"] / times["fused"] if times["fused"] else float("nan")
+        lines.append(f"| {name} | {short(times['published'])} | {short(times['fused'])} | {ratio:.1f}x |")
+    peaks = report["peak_mb"]
+    return [*lines, f"| peak MB | {peaks['published']} | {peaks['fused']} | |", ""]
 
 
 def main() -> None:

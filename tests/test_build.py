@@ -29,7 +29,7 @@ def test_every_source_is_in_the_one_list():
 
 
 def test_per_instruction_set_copies_share_no_function(tmp_path):
-    """An inline function emitted in two copies would be linked in one form: perhaps the AVX-512 one, for every machine."""
+    """Of an inline function emitted twice the linker keeps one: perhaps the AVX-512 one, for every machine."""
     nm, cxx = shutil.which("nm"), shutil.which("g++")
     if not nm or not cxx:
         pytest.skip("needs g++ and nm")
