@@ -104,6 +104,11 @@ class Draw:
             return wide[..., 1:-2]
         return values
 
+    def masks(self, backend: str, height: int) -> list[int]:
+        """[B, C, H, W] of masks; smaller where threads are emulated, but still of several tiles."""
+        most = (2, 4, 18, 36) if backend == "emulated" else (2, 9, height, 40)
+        return [self.integer(name, 1, limit) for name, limit in zip("BCHW", most)]
+
     def class_mask(self, batch: int, channels: int) -> torch.Tensor | None:
         return (self.random(batch, channels) > 0.4).to(DEVICE) if self.flag("class_mask") else None
 
@@ -125,14 +130,17 @@ def agree(
     bound: torch.Tensor,
     tolerance: float,
     reach: torch.Tensor | float = 0.0,
+    slack: torch.Tensor | float = 0.0,
 ) -> None:
-    """Finite where the reference is, and as near as ``tolerance`` times the size of what was summed, ``bound``.
+    """Finite where the reference is, and as near as ``tolerance`` times the size of what was summed, ``bound``, and
+    ``slack``.
 
     Where that size is past what the dtype holds, or ``reach``, the size of a sum on the way, past what float32 does,
     the order of the sum decides between finite and not.
     """
     assert got.shape == want.shape and got.dtype == want.dtype
     rounding = 0.0 if want.dtype == torch.float32 else 2 * torch.finfo(want.dtype).eps
+    smallest = torch.finfo(want.dtype).smallest_normal * rounding  # below it the steps get no finer
     limit, limit_inside = (torch.finfo(dtype).max / 16 for dtype in (want.dtype, torch.float32))
     got, want, bound = got.double().cpu(), want.double().cpu(), bound.double().cpu().nan_to_num(math.inf, math.inf)
     filled = (bound / limit).maximum(torch.as_tensor(reach).double().cpu().nan_to_num(0, math.inf) / limit_inside)
@@ -142,7 +150,9 @@ def agree(
     assert not (differs & ~overflow_on_one_side).any(), "finite where the reference is not, or the other way round"
     both = finite & got.isfinite()
     error = (got - want).abs()[both]
-    allowed = (tolerance + rounding) * bound[both] + rounding * want.abs()[both] + 1e-30
-    if want.dtype == torch.float16:
-        allowed = allowed + 6e-8  # its smallest step
-    assert (error <= allowed).all(), f"off by {float((error / allowed).max()):.3g} times what is allowed"
+    slack = torch.as_tensor(slack, dtype=torch.float64).expand(want.shape)[both].nan_to_num(math.inf, math.inf)
+    allowed = (tolerance + rounding) * bound[both] + rounding * want.abs()[both] + smallest + 1e-30 + slack
+    if not (error <= allowed).all():
+        worst = (error / allowed).nan_to_num(math.inf).argmax()
+        found, wanted, size = (float(values[both][worst]) for values in (got, want, bound))
+        raise AssertionError(f"{found:.9g}, not {wanted:.9g} within {allowed[worst]:.2g}; sums come to {size:.2g}")

@@ -98,13 +98,19 @@ def test_random_walk(backend, data):
 class Attention:
     """Query, key and head on a grid, or score maps in place of queries and keys."""
 
-    def __init__(self, draw: Draw, maps: bool = False) -> None:
+    def __init__(self, draw: Draw, backend: str, maps: bool = False) -> None:
+        # Smaller where threads are emulated, but still of several tiles of 8 x 8 pixels.
+        few = backend == "emulated"
         self.radius, self.height, self.width = (
             draw.integer("radius", 0, 5),
             draw.integer("h", 1, 7 if maps else 9),
-            draw.integer("w", 1, 9 if maps else 12),
+            draw.integer("w", 1, 9 if maps or few else 12),
         )
-        batch, heads, count = draw.integer("B", 1, 2), draw.integer("heads", 1, 5), self.height * self.width
+        batch, heads, count = (
+            draw.integer("B", 1, 2),
+            draw.integer("heads", 1, 2 if few else 5),
+            self.height * self.width,
+        )
         dtype = draw.choice("dtype", DTYPES)
         depth = count if maps else draw.choice("d", [1, 3, 8, 16, 33])
         names = ["maps"] if maps else ["query", "key"]
@@ -121,11 +127,13 @@ class Attention:
         dense = torch.einsum("bhij,h->bij", maps + maps.transpose(2, 3), weight) + bias
         return affinity_reference.dense_to_window(dense, *self.grid)
 
-    def sizes(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """How large those sums are, and the gradients' own: a sigmoid errs as its argument does."""
+    def sizes(self, slopes: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """How large those sums are, and the gradients' own, for ``slopes`` of the sigmoids times the output's
+        gradient; by default as large as a sigmoid errs, which is as its argument does.
+        """
         leaves = [tensor.double().abs().requires_grad_() for tensor in self.tensors]
         sums = self.sums(*leaves)
-        slopes = self.grad.double() * (1 + sums.detach())
+        slopes = self.grad.double() * (1 + sums.detach()) if slopes is None else slopes
         return 1 + sums.detach(), list(torch.autograd.grad((slopes * sums).sum(), leaves))
 
 
@@ -147,7 +155,7 @@ def check_affinity(backend: str, draw: Draw, inputs: Attention, call) -> None:
 @given(st.data())
 def test_window_affinity(backend, data):
     draw = Draw(data)
-    inputs = Attention(draw)
+    inputs = Attention(draw, backend)
     check_affinity(backend, draw, inputs, lambda *tensors: afa_kernels.window_affinity(*tensors, *inputs.grid))
 
 
@@ -156,19 +164,18 @@ def test_window_affinity(backend, data):
 @given(st.data())
 def test_affinity_from_maps(backend, data):
     draw = Draw(data)
-    inputs = Attention(draw, maps=True)
+    inputs = Attention(draw, backend, maps=True)
     check_affinity(backend, draw, inputs, lambda *tensors: afa_kernels.affinity_from_maps(*tensors, *inputs.grid))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def loss_size(labels: torch.Tensor, window: torch.Tensor, radius: int) -> torch.Tensor:
-    """The sum of ``window`` over the pairs that count, with the loss's factors."""
+def loss_factors(labels: torch.Tensor, window: torch.Tensor, radius: int) -> torch.Tensor:
+    """How much each pair of a window counts in the loss."""
     leaf = torch.zeros_like(window, dtype=torch.float64).requires_grad_()
     loss, *_ = afa_kernels.affinity_loss(leaf, labels, radius, backend="reference")
-    factor = torch.autograd.grad(loss, leaf)[0].abs()
-    return torch.where(factor > 0, factor * window.double(), 0).sum()
+    return torch.autograd.grad(loss, leaf)[0].abs()
 
 
 @pytest.mark.parametrize("backend", backends("attention_affinity_loss"))
@@ -176,30 +183,32 @@ def loss_size(labels: torch.Tensor, window: torch.Tensor, radius: int) -> torch.
 @given(st.data())
 def test_attention_affinity_loss(backend, data):
     draw = Draw(data)
-    inputs = Attention(draw)
+    inputs = Attention(draw, backend)
     labels = draw.labels(inputs.tensors[0].shape[0], inputs.height, inputs.width)
 
-    def run(tensors):
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    def run():
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
         loss, *counts = afa_kernels.attention_affinity_loss(*leaves, labels, inputs.radius)
         loss.backward()
         return loss.detach(), [int(count) for count in counts], [leaf.grad for leaf in leaves]
 
     with running(backend, draw.generator):
-        got, got_counts, got_grads = run(inputs.tensors)
+        got, got_counts, got_grads = run()
     with afa_kernels.use_backend("reference"):
-        want, want_counts, want_grads = run(inputs.tensors)
-        _, _, exact = run([tensor.double() for tensor in inputs.tensors])
+        want, want_counts, want_grads = run()
+        window = afa_kernels.window_affinity(*(tensor.double() for tensor in inputs.tensors), *inputs.grid)
     assert got_counts == want_counts
-    reach, _ = inputs.sizes()
-    size = loss_size(labels, reach.clamp_max(1e6), inputs.radius)
+    factors = loss_factors(labels, window, inputs.radius)
+    reach, errors = inputs.sizes(factors * inputs.sizes()[0])
+    size = torch.where(factors > 0, factors * reach.clamp_max(1e6), 0).sum()
     agree(got, want, 1 + size, 1e-5, reach.nan_to_num(0, math.inf).max())
-    if float(reach.nan_to_num(math.inf, math.inf).max()) > 1e4:
+    if not float(reach.nan_to_num(math.inf, math.inf).max()) < 1e6:
         return
-    precision = torch.finfo(inputs.tensors[0].dtype).eps
-    for mine, theirs, truth in zip(got_grads, want_grads, exact):
-        error, usual = ((grad.double() - truth).norm() for grad in (mine, theirs))
-        assert error <= 3 * usual + (1e-4 + 4 * precision) * truth.norm() + 1e-6
+    _, sizes = inputs.sizes(factors * window * (1 - window))
+    for mine, theirs, size, error in zip(got_grads, want_grads, sizes, errors):
+        # Tensor cores take gradients of scores in half precision, a tile's with one scale: small ones lose digits.
+        coarse = 0 if mine.dtype == torch.float32 else 1e-6 * float(size.max())
+        agree(mine, theirs, size, 2e-5, slack=4e-6 * error + coarse)
 
 
 @pytest.mark.parametrize("backend", backends("affinity_loss"))
@@ -223,7 +232,9 @@ def test_affinity_loss(backend, data):
     with afa_kernels.use_backend("reference"):
         want, want_counts, want_grad = run()
     assert got_counts == want_counts
-    agree(got, want, 1 + loss_size(labels, affinity.double().abs(), radius), 1e-5)
+    factors = loss_factors(labels, affinity, radius)
+    size = torch.where(factors > 0, factors * affinity.double(), 0).sum()
+    agree(got, want, 1 + size, 1e-5)
     agree(got_grad, want_grad, want_grad.abs(), 1e-5)
 
 
