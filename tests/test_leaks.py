@@ -46,7 +46,9 @@ def test_loading_three_epochs_keeps_nothing(tmp_path):
     for old, new in zip(before, after):
         # an epoch's images are 120 x 768 kB = 90 MB: a tenth of them kept over three epochs would show
         assert new - old < 25, f"memory of one epoch {before} MB, three epochs later {after} MB"
-    assert abs(files_after - files) <= 4, "batches on their way hold a few shared-memory files"
+    # Two batches of each worker may be on their way, a shared-memory file for each tensor: how many is chance.
+    in_flight = 2 * 2 * 6
+    assert files_after - files <= in_flight < epoch, f"{files} open files after one epoch, {files_after} three later"
 
 
 def test_steps_keep_no_tensors():
