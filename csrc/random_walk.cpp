@@ -203,17 +203,18 @@ Status walk(const WalkArgs& args, const WalkMasks& masks, void* workspace, int t
         window.invert_row(y);
         gather_lanes(masks.cams, b, present, count, lanes, y, window.row, table, source);
         if (masks.transpose && masks.num_steps > 0) scale_row(window, lanes, y, source);
+        if (masks.num_steps == 0) scatter_lanes(masks.out, b, present, count, lanes, y, window.row, table, source);
       }
       for (int64_t step = 0; step < masks.num_steps; ++step) {
+        const bool last = step + 1 == masks.num_steps;
 #pragma omp for schedule(static)
         for (int64_t y = 0; y < window.height; ++y) {
           step_row(window, masks.transpose, lanes, source, y, table, target);
-          if (!masks.transpose || step + 1 < masks.num_steps) scale_row(window, lanes, y, target);
+          if (!masks.transpose || !last) scale_row(window, lanes, y, target);
+          if (last) scatter_lanes(masks.out, b, present, count, lanes, y, window.row, table, target);
         }
         std::swap(source, target);
       }
-#pragma omp for schedule(static)
-      for (int64_t y = 0; y < window.height; ++y) scatter_lanes(masks.out, b, present, count, lanes, y, window.row, table, source);
     }
   }
   return Status::ok;
