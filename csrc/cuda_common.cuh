@@ -123,7 +123,7 @@ __host__ __device__ inline int clamp_to(int value, int low, int high) { return v
 // The channels of image b that class_mask [B][C] keeps (all for null), ascending, in `list`; returns how many. The whole block
 // calls this, with at least one full warp; list holds `channels` numbers and one more.
 __device__ inline int present_channels(const uint8_t* class_mask, int64_t b, int channels, SharedArray<int> list) {
-  const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
+  const int thread = int((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
   __syncthreads();  // the list may still be read
   if (thread < 32) {
     int found = 0;

@@ -199,6 +199,26 @@ def test_any_number_of_taps(rng, device, taps, dtype):
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("width", [36, 37])
+def test_taps_are_shared_where_the_image_does_not_fill_the_device(rng, emulator, width):
+    """As in the random walk: 8 threads to a pixel on a device of many multiprocessors, one on a device of one."""
+    weights, masks = torch.rand(2, 81, 19, width, generator=rng) / 81, torch.rand(2, 9, 19, width, generator=rng)
+    offsets = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)]
+    present = torch.rand(2, 9, generator=rng) > 0.3
+    want = diffuse(weights, masks, offsets, 2, "zero", class_mask=present, backend="reference")
+    blocks = []
+    for multiprocessors in (1, 200):
+        results = []
+        for order in (0, 1):
+            with emulated(emulator, order):
+                emulator.set_device(multiprocessors)
+                emulator.launches()
+                results.append(diffuse(weights, masks, offsets, 2, "zero", class_mask=present))
+                blocks.append(int(emulator.launches()[-1].split(" x ")[0]))
+        assert torch.equal(*results) and relative_error(results[0], want) < 1e-5
+    assert max(blocks[:2]) < min(blocks[2:])
+
+
 @pytest.mark.parametrize("shape", [(70_000, 1, 1, 1), (1, 1, 65535 * 128 + 100, 1)])
 def test_more_images_or_rows_than_a_grid_has_blocks(rng, emulator, shape):
     """Grid dimensions y and z end at 65535: the first block walks on to what would be the 65536th's."""
