@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from conftest import DEVICE, available, relative_error
+from conftest import DEVICE, ROOT, available, relative_error
 
 import afa_kernels
 from afa_kernels import PAMR, PAR, _backends, pamr, pamr_weights, par, par_reference, par_weights
@@ -96,6 +96,7 @@ def test_every_instruction_set_gives_the_reference(isa):
     program = """
 import torch, afa_kernels
 from afa_kernels._native_module import native
+from every_operator import everything
 images, masks = torch.rand(2, 3, 21, 45), torch.rand(2, 7, 21, 45)
 grad = torch.rand(2, 7, 21, 45)
 for operator in (afa_kernels.par, afa_kernels.pamr):
@@ -107,11 +108,17 @@ for operator in (afa_kernels.par, afa_kernels.pamr):
         results.append((out.detach(), leaf.grad))
     for got, want in zip(*results):
         assert (got - want).norm() < 1e-5 * want.norm()
+results = []
+for backend in ("native", "reference"):
+    with afa_kernels.use_backend(backend):
+        results.append(everything(0))
+for got, want in zip(*results):
+    assert (got - want).norm() < 2e-5 * want.norm()
 print(native.cpu_isa())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "AFA_CPU_ISA": isa}, capture_output=True, text=True
-    )
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "AFA_CPU_ISA": isa, "PYTHONPATH": folders}
+    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     from afa_kernels._native_module import native
 
@@ -150,20 +157,21 @@ def test_mixed_dtypes_give_the_masks_dtype(rng):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_memory_formats(rng, backend):
-    images, masks = inputs(rng, 2, 5, 20, 27)
-    want = par(images, masks, SIX, 2, backend=backend)
+    images, masks = inputs(rng, 2, 5, 10, 17)
+    dilations = (1, 12)
+    want = par(images, masks, dilations, 2, backend=backend)
     channels_last = torch.channels_last
     for x, m in [
         (images.to(memory_format=channels_last), masks.to(memory_format=channels_last)),
         (images.transpose(2, 3).contiguous().transpose(2, 3), masks.flip(3).flip(3)),
-        (images, torch.cat([masks, masks], 3)[..., :27]),
-        (images.new_empty(2, 3, 20, 54)[..., ::2].copy_(images), masks),
+        (images, torch.cat([masks, masks], 3)[..., :17]),
+        (images.new_empty(2, 3, 10, 34)[..., ::2].copy_(images), masks),
     ]:
-        got = par(x, m, SIX, 2, backend=backend)
+        got = par(x, m, dilations, 2, backend=backend)
         assert torch.equal(got, want) if backend != "reference" else relative_error(got, want) < 1e-6
     broadcast = masks[:, :1].expand(-1, 5, -1, -1)
-    one = par(images, masks[:, :1], SIX, 2, backend=backend)
-    torch.testing.assert_close(par(images, broadcast, SIX, 2, backend=backend), one.expand(-1, 5, -1, -1))
+    one = par(images, masks[:, :1], dilations, 2, backend=backend)
+    torch.testing.assert_close(par(images, broadcast, dilations, 2, backend=backend), one.expand(-1, 5, -1, -1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,7 +227,7 @@ def test_nan_spreads_only_where_the_formula_takes_it(rng, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_on_every_run_and_thread_count(rng, backend):
-    images, masks = inputs(rng, 2, 6, 31, 40)
+    images, masks = inputs(rng, 2, 4, 19, 34)
     first = par(images, masks, num_iter=3, backend=backend)
     threads = torch.get_num_threads()
     try:
@@ -302,13 +310,19 @@ def test_second_derivative_of_the_masks_is_the_operator_again(rng, backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_opcheck(rng, backend):
-    images, masks = inputs(rng, 2, 2, 4, 5)
+    images, masks = inputs(rng, 2, 2, 3, 4)
     grad = masks.clone().requires_grad_()
     present = on_device([[True, False], [True, True]])
     leaf = images.clone().requires_grad_()
-    for factors in ([0.3, 0.3, 0.01], []):
-        for x, mask, transpose in ((images, None, False), (images, present, True), (leaf, None, False)):
-            torch.library.opcheck(torch.ops.afa.par, (x, grad, [1], 1, factors, mask, transpose, backend))
+    par_factors, pamr_factors = [0.3, 0.3, 0.01], []
+    for x, factors, mask, transpose in (
+        (images, par_factors, None, False),
+        (images, pamr_factors, present, True),
+        (leaf, par_factors, None, False),
+        (leaf, pamr_factors, None, False),
+    ):
+        torch.library.opcheck(torch.ops.afa.par, (x, grad, [1], 1, factors, mask, transpose, backend))
+    for factors in (par_factors, pamr_factors):
         torch.library.opcheck(torch.ops.afa.par_weights, (leaf, [1], factors, backend))
 
 
