@@ -109,6 +109,9 @@ def test_par(backend, operator, data):
             slack = [upper - lower for upper, lower in zip(high, low)]
     for mine, theirs, source, extra in zip(got, want, (masks, grad), slack):
         bound = theirs.abs()  # nothing cancels: neither masks nor weights are negative
+        if source is grad:
+            # Where a pixel has nothing but tiny weights in its neighbours' sums, they err as their exponents do.
+            bound = bound + 0.05 * grad.abs().max()
         if masks.dtype == torch.bfloat16:
             # On CUDA their weights are in half precision: 2^-11 an iteration, below the masks' own rounding, and steps
             # of 6e-8, which show where next to nothing is summed.
