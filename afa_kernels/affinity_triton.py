@@ -18,6 +18,7 @@ from torch import Tensor
 from .diffusion_triton import interpreted
 
 SIDE = 8
+WARPS = 8  # to a program: with 4, the 64 x 64 scores in flight take more registers than a thread has
 WINDOW, LOSS, SCORE_GRADIENT, WINDOW_GRADIENT = (tl.constexpr(i) for i in range(4))
 
 
@@ -293,7 +294,7 @@ def _run_pairs(grid: _Grid, goal: int, *, query=None, key=None, maps=None, head=
         grid.height, grid.width, grid.radius, grid.tiles_y, grid.tiles_x,
         *strides(query), *strides(key), *strides(maps), *strides(window), *strides(grad_window),
         HEADS=some.shape[1], DEPTH=depth, REACH=grid.reach, SIDE=SIDE, CHANNELS=_channels(depth, some.dtype),
-        FROM_MAPS=maps is not None, GOAL=goal, WIDE=interpreted(),
+        FROM_MAPS=maps is not None, GOAL=goal, WIDE=interpreted(), num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -366,7 +367,7 @@ def _products(
             grid.height, grid.width, grid.tiles_y, grid.tiles_x, depth,
             *values.stride(), *own.stride(), *(out.stride() if keep else (0, 0, 0, 0)),
             REACH=grid.reach, SIDE=SIDE, CHANNELS=channels, HALF=query.dtype != torch.float32, DOT=first, WRITE=keep,
-            WIDE=interpreted(),
+            WIDE=interpreted(), num_warps=WARPS,
         )  # fmt: skip
         results[-1] = _rounded(out, own)
     grad_weight = dots.double().sum((0, 2)).to(head_weight.dtype)
@@ -409,7 +410,7 @@ def affinity_from_maps_backward(
         pairs, maps, _head(head_weight, head_bias), out, dots,
         grid.height, grid.width, grid.tiles_y, grid.tiles_x,
         *maps.stride(), *(out.stride() if wanted[0] else (0, 0, 0, 0)),
-        HEADS=maps.shape[1], REACH=grid.reach, SIDE=SIDE, WRITE=wanted[0],
+        HEADS=maps.shape[1], REACH=grid.reach, SIDE=SIDE, WRITE=wanted[0], num_warps=WARPS,
     )  # fmt: skip
     grad_bias = (0.5 * partial[:, :1].double().sum(0)).to(head_bias.dtype)
     return _rounded(out, maps), dots.double().sum(0).to(head_weight.dtype), grad_bias

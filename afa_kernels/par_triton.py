@@ -40,11 +40,12 @@ def _weights(
     reads = inside[:, None] & real[None, :]
     base = images + image * images_b
     at = from_y * images_y + from_x * images_x
-    # The standard deviation of PAMR has the centre among the values, once for each dilation.
-    count = taps.to(tl.float32)
+    # The standard deviation of PAMR has the centre among the values, once for each dilation. Times 1.0, for an argument
+    # that is 1 is no tensor, which alone could be cast.
+    count = taps * 1.0
     centres = 0.0
     if PAMR:
-        centres = dilations.to(tl.float32)
+        centres = dilations * 1.0
         count += centres
     kappa = tl.zeros((PIXELS, TAPS), dtype=tl.float32)
     for colour in tl.static_range(3):
@@ -103,7 +104,7 @@ def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: t
         height, width, taps, len(dilations),
         *images.stride(),
         factors[0] if factors else 1.0,
-        PAMR=not factors, PIXELS=pixels, TAPS=triton.next_power_of_2(taps),
+        PAMR=not factors, PIXELS=pixels, TAPS=triton.next_power_of_2(taps), num_warps=8,
     )  # fmt: skip
     return out.to(dtype)
 

@@ -6,28 +6,29 @@ times them interleaved in one process (so that noise of the machine hits all ali
 left it (warm) or emptied (cold), and reports medians with 20th and 80th percentiles beside the floor:
 
     floor = max(bytes / bandwidth, operations / peak)      of this machine, measured at the start of the run
+
+A provider that fails or gives other numbers is not timed; the report says so and the run goes on, for the rest of it
+may have taken hours, or a borrowed GPU.
 """
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
-import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from reports import Report, Row, as_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,30 +43,6 @@ class Case:
     operations: float = 0.0  # multiply and add counted as two
     dtype: torch.dtype = torch.float32  # of the arithmetic: whose peak the operations are held against
     tolerance: float = 1e-5  # norm of the difference over norm of the first provider's result
-
-
-@dataclass
-class Row:
-    case: str
-    provider: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    cold_ms: float
-    speedup: float  # over the case's first provider, medians of interleaved runs
-    floor_ms: float
-    of_floor: float  # floor / median: 1 would be perfect
-    peak_mb: float  # highest memory above what was in use before the call
-    error: float  # against the first provider
-    rounds: int
-
-
-@dataclass
-class Report:
-    operator: str
-    device: str
-    machine: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
 
 
 # --- the machine ---
@@ -165,15 +142,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- timing ---
 
 
-def _seconds(call: Callable[[], Any], device: str) -> float:
+def _seconds(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
+    """Of one call; on a GPU of one among ``repeats``, one behind the other as a training loop queues them."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        call()
+        for _ in range(repeats):
+            call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / repeats
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -250,32 +229,53 @@ def relative_error(got: Any, want: Any) -> float:
     return max(errors)
 
 
-def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) -> list[Row]:
-    """Checks, then times, every provider of one case; about ``seconds`` for each. Raises where a result is wrong."""
+def check(case: Case, device: str) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
+    """Runs every provider once: error and peak of those that agree with the first, and why the others do not count."""
     first = next(iter(case.providers))
-    want = case.providers[first]()
-    errors, peaks = {}, {}
+    good: dict[str, tuple[float, float]] = {}
+    failures: dict[str, str] = {}
+    want = None
     for name, call in case.providers.items():
-        errors[name] = relative_error(call(), want)
-        if not errors[name] <= case.tolerance:
-            raise AssertionError(f"{case.name}: {name} differs from {first} by {errors[name]:.2g}, not timed")
-        peaks[name] = peak_memory(call, device)
-    del want
-    once = {name: _seconds(call, device) for name, call in case.providers.items()}
+        if name != first and want is None:
+            failures[f"{case.name}: {name}"] = f"not timed: there is no {first} to compare it with"
+            continue
+        try:
+            got = call()
+            want = got if name == first else want
+            error = relative_error(got, want)
+            del got
+            if error <= case.tolerance:
+                good[name] = error, peak_memory(call, device)
+            else:
+                failures[f"{case.name}: {name}"] = f"differs from {first} by {error:.2g}, not timed"
+        except Exception as error:  # whatever a compiler or a device may say
+            failures[f"{case.name}: {name}"] = f"{type(error).__name__}: {error}"[:500]
+    return good, failures
+
+
+def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) -> tuple[list[Row], dict[str, str]]:
+    """Checks, then times, the providers of one case; about ``seconds`` for each. Also gives what `check` found wrong."""
+    good, failures = check(case, device)
+    providers = {name: case.providers[name] for name in good}
+    if not providers:
+        return [], failures
+    first = next(iter(providers))
+    once = {name: _seconds(call, device) for name, call in providers.items()}
+    repeats = {name: min(max(int(1e-3 / once[name]), 1), 50) if device == "cuda" else 1 for name in providers}
     rounds = int(min(max(seconds / max(sum(once.values()) / len(once), 1e-6), 5), 200))
-    least = {name: 5 if once[name] < max(seconds, 0.5) else 3 for name in case.providers}
-    warm: dict[str, list[float]] = {name: [] for name in case.providers}
-    cold: dict[str, list[float]] = {name: [] for name in case.providers}
+    least = {name: 5 if once[name] < max(seconds, 0.5) else 3 for name in providers}
+    warm: dict[str, list[float]] = {name: [] for name in providers}
+    cold: dict[str, list[float]] = {name: [] for name in providers}
     flush = CacheFlush(device)
     for _ in range(rounds):
-        for name, call in case.providers.items():
+        for name, call in providers.items():
             # A slow provider is not repeated as often as a fast one.
-            if len(warm[name]) >= least[name] and sum(warm[name]) > 2 * seconds:
+            if len(warm[name]) >= least[name] and sum(warm[name]) > 2 * seconds / repeats[name]:
                 continue
             warm_up(call, device)
-            warm[name].append(_seconds(call, device))
+            warm[name].append(_seconds(call, device, repeats[name]))
     for _ in range(min(rounds, 7)):
-        for name, call in case.providers.items():
+        for name, call in providers.items():
             if len(cold[name]) >= least[name] and sum(cold[name]) > 2 * seconds:
                 continue
             flush()
@@ -299,87 +299,33 @@ def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) ->
                 speedup=round(base / median, 2),
                 floor_ms=round(1e3 * floor, 4),
                 of_floor=round(floor / median, 3),
-                peak_mb=round(peaks[name] / 2**20, 2),
-                error=float(f"{errors[name]:.2g}"),
+                peak_mb=round(good[name][1] / 2**20, 2),
+                error=float(f"{good[name][0]:.2g}"),
                 rounds=len(times),
             )
         )
-    return rows
+    return rows, failures
 
 
-# --- reports ---
+# --- a table of cases ---
 
 
-def run(operator: str, cases: Sequence[Case], device: str = "cpu", seconds: float = 2.0) -> Report:
-    """Measures a case table and prints it as it goes."""
+def run(
+    operator: str, cases: Sequence[Case], device: str = "cpu", seconds: float = 2.0, folder: Path | None = None
+) -> Report:
+    """Measures a case table, prints it as it goes and keeps what it has in ``folder``, should it be stopped."""
     console = Console()
     console.width = max(console.width, 110)  # a table that wraps is no table
     report = Report(operator, device, describe(device))
     console.print(f"[bold]{operator}[/bold] on {report.machine['device']}, commit {report.machine['commit']}")
     for case in cases:
-        report.rows += measure(case, device, seconds, report.machine)
-        console.print(as_table(report.rows[-len(case.providers) :], case.name))
+        rows, failures = measure(case, device, seconds, report.machine)
+        report.rows += rows
+        report.failures |= failures
+        if rows:
+            console.print(as_table(rows, case.name))
+        for name, reason in failures.items():
+            console.print(f"{name}: {reason}", style="red", markup=False)
+        if folder is not None:
+            write_json(report, folder)
     return report
-
-
-def as_table(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("provider")
-    for name in ("median ms", "p20", "p80", "cold", "speed-up", "floor ms", "of floor", "peak MB", "error"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            row.provider,
-            *(f"{value:.3g}" for value in (row.median_ms, row.p20_ms, row.p80_ms, row.cold_ms)),
-            f"{row.speedup:.1f}x",
-            f"{row.floor_ms:.3g}",
-            f"{100 * row.of_floor:.0f} %",
-            f"{row.peak_mb:.1f}",
-            f"{row.error:.1g}",
-        )
-    return table
-
-
-def write(report: Report, folder: Path) -> Path:
-    """``<operator>-<device>.json`` and ``.csv`` in the folder, and a plot beside them; returns the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{report.operator}-{report.device}"
-    path = stem.with_suffix(".json")
-    path.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*asdict(report.rows[0]), "device", "torch", "commit"])
-        writer.writeheader()
-        machine = {key: report.machine[key] for key in ("device", "torch", "commit")}
-        writer.writerows({**asdict(row), **machine} for row in report.rows)
-    plot(report, stem.with_suffix(".png"))
-    return path
-
-
-def plot(report: Report, path: Path) -> None:
-    """Bars of the medians on a logarithmic axis, whiskers from p20 to p80, a line at each case's floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases = list(dict.fromkeys(row.case for row in report.rows))
-    providers = list(dict.fromkeys(row.provider for row in report.rows))
-    figure, axes = plt.subplots(figsize=(max(7.0, 2.2 * len(cases)), 4.2), layout="constrained")
-    width = 0.8 / len(providers)
-    for index, provider in enumerate(providers):
-        rows = [row for row in report.rows if row.provider == provider]
-        at = [cases.index(row.case) + (index - (len(providers) - 1) / 2) * width for row in rows]
-        spread = [[row.median_ms - row.p20_ms for row in rows], [row.p80_ms - row.median_ms for row in rows]]
-        axes.bar(at, [row.median_ms for row in rows], width, yerr=spread, label=provider, capsize=2)
-    for index, case in enumerate(cases):
-        floor = next(row.floor_ms for row in report.rows if row.case == case)
-        if floor > 0:
-            label = "floor" if index == 0 else None
-            axes.hlines(floor, index - 0.45, index + 0.45, colors="black", linestyles="dashed", label=label)
-    axes.set_yscale("log")
-    axes.set_ylabel("milliseconds (log)")
-    axes.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
-    axes.set_title(f"{report.operator} on {report.machine['device']}", fontsize=10)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -3,12 +3,15 @@
 #
 # Builds in place with what is installed, runs the tests on the GPU and on the CPU, compute-sanitizer on small cases, the benchmarks,
 # and leaves OUTDIR/<gpu>-<date>.json (keep it in benchmarks/results) and OUTDIR/<gpu>-<date>.log. Python is $PYTHON or python3.
+# With --rehearse behind OUTDIR the same steps on the CPU, where there is no GPU: what can break without one, breaks.
 set -uo pipefail
-if [ $# -ne 1 ]; then
-  sed -n '2,5s/^# \{0,1\}//p' "$0"
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ "${2:---rehearse}" != --rehearse ]; then
+  sed -n '2,6s/^# \{0,1\}//p' "$0"
   exit 2
 fi
-mkdir -p "$1"
+device=cuda seconds=0.3 crop=512 batch=8 arguments=()
+[ $# -eq 2 ] && device=cpu seconds=0 crop=64 batch=2 arguments=(--quick)
+mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -16,14 +19,26 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MPLBACKEND=Agg
 log="$work/log"
+deadline=${AFA_DEADLINE:-520} # seconds; the report takes a few more
+
+if [ $device = cuda ] && ! "$python" -c "import torch; torch.zeros(1).cuda()" 2>"$work/why"; then
+  echo "no GPU that PyTorch can use: $(tail -n 1 "$work/why")"
+  exit 2
+fi
 
 # stage NAME SECONDS COMMAND...: runs it within its time, keeps its exit status and duration for the report.
 stage() {
-  local name=$1 limit=$2 begun=$SECONDS status
+  local name=$1 limit=$2 begun=$SECONDS status left=$((deadline - SECONDS))
   shift 2
+  [ "$left" -lt "$limit" ] && limit=$left
   echo "=== $name: $*" | tee -a "$log"
-  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$work/$name.out" 2>&1
-  status=$?
+  if [ "$limit" -lt 10 ]; then
+    echo "no time was left" >"$work/$name.out"
+    status=124
+  else
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$work/$name.out" 2>&1
+    status=$?
+  fi
   tail -n 40 "$work/$name.out" | cut -c1-300 | tee -a "$log"
   echo "=== $name: exit $status after $((SECONDS - begun)) s" | tee -a "$log"
   echo "$name $status $((SECONDS - begun))" >>"$work/stages"
@@ -32,27 +47,39 @@ stage() {
 nvidia-smi -L 2>&1 | tee -a "$log"
 stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
 
-# Small cases of every operator, forward and backward, under the memory and race checkers.
+# The tests of what only a GPU has, then those of the operators with their tensors there.
+export AFA_TEST_DEVICE=$device
+pytest=("$python" -m pytest -p no:cacheprovider --continue-on-collection-errors --tb=short -o addopts= -q -m "not slow")
+stage cuda_tests 80 "${pytest[@]}" tests/test_cuda.py --junitxml="$work/cuda_tests.xml"
+operators=(par diffusion affinity random_walk far_strides scratch fuzz fuzz_affinity)
+stage operators 100 "${pytest[@]}" "${operators[@]/#/tests/test_}" --junitxml="$work/operators.xml"
+
+# Small cases of every operator, forward and backward, under the memory and race checkers; and a planted fault, which the
+# first must see. Every tensor has its own allocation, or the space between two of them would be as good as theirs.
 if command -v compute-sanitizer >/dev/null; then
-  cases='import sys; sys.path.insert(0, "tests"); import test_threads; print(len(test_threads.everything(0)), "results")'
-  for tool in memcheck racecheck; do
-    AFA_TEST_DEVICE=cuda stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$cases"
-  done
+  checked=(compute-sanitizer --error-exitcode 9 --tool)
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  fault='"$@" memcheck "$0" tests/every_operator.py --fault; status=$?; echo "exit $status, expected 9"; [ $status -eq 9 ]'
+  stage planted_fault 60 bash -c "$fault" "$python" "${checked[@]}"
+  stage memcheck 60 "${checked[@]}" memcheck "$python" tests/every_operator.py
+  stage racecheck 60 "${checked[@]}" racecheck "$python" tests/every_operator.py
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
 
-pytest=("$python" -m pytest -p no:cacheprovider --continue-on-collection-errors --tb=short -o addopts= -q -m "not slow")
-AFA_TEST_DEVICE=cuda stage cuda_tests 60 "${pytest[@]}" tests/test_cuda.py --junitxml="$work/cuda_tests.xml"
-operators=(tests/test_par.py tests/test_diffusion.py tests/test_affinity.py tests/test_random_walk.py tests/test_fuzz*.py)
-AFA_TEST_DEVICE=cuda stage operators_on_cuda 100 "${pytest[@]}" "${operators[@]}" --junitxml="$work/operators_on_cuda.xml"
-stage par 100 "$python" benchmarks/run.py par --device cuda --compile --seconds 0.3 --out "$work/benchmarks"
-stage others 60 "$python" benchmarks/run.py affinity random_walk --device cuda --seconds 0.2 --out "$work/benchmarks"
-stage train_step 60 "$python" benchmarks/bench_train_step.py --device cuda --backbone mit_b1 --crop 512 --batch 8 \
-  --json "$work/benchmarks/train_step-cuda.json"
+bench=("$python" benchmarks/run.py --device "$device" --seconds "$seconds" --out "$work/benchmarks" "${arguments[@]}")
+stage par 60 "${bench[@]}" par
+stage affinity 60 "${bench[@]}" affinity
+stage random_walk 40 "${bench[@]}" random_walk
+stage train_step 60 "$python" benchmarks/bench_train_step.py --device "$device" --backbone mit_b1 --crop "$crop" --batch "$batch" \
+  --json "$work/benchmarks/train_step-$device.json"
 
-# Whatever is left of the nine minutes goes to the whole suite, emulator and all.
-left=$((530 - SECONDS))
+# The whole suite, emulator and all; then, if there is time, PAR beside what Inductor makes of the reference.
 workers=()
-"$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
-[ "$left" -gt 30 ] && stage suite "$left" "${pytest[@]}" "${workers[@]}" --junitxml="$work/suite.xml"
+"$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadfile)
+stage suite 200 "${pytest[@]}" "${workers[@]}" --junitxml="$work/suite.xml"
+cp "$work/benchmarks/par-$device.json" "$work/par.json" 2>/dev/null
+stage par_compiled 120 "${bench[@]}" par --compile
+# What a run that was stopped leaves has fewer cases than the first.
+tail -n 1 "$work/stages" | grep -q " 0 " || cp "$work/par.json" "$work/benchmarks/par-$device.json" 2>/dev/null
 
 "$python" benchmarks/on_gpu_report.py "$work" "$log" "$out"

@@ -24,6 +24,7 @@ def tables() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     import harness
+    import reports
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
     parser.add_argument("operators", nargs="*", help=f"among {', '.join(tables())}; default: all")
@@ -39,11 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no case table for {', '.join(sorted(unknown))}; there are {', '.join(tables())}")
     if options.threads:
         torch.set_num_threads(options.threads)
+    failures: dict[str, str] = {}
     for operator in options.operators or tables():
         table = importlib.import_module(f"bench_{operator}")
         cases = table.cases(options.device, quick=options.quick, compiling=options.compile)
-        path = harness.write(harness.run(operator, cases, options.device, options.seconds), options.out)
-        print(f"written: {path} (with .csv and .png)\n")
+        report = harness.run(operator, cases, options.device, options.seconds, options.out)
+        failures |= report.failures
+        print(f"written: {reports.write(report, options.out)} (with .csv and .png)\n")
+    if failures:
+        sys.exit("\n".join(f"{name}: {reason}" for name, reason in failures.items()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from conftest import DEVICE
 
@@ -46,3 +48,30 @@ class Everything(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
         return everything(index)
+
+
+def fault() -> None:
+    """A kernel that writes behind its tensor: what watches the device's memory must say so."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def write_past(target, n: tl.constexpr):
+        tl.store(target + n, 1.0)
+
+    target = torch.zeros(1024, device=DEVICE)
+    write_past[(1,)](target, 1024)
+    torch.cuda.synchronize()
+
+
+def main(arguments: list[str]) -> None:
+    """All of them on DEVICE, for tools that watch a process; with --fault the fault and nothing else."""
+    if arguments == ["--fault"]:
+        return fault()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        results = everything(0, dtype)
+        print(f"{dtype}: {len(results)} results, {sum(int(result.isfinite().all()) for result in results)} finite")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -13,7 +13,8 @@ from conftest import ROOT, available, relative_error
 
 from afa_kernels import affinity_native
 
-MODULES = ("harness", "run", "published_step", "readme_table", "bench_par", "bench_affinity", "bench_random_walk")
+TABLES = ("bench_par", "bench_affinity", "bench_random_walk")
+MODULES = ("harness", "reports", "run", "published_step", "readme_table", *TABLES)
 MACHINE = {"device": "a CPU", "torch": "2", "commit": "0", "bandwidth_gb_s": 10.0, "peak_gflop_s": 50.0}
 
 
@@ -27,13 +28,17 @@ def bench(monkeypatch) -> SimpleNamespace:
         sys.modules.pop(name, None)
 
 
+def providing() -> torch.Tensor:
+    return torch.ones(3)
+
+
 @pytest.mark.parametrize("table", ["affinity", "random_walk"])
 def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
     assert table in bench.run.tables()
     monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
     cases = getattr(bench, f"bench_{table}").cases("cpu", quick=True)[:1]
     report = bench.harness.run(table, cases, "cpu", seconds=0.0)
-    path = bench.harness.write(report, tmp_path)
+    path = bench.reports.write(report, tmp_path)
     content = json.loads(path.read_text())
     assert [row["provider"] for row in content["rows"]][:2] == ["dense", "reference"]
     assert all(row["floor_ms"] > 0 and row["error"] <= 1e-4 for row in content["rows"])
@@ -42,10 +47,43 @@ def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatc
     assert cases[0].name in line
 
 
-def test_what_differs_is_not_timed(bench):
-    case = bench.harness.Case("a case", {"one": lambda: torch.ones(3), "two": lambda: torch.full((3,), 1.01)})
-    with pytest.raises(AssertionError, match=r"a case: two differs from one by 0\.01, not timed"):
-        bench.harness.measure(case, "cpu", 0.0, MACHINE)
+def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("out of something")
+
+    providers = {"one": lambda: torch.ones(3), "two": lambda: torch.full((3,), 1.01), "three": fail, "four": providing}
+    table = SimpleNamespace(
+        cases=lambda *_, **__: [
+            bench.harness.Case("a", providers, bytes=1.0),
+            bench.harness.Case("b", {"one": fail, "two": providing}),
+            bench.harness.Case("c", {"one": providing}, bytes=1.0),
+        ]
+    )
+    monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
+    monkeypatch.setitem(sys.modules, "bench_par", table)
+    with pytest.raises(SystemExit) as stopped:
+        bench.run.main(["par", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
+    wrong = {
+        "a: two": "differs from one by 0.01, not timed",
+        "a: three": "RuntimeError: out of something",
+        "b: one": "RuntimeError: out of something",
+        "b: two": "not timed: there is no one to compare it with",
+    }
+    assert str(stopped.value).splitlines() == [f"{name}: {reason}" for name, reason in wrong.items()]
+    content = json.loads((tmp_path / "par-cpu.json").read_text())
+    assert content["failures"] == wrong
+    assert [(row["case"], row["provider"]) for row in content["rows"]] == [("a", "one"), ("a", "four"), ("c", "one")]
+
+
+def test_a_run_that_is_stopped_keeps_its_cases(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
+    cases = [
+        bench.harness.Case("a", {"one": providing}, bytes=1.0),
+        bench.harness.Case("b", {"one": lambda: (_ for _ in ()).throw(KeyboardInterrupt)}),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        bench.harness.run("par", cases, "cpu", 0.0, tmp_path)
+    assert [row["case"] for row in json.loads((tmp_path / "par-cpu.json").read_text())["rows"]] == ["a"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")

@@ -6,20 +6,15 @@ import fnmatch
 import hashlib
 import os
 import re
-import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from cuda_emulator.build import CSRC, ROOT, sources
+from cuda_tools import NVCC, disassembler
 
-sys.path.insert(0, str(ROOT))
-import build_backend
-
-NVCC = build_backend.system_nvcc()
 # Turing, Ampere, Hopper, Blackwell: warps and shared memory differ, 65536 registers a multiprocessor they all have.
 THREADS = {"75": 1024, "80": 2048, "90": 2048, "120": 1536}
 REGISTERS = 65536
@@ -142,18 +137,6 @@ def test_a_spill_would_be_seen(tmp_path):
     source.write_text(f"__global__ void __launch_bounds__(1024, 1) greedy(volatile float* at) {{\n{sums}\n{uses}\n}}\n")
     kernels = parse(compile_all(source, tmp_path))
     assert {kernel.arch for kernel in kernels} == set(THREADS) and all(kernel.spills for kernel in kernels)
-
-
-def disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one that comes with Triton."""
-    candidates = [shutil.which("cuobjdump"), str(Path(NVCC).with_name("cuobjdump")) if NVCC else None]
-    try:
-        import triton
-
-        candidates.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    except ImportError:
-        pass
-    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
 
 
 def test_streaming_kernels_load_16_bytes_at_a_time(kernels, folder):

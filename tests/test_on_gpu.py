@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 JUNIT = """<testsuites><testsuite>
@@ -47,3 +49,13 @@ def test_script_asks_for_a_folder():
     run = subprocess.run(["bash", script], capture_output=True, text=True)
     assert run.returncode == 2 and "OUTDIR" in run.stdout
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_script_says_that_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    run = subprocess.run(["bash", script, tmp_path], capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and "no GPU that PyTorch can use" in run.stdout
+    assert list(tmp_path.iterdir()) == []
