@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import ConfigError, parse
+from .config import parse
+from .errors import ConfigError
 from .voc import TrainingSet, training_loader
 from .voc_files import DataError
 

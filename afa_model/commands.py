@@ -10,7 +10,8 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from .checkpoint import CheckpointError
-from .config import ConfigError, Parser, section, to_dict
+from .config import Parser, section, to_dict
+from .errors import ConfigError
 from .evaluate import EvaluateSettings, evaluate
 from .predict import PredictSettings, draw_head_weights, predict
 from .processes import processes

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from .errors import ConfigError
 from .evaluate import EvaluateSettings
 from .step import StepSettings
 from .transforms import AugmentSettings
@@ -21,10 +22,6 @@ from .voc import DataSettings
 Settings = TypeVar("Settings")
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or makes no sense; the message names its key."""
 
 
 @dataclass

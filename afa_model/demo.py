@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from afa_kernels import pamr
 
 from .checkpoint import CheckpointError
-from .config import Config, ConfigError, parse
+from .config import Config, parse
+from .errors import ConfigError
 from .evaluate_scores import ScoreKeeper, Scores
 from .guards import TrainingError
 from .pictures import cam_tile, peak_of, prediction_panel, save

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
-from .config import Config, ConfigError, from_dict
+from .config import Config, from_dict
+from .errors import ConfigError
 from .model import AFA
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from . import checkpoint, pictures
-from .config import Config, ConfigError, parse, to_dict, to_yaml
+from .config import Config, parse, to_dict, to_yaml
+from .errors import ConfigError
 from .evaluate import evaluate
 from .guards import FiniteGuard, Interrupt, TrainingError
 from .logs import RunLog, Window

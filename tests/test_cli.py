@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import needs_command_line  # noqa: F401
 import numpy as np
 import pytest
 from PIL import Image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import needs_command_line  # noqa: F401
 import pytest
 import yaml
 

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 
+import needs_command_line  # noqa: F401
 import numpy as np
 import pytest
 import torch

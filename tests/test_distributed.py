@@ -9,6 +9,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import needs_command_line  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist

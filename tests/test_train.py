@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import needs_command_line  # noqa: F401
 import pytest
 import torch
 from tiny_run import rows, tiny_args
@@ -15,7 +16,8 @@ from voc_factory import make_voc
 
 from afa_model import checkpoint, train
 from afa_model.checkpoint import CheckpointError, CheckpointKeeper
-from afa_model.config import ConfigError, parse
+from afa_model.config import parse
+from afa_model.errors import ConfigError
 from afa_model.restore import load_model
 from afa_model.voc_files import DataError
 
