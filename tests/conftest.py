@@ -21,6 +21,10 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 
+if DEVICE == "cuda":
+    torch.backends.cudnn.allow_tf32 = False  # convolutions, or recorded numbers could not be met
+
+
 def available(operator: str) -> list[str]:
     """The backends that can run an operator on DEVICE, the reference first."""
     import afa_kernels

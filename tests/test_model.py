@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import DEVICE, relative_error
 
 from afa_kernels import attention_affinity_loss, window_to_dense
 from afa_model.decoder import SegFormerHead
@@ -26,7 +26,8 @@ def recorded(golden):
     state = {name: torch.from_numpy(value) for name, value in golden("model_state").items()}
     model = AFA("mit_b0", 21)
     model.load_state_dict(state, strict=True)
-    return model.eval(), {name: torch.from_numpy(value) for name, value in golden("model_forward").items()}
+    numbers = {name: torch.from_numpy(value).to(DEVICE) for name, value in golden("model_forward").items()}
+    return model.to(DEVICE).eval(), numbers
 
 
 def test_parameter_names_are_the_public_ones(recorded, golden):

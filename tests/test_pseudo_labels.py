@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 
 from afa_kernels import par
 from afa_model.pseudo_labels import IGNORE, cam_to_label, random_walk_label, refine_label
@@ -25,7 +26,8 @@ def case(rng):
 
 @pytest.fixture
 def recorded(golden):
-    return {name: torch.from_numpy(value) for name, value in golden("pseudo_label").items() if value.ndim}
+    numbers = {name: torch.from_numpy(value) for name, value in golden("pseudo_label").items() if value.ndim}
+    return {name: value if name == "img_box" else value.to(DEVICE) for name, value in numbers.items()}
 
 
 def disagreement(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import DEVICE, relative_error
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from afa_model.model import AFA
@@ -43,7 +43,7 @@ def test_recorded_run_is_replayed(golden):
         radius=int(run["radius"]),
         compute_unused=True,
     )
-    step = TrainingStep(model, settings)
+    step = TrainingStep(model.to(DEVICE), settings)
     base, total = float(run["base_lr"]), int(run["steps"])
     optimizer = build_optimizer(model, base, float(run["weight_decay"]))
     mean, std = (torch.tensor(v)[:, None, None] for v in (settings.image_mean, settings.image_std))
@@ -53,8 +53,8 @@ def test_recorded_run_is_replayed(golden):
     for i in range(total):
         result = step(
             {
-                "image": (torch.from_numpy(run["images"][i]) / 255 - mean) / std,
-                "cls_labels": torch.from_numpy(run["cls_labels"][i]),
+                "image": ((torch.from_numpy(run["images"][i]) / 255 - mean) / std).to(DEVICE),
+                "cls_labels": torch.from_numpy(run["cls_labels"][i]).to(DEVICE),
                 "img_box": torch.from_numpy(run["img_box"][i]),
             },
             i,
@@ -78,7 +78,7 @@ def test_recorded_run_is_replayed(golden):
         assert int(result.pos_count) == run["pos_count"][i], f"pairs of step {i}"
         assert int(result.neg_count) == run["neg_count"][i], f"pairs of step {i}"
         for label, name in ((result.refined_label, "refined_hist"), (result.aff_label, "aff_hist")):
-            counts = np.bincount(label.flatten().numpy(), minlength=256)
+            counts = np.bincount(label.flatten().cpu().numpy(), minlength=256)
             assert np.abs(counts - run[name][i]).sum() <= 20, f"{name} of step {i}"
 
     got = {name: value.double().norm() for name, value in model.state_dict().items()}
