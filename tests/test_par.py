@@ -117,7 +117,7 @@ for got, want in zip(*results):
 print(native.cpu_isa())
 """
     folders = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "AFA_CPU_ISA": isa, "PYTHONPATH": folders}
+    env = {**os.environ, "AFA_CPU_ISA": isa, "AFA_TEST_DEVICE": "cpu", "PYTHONPATH": folders}
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     from afa_kernels._native_module import native
