@@ -254,7 +254,7 @@ def check(case: Case, device: str) -> tuple[dict[str, tuple[float, float]], dict
 
 
 def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) -> tuple[list[Row], dict[str, str]]:
-    """Checks, then times, the providers of one case, about ``seconds`` for each; also gives what `check` found wrong."""
+    """Checks, then times, the providers of a case, about ``seconds`` for each; also gives what `check` found wrong."""
     good, failures = check(case, device)
     providers = {name: case.providers[name] for name in good}
     if not providers:

@@ -40,6 +40,27 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
     return [*(result.detach() for result in results), *gradients]
 
 
+def smallest() -> None:
+    """Sizes, strides and counts of 1, forward and backward: Triton compiles them into its kernels."""
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=DEVICE).requires_grad_()
+
+    images, masks = leaf(1, 3, 1, 1).detach(), leaf(1, 1, 1, 1)
+    afa_kernels.par(images, masks, [1], 1).sum().backward()
+    afa_kernels.pamr(images, masks, [1], 1).sum().backward()
+    afa_kernels.diffuse(leaf(1, 1, 1, 1).detach(), masks, [(0, 0)], 1).sum().backward()
+    scores, head = leaf(1, 1, 1, 1), leaf(1)
+    labels = torch.zeros(1, 1, 1, dtype=torch.long, device=DEVICE)
+    for radius in (0, 1):
+        window = leaf(1, (2 * radius + 1) ** 2, 1, 1)
+        afa_kernels.random_walk(window, masks, radius).sum().backward()
+        afa_kernels.affinity_loss(window, labels, radius)[0].backward()
+        afa_kernels.attention_affinity_loss(scores, scores, head, head, labels, radius)[0].backward()
+        afa_kernels.window_affinity(scores, scores, head, head, 1, 1, radius).sum().backward()
+        afa_kernels.affinity_from_maps(scores, head, head, 1, 1, radius).sum().backward()
+
+
 class Everything(torch.utils.data.Dataset):
     """Runs the operators where a data loader's workers run."""
 
@@ -68,6 +89,7 @@ def main(arguments: list[str]) -> None:
     """All of them on DEVICE, for tools that watch a process; with --fault the fault and nothing else."""
     if arguments == ["--fault"]:
         return fault()
+    smallest()
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         results = everything(0, dtype)
         print(f"{dtype}: {len(results)} results, {sum(int(result.isfinite().all()) for result in results)} finite")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_diffusion
 import test_par
+import test_par_interface
 import torch
 from conftest import DEVICE, relative_error
 from cuda_emulator import build
@@ -90,6 +91,7 @@ def operator_tests(module: types.ModuleType, prefix: str) -> dict[str, types.Fun
 
 
 globals().update(operator_tests(test_par, "par"))
+globals().update(operator_tests(test_par_interface, "par"))
 globals().update(operator_tests(test_diffusion, "diffusion"))
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import test_affinity
+import test_affinity_interface
 import test_random_walk
 import torch
 from conftest import DEVICE, relative_error
@@ -52,6 +53,7 @@ def operator_tests(module) -> dict:
 
 
 globals().update(operator_tests(test_affinity))
+globals().update(operator_tests(test_affinity_interface))
 globals().update(operator_tests(test_random_walk))
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import triton
 from cuda_tools import disassembler
-from every_operator import everything
+from every_operator import everything, smallest
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -87,23 +87,6 @@ def as_trained(dtype: torch.dtype) -> None:
         afa_kernels.pamr(images, masks),
     ):
         result.float().sum().backward()
-
-
-def smallest() -> None:
-    """Sizes, strides and counts of 1, which Triton compiles into the kernel."""
-    images, masks = torch.rand(1, 3, 1, 1), torch.rand(1, 1, 1, 1, requires_grad=True)
-    afa_kernels.par(images, masks, [1], 1).sum().backward()
-    afa_kernels.pamr(images, masks, [1], 1).sum().backward()
-    afa_kernels.diffuse(torch.rand(1, 1, 1, 1), masks, [(0, 0)], 1).sum().backward()
-    scores, head = torch.rand(1, 1, 1, 1, requires_grad=True), torch.rand(1, requires_grad=True)
-    labels = torch.zeros(1, 1, 1, dtype=torch.long)
-    for radius in (0, 1):
-        window = torch.rand(1, (2 * radius + 1) ** 2, 1, 1, requires_grad=True)
-        afa_kernels.random_walk(window, masks, radius).sum().backward()
-        afa_kernels.affinity_loss(window, labels, radius)[0].backward()
-        afa_kernels.attention_affinity_loss(scores, scores, head, head, labels, radius)[0].backward()
-        afa_kernels.window_affinity(scores, scores, head, head, 1, 1, radius).sum().backward()
-        afa_kernels.affinity_from_maps(scores, head, head, 1, 1, radius).sum().backward()
 
 
 def resources(machine_code: bytes, tool: str | None) -> dict[str, int]:
