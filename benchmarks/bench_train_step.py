@@ -129,6 +129,7 @@ def serve(name: str, options: argparse.Namespace, pipe: Any) -> None:
     way = None
     while (order := pipe.recv()) != "stop":
         if order in ("exact", "fast"):
+            torch.backends.cudnn.allow_tf32 = order == "fast"  # convolutions; products are exact unless asked otherwise
             way = Way(name, options, exact=order == "exact")
             pipe.send(None)
         elif order == "peak":

@@ -72,8 +72,9 @@ bench=("$python" benchmarks/run.py --device "$device" --seconds "$seconds" --out
 stage par 60 "${bench[@]}" par
 stage affinity 60 "${bench[@]}" affinity
 stage random_walk 40 "${bench[@]}" random_walk
-stage train_step 60 "$python" benchmarks/bench_train_step.py --device "$device" --backbone mit_b1 --crop "$crop" --batch "$batch" \
-  --json "$work/benchmarks/train_step-$device.json"
+step=("$python" benchmarks/bench_train_step.py --device "$device" --backbone mit_b1 --crop "$crop" --batch "$batch")
+stage train_step 60 "${step[@]}" --json "$work/benchmarks/train_step-$device.json"
+stage train_step_graph 60 "${step[@]}" --cuda-graph --json "$work/benchmarks/train_step_graph-$device.json"
 
 # The rest of the suite; then, if there is time, PAR beside what Inductor makes of the reference.
 ran=("${operators[@]/#/--ignore=}" --ignore=tests/test_cuda.py)
