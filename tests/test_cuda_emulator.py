@@ -359,3 +359,35 @@ def test_every_kernel_under_address_and_undefined_behaviour_sanitizers():
     assert "clean after" in said, said[-3000:]
     assert "AddressSanitizer: heap-buffer-overflow" in sanitized("global_overrun")
     assert "sound: unnoticed" in sanitized("sound")
+
+
+def watched_for_races(*arguments: str) -> subprocess.CompletedProcess:
+    """under_sanitizers.py with ThreadSanitizer's runtime preloaded: each CUDA thread is a thread to it."""
+    runtime = subprocess.run(
+        [build.compiler(), "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("the compiler has no ThreadSanitizer runtime")
+    # Address randomisation can leave no room where the sanitizer wants its own memory.
+    fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0 else []
+    script = Path(build.__file__).with_name("under_sanitizers.py")
+    options = {"LD_PRELOAD": runtime, "TSAN_OPTIONS": "exitcode=66 report_signal_unsafe=0"}
+    command = [*fixed, sys.executable, str(script), "races", *arguments]
+    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True)
+
+
+def test_no_kernel_has_a_data_race():
+    """In shared and in global memory, within a block and across blocks, whatever the numbers come to."""
+    run = watched_for_races()
+    assert run.returncode == 0 and "clean after" in run.stdout, (run.stdout + run.stderr)[-6000:]
+
+
+@pytest.mark.parametrize("name", ["missing_barrier", "missing_grid_barrier"])
+def test_a_data_race_is_seen(name):
+    run = watched_for_races(name)
+    assert run.returncode == 66 and "data race" in run.stderr and "faults.cu" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["sound", "sound_grid"])
+def test_what_barriers_order_is_no_race(name):
+    assert watched_for_races(name).returncode == 0

@@ -31,6 +31,8 @@ THREAD = ["-g", "-fsanitize=thread"]
 
 def _flags_of(file: Path, sanitizer: str) -> list[str]:
     """Optimised and sanitized is only what a test is about: the emulated sources, or for "thread" the CPU's kernels."""
+    if sanitizer == "races" and (file.suffix == ".cu" or file.parent == HERE):
+        return ["-O1", "-DAFA_EMULATOR_RACES", *(THREAD if file.suffix == ".cu" else [])]
     if file.suffix == ".cu" or file.parent == HERE:
         return ["-O1", *(ADDRESS if sanitizer == "address" else [])]
     if sanitizer == "thread" and file.parent != CSRC / "bind":
@@ -72,7 +74,9 @@ def _headers_digest() -> bytes:
 
 
 def build(sanitizer: str = "none") -> Path:
-    """Compile what changed and link; returns the shared library. ``sanitizer``: "none", "address" or "thread"."""
+    """Compile what changed and link; returns the shared library. ``sanitizer``: "none", "address", "thread" (the
+    CPU's kernels) or "races" (between CUDA threads).
+    """
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
@@ -101,7 +105,7 @@ def _build(cxx: str, folder: Path, files: list[Path], sanitizer: str) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
-    link = {"address": ADDRESS, "thread": THREAD}.get(sanitizer, [])
+    link = {"address": ADDRESS, "thread": THREAD, "races": THREAD}.get(sanitizer, [])
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     library = folder / key / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():

@@ -97,6 +97,9 @@ static void switch_stack(void** saved, void* next) {
 #endif
 
 static thread_local void* scheduler = nullptr;
+static thread_local void* scheduler_fiber = nullptr;
+static char launch_begin, launch_end, grid_barriers[2];  // addresses for races.h
+static unsigned grid_barriers_passed = 0;
 #if defined(__SANITIZE_ADDRESS__)
 static thread_local void* scheduler_fake_stack = nullptr;
 static thread_local const void* scheduler_bottom = nullptr;
@@ -108,6 +111,7 @@ static void to_fiber(Thread& thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, thread.stack, kStackBytes);
 #endif
+  races::switch_to(thread.fiber);
   switch_stack(&scheduler, thread.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
@@ -119,6 +123,7 @@ static void to_scheduler() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(thread->wait == Wait::gone ? nullptr : &thread->fake_stack, scheduler_bottom, scheduler_bytes);
 #endif
+  races::switch_to(scheduler_fiber);
   switch_stack(&thread->context, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(thread->fake_stack, &scheduler_bottom, &scheduler_bytes);
@@ -128,35 +133,43 @@ static void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_bytes);
 #endif
+  races::acquire(&launch_begin);
   running->body();
+  races::release(&launch_end);
   current->wait = Wait::gone;
   to_scheduler();
   __builtin_unreachable();
 }
 
-// Stacks are kept for the next block; memory that no kernel touched costs nothing.
-class Stacks {
+// A stack, and ThreadSanitizer's fiber, for each thread. Stacks are kept for the next block; memory that no kernel touched costs
+// nothing. Watched for races, the blocks of a launch have fibers of their own as far as there are, or two blocks at one
+// element would look like one thread.
+constexpr size_t kWatchedThreads = 4096;
+class Places {
  public:
-  ~Stacks() { std::for_each(all_.begin(), all_.end(), [](char* stack) { munmap(stack, kStackBytes); }); }
-  char* take() {
+  struct Slot { char* stack; void* fiber; };
+  ~Places() { std::for_each(all_.begin(), all_.end(), [](Slot& slot) { munmap(slot.stack, kStackBytes); }); }
+  Slot take() {
     if (used_ == all_.size()) {
       void* fresh = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (fresh == MAP_FAILED) std::abort();
-      all_.push_back(static_cast<char*>(fresh));
+      all_.push_back({static_cast<char*>(fresh), races::create_fiber()});
     }
-    char* stack = all_[used_++];
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack, kStackBytes);  // an abandoned launch leaves its marks
+    __asan_unpoison_memory_region(all_[used_].stack, kStackBytes);  // an abandoned launch leaves its marks
 #endif
-    return stack;
+    return all_[used_++];
   }
-  void release_all() { used_ = 0; }
+  void begin_launch() { used_ = 0; }
+  void begin_blocks(size_t threads) {
+    if (!races::kWatched || used_ + threads > kWatchedThreads) used_ = 0;
+  }
 
  private:
-  std::vector<char*> all_;
+  std::vector<Slot> all_;
   size_t used_ = 0;
 };
-static thread_local Stacks stacks;
+static thread_local Places places;
 
 // ---- what a thread calls -------------------------------------------------------------------------------------------------
 
@@ -170,21 +183,38 @@ void fail(const std::string& what, Place place) {
   to_scheduler();
   std::abort();
 }
-void block_barrier(Place place) { wait_for(Wait::block, place); }
+// Two addresses in turn: a thread may be at the next barrier before another has left this one.
+static void wait_in_order(Wait what, Place place, char* orders) {
+  races::release(orders);
+  wait_for(what, place);
+  races::acquire(orders);
+}
+void block_barrier(Place place) { wait_in_order(Wait::block, place, &current->block->barrier[current->block->barriers % 2]); }
 int block_vote(int predicate, Place place) {
   current->vote = predicate != 0;
-  wait_for(Wait::block, place);
+  block_barrier(place);
   return current->votes;
 }
 void grid_barrier(Place place) {
   if (!running->cooperative) fail("grid barrier in a launch that is not cooperative", place);
-  wait_for(Wait::grid, place);
+  wait_in_order(Wait::grid, place, &grid_barriers[grid_barriers_passed % 2]);
+}
+void order_atomic(void* at) {
+  races::release(at);
+  races::acquire(at);
 }
 const uint64_t* warp_exchange(unsigned mask, uint64_t value, Place place) {
   if (!(mask >> current->lane & 1)) fail("a lane calls a warp collective whose mask leaves it out", place);
   current->mask = mask, current->value = value;
   wait_for(Wait::warp, place);
   return current->exchanged;
+}
+void warp_barrier(unsigned mask, Place place) {
+  const size_t warp = size_t(current - current->block->threads.data()) / 32;
+  char* orders = &current->block->warp_barrier[warp][current->warp_barriers++ % 2];
+  races::release(orders);
+  warp_exchange(mask, 0, place);
+  races::acquire(orders);
 }
 static Thread* warp_of(Thread& thread) { return &thread - thread.lane; }
 static int warp_lanes(const Thread* first) {
@@ -224,7 +254,8 @@ static bool release_warp(Thread* warp) {
   }
   return released;
 }
-static bool all_wait(const std::vector<Thread>& threads, Wait what) {
+template <class Threads>
+static bool all_wait(const Threads& threads, Wait what) {
   return std::all_of(threads.begin(), threads.end(), [&](const Thread& t) { return t.wait == what && t.place == threads[0].place; });
 }
 static bool release_block(Block& block) {
@@ -234,13 +265,16 @@ static bool release_block(Block& block) {
   int votes = 0;
   for (Thread& thread : block.threads) votes += thread.vote;
   for (Thread& thread : block.threads) thread.votes = votes, thread.wait = Wait::nothing;
+  ++block.barriers;
   return true;
 }
-static bool release_grid(std::vector<Block>& blocks) {
+using Blocks = std::vector<Block, races::Pages<Block>>;
+static bool release_grid(Blocks& blocks) {
   for (const Block& block : blocks)
     if (!all_wait(block.threads, Wait::grid) || !(block.threads[0].place == blocks[0].threads[0].place)) return false;
   for (Block& block : blocks)
     for (Thread& thread : block.threads) thread.wait = Wait::nothing;
+  ++grid_barriers_passed;
   return true;
 }
 
@@ -250,7 +284,7 @@ static void order(std::vector<size_t>& sequence) {
   if (settings().order > 1) std::shuffle(sequence.begin(), sequence.end(), std::mt19937(unsigned(settings().order)));
 }
 
-static std::string describe_deadlock(const std::vector<Block>& blocks) {
+static std::string describe_deadlock(const Blocks& blocks) {
   static const char* const kinds[] = {"running", "at a block barrier", "in a warp collective", "at a grid barrier", "gone"};
   std::string text = "divergent barrier:";
   int shown = 0;
@@ -268,6 +302,7 @@ static void start(Block& block, const Launch& launch, uint64_t number) {
   block.launch = &launch;
   block.index = Dim3(unsigned(number % launch.grid.x), unsigned(number / launch.grid.x % launch.grid.y),
                      unsigned(number / launch.grid.x / launch.grid.y));
+  block.shared.reserve(size_t(launch.shared_bytes + kRedZone));
   block.shared.assign(size_t(launch.shared_bytes), 0xFF);  // NaN in every float type
   block.shared.insert(block.shared.end(), size_t(kRedZone), kRedByte);
   block.threads.assign(launch.block.count(), Thread());
@@ -276,16 +311,18 @@ static void start(Block& block, const Launch& launch, uint64_t number) {
     thread.block = &block, thread.lane = int(i % 32);
     thread.index = Dim3(unsigned(i % launch.block.x), unsigned(i / launch.block.x % launch.block.y),
                         unsigned(i / launch.block.x / launch.block.y));
-    thread.stack = stacks.take();
+    const Places::Slot slot = places.take();
+    thread.stack = slot.stack, thread.fiber = slot.fiber;
     thread.context = fresh_context(thread.stack, fiber_main);
   }
 }
 
 // Runs blocks [first, first + count), all of them live at once.
 static void run_blocks(const Launch& launch, const std::vector<size_t>& numbers) {
-  std::vector<Block> blocks(numbers.size());
-  stacks.release_all();
+  Blocks blocks(numbers.size());
+  places.begin_blocks(numbers.size() * launch.block.count());
   for (size_t i = 0; i < numbers.size(); ++i) start(blocks[i], launch, numbers[i]);
+  races::release(&launch_begin);
   std::vector<size_t> sequence(launch.block.count());
   order(sequence);
   for (bool alive = true; alive && error.empty();) {
@@ -334,6 +371,8 @@ bool run(const Launch& launch) {
   if (!error.empty()) return false;
   launch_log() += (launch.cooperative ? "cooperative " : "") + std::to_string(blocks) + " x " + std::to_string(threads) + "\n";
   running = &launch;
+  scheduler_fiber = races::current_fiber();
+  places.begin_launch();
   int64_t first = 0, count = int64_t(blocks);
   if (!launch.cooperative) {
     first = settings().first_block < 0 ? count + settings().first_block : settings().first_block;
@@ -347,6 +386,7 @@ bool run(const Launch& launch) {
     run_blocks(launch, numbers);
   else
     for (size_t i = 0; i < numbers.size() && error.empty(); ++i) run_blocks(launch, {numbers[i]});
+  races::acquire(&launch_end);
   running = nullptr;
   return error.empty();
 }

@@ -2,7 +2,8 @@
 // (barrier, warp collective, grid barrier) or ends. What a device leaves undefined is made visible:
 //
 //   divergent barriers   threads of a block at different barriers, or some at one and others gone: the launch fails
-//   races                the order of threads and blocks is a setting; a kernel that lacks a barrier differs between orders
+//   races                the order of threads and blocks is a setting; a kernel that lacks a barrier differs between orders.
+//                        Built for it, ThreadSanitizer sees a race whatever the order and the numbers (races.h)
 //   shared memory        every access through SharedArena's arrays is checked; fresh shared memory holds NaN; a red zone
 //                        behind it is looked at when the block ends
 //   limits               more shared memory than asked for or than the device has, too many threads, a cooperative grid that
@@ -16,6 +17,8 @@
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "races.h"
 
 namespace emulator {
 
@@ -67,13 +70,17 @@ struct Thread {
   void* context = nullptr;       // saved stack pointer
   char* stack = nullptr;
   void* fake_stack = nullptr;    // AddressSanitizer's
+  void* fiber = nullptr;         // ThreadSanitizer's
+  unsigned warp_barriers = 0;    // passed
 };
 
 struct Block {
   Dim3 index;
   const Launch* launch = nullptr;
-  std::vector<Thread> threads;
-  std::vector<unsigned char> shared;
+  std::vector<Thread, races::Pages<Thread>> threads;
+  std::vector<unsigned char, races::Pages<unsigned char>> shared;
+  unsigned barriers = 0;                // passed
+  char barrier[2], warp_barrier[32][2];  // what passing them orders hangs on these addresses, in turn
 };
 
 extern thread_local Thread* current;
@@ -91,6 +98,8 @@ void allow_shared(const void* function, int bytes);
 void block_barrier(Place place);
 int block_vote(int predicate, Place place);
 void grid_barrier(Place place);
+void warp_barrier(unsigned mask, Place place);
+void order_atomic(void* at);  // what came before an atomic is ordered before what follows a later one
 const uint64_t* warp_exchange(unsigned mask, uint64_t value, Place place);
 unsigned live_lanes();
 [[noreturn]] void fail(const std::string& what, Place place);

@@ -1,7 +1,8 @@
 """Every emulated CUDA entry point at odd shapes, in a process whose memory accesses a sanitizer checks.
 
 Run by test_cuda_emulator.py with the sanitizer's runtime preloaded. NumPy alone: each array is its own allocation,
-so an access one element past it is seen. ``python under_sanitizers.py address [fault]``. The numbers are other tests'.
+so an access one element past it is seen. ``python under_sanitizers.py address|races [fault]``. The numbers are other
+tests'.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def run_diffusion(native, shape: tuple, kind: str, transpose: bool) -> None:
 
 
 GRIDS = [(1, 1, 1), (3, 5, 2), (9, 8, 3), (1, 20, 9)]  # height, width, radius
+KINDS = ["float32", "float16", "uint16"]  # the last as bfloat16
 
 
 def scratch_of(size: int) -> np.ndarray:
@@ -116,19 +118,22 @@ def main(sanitizer: str, fault: str | None = None) -> None:
         out = np.zeros(64, np.float32)
         print(f"{fault}: {emulator.fault(fault, out.ctypes.data) or 'unnoticed'}")
         return
+    shapes, grids, kinds = SHAPES, GRIDS, KINDS
+    if sanitizer == "races":  # a fiber for each thread takes its time; sizes of several blocks, each with an edge
+        shapes, grids, kinds = [(1, 9, 19, 33), (2, 4, 16, 32)], [(9, 8, 3)], KINDS[:2]
     calls = 0
     for order, device in enumerate(DEVICES.values()):
         emulator.set_order(order)
         emulator.set_device(*device)
-        for shape in SHAPES:
+        for shape in shapes:
             for transpose in (False, True):
-                for kind in ("float32", "float16", "uint16"):
+                for kind in kinds:
                     run_diffusion(emulator.native, shape, kind, transpose)
                     dilations = DILATIONS[calls % 3]
                     run_par(emulator.native, shape, dilations, kind, transpose, bool(calls % 2), bool(calls // 2 % 2))
                     calls += 1
-        for grid in GRIDS:
-            for kind in ("float32", "float16", "uint16"):
+        for grid in grids:
+            for kind in kinds:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
     print(f"clean after {len(emulator.launches())} launches")

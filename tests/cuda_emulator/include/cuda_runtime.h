@@ -55,7 +55,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline void __syncthreads(AFA_PLACE) { emulator::block_barrier({file, line}); }
 inline int __syncthreads_or(int predicate, AFA_PLACE) { return emulator::block_vote(predicate, {file, line}) > 0; }
 inline int __syncthreads_count(int predicate, AFA_PLACE) { return emulator::block_vote(predicate, {file, line}); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, AFA_PLACE) { emulator::warp_exchange(mask, 0, {file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, AFA_PLACE) { emulator::warp_barrier(mask, {file, line}); }
 
 template <class T>
 T emulator_shuffle(unsigned mask, T value, int source, emulator::Place place) {
@@ -101,19 +101,26 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) {}
 
-// One thread runs at a time, so plain reads and writes are atomic.
+// One thread runs at a time, so plain reads and writes are atomic; ThreadSanitizer must not take them for what they are.
+template <class T, class Change>
+__attribute__((noinline, no_sanitize("thread"))) T emulator_atomic(T* at, Change change) {
+  emulator::order_atomic(at);
+  T old = *at;
+  *at = change(old);
+  return old;
+}
 template <class T>
-T atomicAdd(T* at, T value) { T old = *at; *at = old + value; return old; }
+T atomicAdd(T* at, T value) { return emulator_atomic(at, [=](T old) { return T(old + value); }); }
 template <class T>
-T atomicMax(T* at, T value) { T old = *at; *at = value > old ? value : old; return old; }
+T atomicMax(T* at, T value) { return emulator_atomic(at, [=](T old) { return value > old ? value : old; }); }
 template <class T>
-T atomicMin(T* at, T value) { T old = *at; *at = value < old ? value : old; return old; }
+T atomicMin(T* at, T value) { return emulator_atomic(at, [=](T old) { return value < old ? value : old; }); }
 template <class T>
-T atomicOr(T* at, T value) { T old = *at; *at = old | value; return old; }
+T atomicOr(T* at, T value) { return emulator_atomic(at, [=](T old) { return T(old | value); }); }
 template <class T>
-T atomicExch(T* at, T value) { T old = *at; *at = value; return old; }
+T atomicExch(T* at, T value) { return emulator_atomic(at, [=](T) { return value; }); }
 template <class T>
-T atomicCAS(T* at, T expected, T value) { T old = *at; if (old == expected) *at = value; return old; }
+T atomicCAS(T* at, T expected, T value) { return emulator_atomic(at, [=](T old) { return old == expected ? value : old; }); }
 
 template <class T>
 T __ldg(const T* at) { return *at; }
