@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import sanitized
 import test_diffusion
 import test_par
 import test_par_interface
@@ -335,45 +335,25 @@ def test_sound_kernels_pass_in_every_order(emulator, name, order):
 # --- sanitizers -------------------------------------------------------------------------------------------------------
 
 
-def sanitized(*arguments: str) -> str:
-    """The output of under_sanitizers.py with AddressSanitizer's runtime preloaded."""
-    runtime = subprocess.run(
-        [build.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
-        pytest.skip("the compiler has no AddressSanitizer runtime")
-    environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-    script = Path(build.__file__).with_name("under_sanitizers.py")
-    run = subprocess.run(
-        [sys.executable, str(script), "address", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    return run.stdout + run.stderr
+SCRIPT = Path(build.__file__).with_name("under_sanitizers.py")
+
+
+def addresses_watched(*arguments: str) -> str:
+    result = sanitized.run("asan", SCRIPT, "address", *arguments)
+    return result.stdout + result.stderr
 
 
 def test_every_kernel_under_address_and_undefined_behaviour_sanitizers():
     build.build("address")
-    said = sanitized()
+    said = addresses_watched()
     assert "clean after" in said, said[-3000:]
-    assert "AddressSanitizer: heap-buffer-overflow" in sanitized("global_overrun")
-    assert "sound: unnoticed" in sanitized("sound")
+    assert "AddressSanitizer: heap-buffer-overflow" in addresses_watched("global_overrun")
+    assert "sound: unnoticed" in addresses_watched("sound")
 
 
 def watched_for_races(*arguments: str) -> subprocess.CompletedProcess:
-    """under_sanitizers.py with ThreadSanitizer's runtime preloaded: each CUDA thread is a thread to it."""
-    runtime = subprocess.run(
-        [build.compiler(), "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
-        pytest.skip("the compiler has no ThreadSanitizer runtime")
-    # Address randomisation can leave no room where the sanitizer wants its own memory.
-    fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0 else []
-    script = Path(build.__file__).with_name("under_sanitizers.py")
-    options = {"LD_PRELOAD": runtime, "TSAN_OPTIONS": "exitcode=66 report_signal_unsafe=0"}
-    command = [*fixed, sys.executable, str(script), "races", *arguments]
-    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True)
+    """Each CUDA thread is a thread to ThreadSanitizer."""
+    return sanitized.run("tsan", SCRIPT, "races", *arguments)
 
 
 def test_no_kernel_has_a_data_race():

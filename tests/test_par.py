@@ -11,22 +11,13 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE, ROOT, available, relative_error
+from par_cases import inputs, on_device
 
 from afa_kernels import PAR, pamr, pamr_weights, par, par_weights
 
 BACKENDS = available("par")
 FAST = BACKENDS[1:]
 SIX = (1, 2, 4, 8, 12, 24)
-
-
-def on_device(array):
-    return torch.tensor(array, device=DEVICE)
-
-
-def inputs(rng, batch=1, channels=3, height=19, width=23, dtype=torch.float32):
-    images = torch.rand(batch, 3, height, width, generator=rng).to(DEVICE, dtype)
-    masks = torch.rand(batch, channels, height, width, generator=rng).to(DEVICE, dtype)
-    return images, masks
 
 
 # --- the published numbers ---

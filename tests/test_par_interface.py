@@ -7,22 +7,13 @@ import threading
 import pytest
 import torch
 from conftest import DEVICE, available
+from par_cases import inputs, on_device
 
 import afa_kernels
 from afa_kernels import PAMR, PAR, _backends, pamr, par, par_reference
 
 BACKENDS = available("par")
 FAST = BACKENDS[1:]
-
-
-def on_device(array):
-    return torch.tensor(array, device=DEVICE)
-
-
-def inputs(rng, batch=1, channels=3, height=19, width=23, dtype=torch.float32):
-    images = torch.rand(batch, 3, height, width, generator=rng).to(DEVICE, dtype)
-    masks = torch.rand(batch, channels, height, width, generator=rng).to(DEVICE, dtype)
-    return images, masks
 
 
 # --- PyTorch ---

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sanitized
 import torch
 from conftest import DEVICE, ROOT, available
 from cuda_emulator import build
@@ -53,21 +52,8 @@ def test_data_loader_workers(start):
 
 
 def watched(library: Path, *arguments: str) -> subprocess.CompletedProcess:
-    runtime = subprocess.run(
-        [build.compiler(), "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
-        pytest.skip("the compiler has no ThreadSanitizer runtime")
-    # Address randomisation can leave no room where the sanitizer wants its own memory.
-    fixed = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0 else []
-    options = {
-        "TSAN_OPTIONS": "exitcode=66 report_signal_unsafe=0",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "LD_PRELOAD": runtime,
-    }
     script = ROOT / "tests" / "thread_sanitizer" / "operators.py"
-    command = [*fixed, sys.executable, str(script), str(library), *arguments]
-    return subprocess.run(command, env={**os.environ, **options}, capture_output=True, text=True)
+    return sanitized.run("tsan", script, str(library), *arguments, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")

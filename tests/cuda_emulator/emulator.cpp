@@ -99,7 +99,7 @@ static void switch_stack(void** saved, void* next) {
 static thread_local void* scheduler = nullptr;
 static thread_local void* scheduler_fiber = nullptr;
 static char launch_begin, launch_end, grid_barriers[2];  // addresses for races.h
-static unsigned grid_barriers_passed = 0;
+static thread_local unsigned grid_barriers_passed = 0;
 #if defined(__SANITIZE_ADDRESS__)
 static thread_local void* scheduler_fake_stack = nullptr;
 static thread_local const void* scheduler_bottom = nullptr;

@@ -1,8 +1,8 @@
 // Data races between CUDA threads, found by ThreadSanitizer: each CUDA thread is a fiber of its own to it, switches between
 // fibers order nothing, barriers and atomics order what they order on a device. Shuffles and votes do not.
 //
-// Only emulator.cpp includes this, which is compiled without the sanitizer, so that its own work is not watched; the
-// kernels are compiled with it. Without AFA_EMULATOR_RACES all of this is empty.
+// emulator.cpp alone calls these; it is compiled without the sanitizer, so that its own work is not watched, the kernels with
+// it. Without AFA_EMULATOR_RACES all of this is empty.
 #pragma once
 
 #include <sys/mman.h>
