@@ -20,7 +20,8 @@ class PhaseTimer:
             step(batch, iteration)
         timer.seconds()                      {"forward": 0.4, "cam": 1.1, ...}
 
-    On a GPU it marks the stream with events and waits only in :meth:`seconds`. Phases do not nest. One timer
+    On a GPU it marks the stream with events and waits only in :meth:`seconds`. What is being captured into a CUDA
+    graph is not counted: it does not run then, and an event of a capture has no time. Phases do not nest. One timer
     is active at a time in a process.
     """
 
@@ -29,16 +30,19 @@ class PhaseTimer:
         self._spans: list[tuple[str, object, object]] = []
 
     def now(self) -> object:
-        """A point in time: seconds, or an event on the current stream."""
+        """A point in time: seconds, or an event on the current stream; None while that is being captured."""
         if not self._cuda:
             return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def add(self, name: str, start: object, end: object) -> None:
-        """Count the time between two points of :meth:`now` to ``name``."""
-        self._spans.append((name, start, end))
+        """Count the time between two points of :meth:`now` to ``name``, if both have one."""
+        if start is not None and end is not None:
+            self._spans.append((name, start, end))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase since the last call, in the order of their first appearance."""
