@@ -1,13 +1,21 @@
-"""PAR: weights and all iterations, as a training step calls it. The reference is plain dense tensor code."""
+"""PAR: weights and all iterations, as a training step calls it. The reference is plain dense tensor code.
+
+On a GPU the native kernels have two plans: "resident" keeps the weights on chip through all iterations, "streaming"
+reads them from memory in each. "native" chooses by itself; the other two are made to take one, so that the choice can
+be judged.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import Case, compiled, kernels
+from harness import Case, Unable, compiled, kernels
 from run import main
+from torch import Tensor
 
 import afa_kernels
 from afa_kernels.par import DILATIONS
@@ -25,6 +33,26 @@ QUICK = SHAPES[:3]
 TAPS = 8 * len(DILATIONS)
 
 
+PLANS = ("resident", "streaming")
+
+
+def with_plan(plan: str, call: Callable[[], Tensor]) -> Tensor:
+    """The call with this plan, whatever the kernels would choose; `Unable` where the plan cannot take the case."""
+    before = os.environ.get("AFA_PLAN")
+    os.environ["AFA_PLAN"] = plan
+    try:
+        return call()
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):  # no memory, or a kernel that failed
+            raise
+        raise Unable(str(error)) from error
+    finally:
+        if before is None:
+            del os.environ["AFA_PLAN"]
+        else:
+            os.environ["AFA_PLAN"] = before
+
+
 def case(shape: tuple[int, ...], device: str, compiling: bool) -> Case:
     batch, channels, height, width, iterations = shape
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +62,10 @@ def case(shape: tuple[int, ...], device: str, compiling: bool) -> Case:
     providers = {"reference": partial(call, backend="reference")}
     if compiling:
         providers["torch.compile"] = compiled(providers["reference"])
-    providers |= {name: partial(call, backend=name) for name in kernels("par", device)}
+    ours = kernels("par", device)
+    providers |= {name: partial(call, backend=name) for name in ours}
+    if device == "cuda" and "native" in ours:
+        providers |= {f"native {plan}": partial(with_plan, plan, providers["native"]) for plan in PLANS}
     pixels = batch * height * width
     return Case(
         f"{batch}x{channels}x{height}x{width}, {iterations} iterations",

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from harness import commit, device_name  # noqa: E402
+from machine import commit, device_name  # noqa: E402
 from published_step import PublishedStep  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402

@@ -7,30 +7,35 @@ left it (warm) or emptied (cold), and reports medians with 20th and 80th percent
 
     floor = max(bytes / bandwidth, operations / peak)      of this machine, measured at the start of the run
 
+On a GPU float32 is float32: TF32 is off, and the first provider is timed once more with it, in a row of its own. What
+takes less than a millisecond is also replayed as a CUDA graph, which shows how much of its time was the host's.
+
 A provider that fails or gives other numbers is not timed; the report says so and the run goes on, for the rest of it
 may have taken hours, or a borrowed GPU.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu
 import torch
+from machine import describe, peak_key
 from reports import Report, Row, as_table, write_json
 from rich.console import Console
+from timing import CacheFlush, peak_memory, repeats_of, seconds_of, warm_up
 
-ROOT = Path(__file__).resolve().parent.parent
+TF32_TOLERANCE = 1e-2  # TF32 keeps 10 of float32's 23 bits
+GRAPH_BELOW = 1e-3  # seconds: what takes longer has hidden its launches behind its kernels
+
+
+class Unable(Exception):
+    """Raised by a provider that cannot do this case: noted in the report, and no failure of the run."""
 
 
 @dataclass
@@ -43,73 +48,6 @@ class Case:
     operations: float = 0.0  # multiply and add counted as two
     dtype: torch.dtype = torch.float32  # of the arithmetic: whose peak the operations are held against
     tolerance: float = 1e-5  # norm of the difference over norm of the first provider's result
-
-
-# --- the machine ---
-
-
-def commit() -> str:
-    """Short hash of the checkout, with + when it has uncommitted changes; "unknown" outside a checkout."""
-    try:
-        run = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def describe(device: str) -> dict[str, Any]:
-    """Everything a reader needs to judge a number: device, versions, commit, measured bandwidth and peak."""
-    import afa_kernels
-
-    native = afa_kernels._native_module.native
-    bandwidth, peaks = limits(device)
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "instruction_set": native.cpu_isa() if native is not None else None,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        **{peak_key(dtype): round(peak / 1e9, 1) for dtype, peak in peaks.items()},
-    }
-
-
-def peak_key(dtype: torch.dtype) -> str:
-    """Where a machine's description has the operations per second of a dtype."""
-    return "peak_gflop_s" if dtype == torch.float32 else f"peak_gflop_s_{str(dtype).removeprefix('torch.')}"
-
-
-def limits(device: str) -> tuple[float, dict[torch.dtype, float]]:
-    """Bytes per second of a copy (read and written counted) and operations per second of a matrix product.
-
-    Products of float32 on the CPU, where half precision is not arithmetic but storage; of bfloat16 too on a GPU.
-    """
-    size = 1 << (28 if device == "cuda" else 25)
-    source = torch.ones(size, device=device)
-    target = torch.empty_like(source)
-    seconds = min(_seconds(lambda: target.copy_(source), device) for _ in range(7))
-    n, peaks = 4096 if device == "cuda" else 1024, {}
-    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
-        a = torch.rand(n, n, device=device, dtype=dtype)
-        out = torch.empty_like(a)
-        product = partial(torch.mm, a, a, out=out)
-        peaks[dtype] = 2 * n**3 / min(_seconds(product, device) for _ in range(7))
-    return 2 * 4 * size / seconds, peaks
 
 
 # --- providers ---
@@ -139,83 +77,39 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# --- timing ---
+@dataclass
+class Provider:
+    """One way to do a case, and how far it may be from the first."""
+
+    call: Callable[[], Any]
+    tolerance: float
+    tf32: bool = False
+
+    def precision(self) -> AbstractContextManager[None]:
+        """To be around its calls, and outside what is timed."""
+        return gpu.precision(tf32=True) if self.tf32 else nullcontext()
 
 
-def _seconds(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
-    """Of one call; on a GPU of one among ``repeats``, one behind the other as a training loop queues them."""
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+def providers_of(case: Case, device: str) -> dict[str, Provider]:
+    """Those of the case; behind the first one, on a GPU and in float32, the same with TF32."""
+    found: dict[str, Provider] = {}
+    for name, call in case.providers.items():
+        found[name] = Provider(call, case.tolerance)
+        if len(found) == 1 and device == "cuda" and case.dtype == torch.float32:
+            found[f"{name} TF32"] = Provider(call, max(case.tolerance, TF32_TOLERANCE), tf32=True)
+    return found
 
 
-def warm_up(call: Callable[[], Any], device: str, seconds: float = 0.002) -> None:
-    """One call, or as many as fit into 2 ms: what the other providers have left in the caches is gone by then."""
-    begin = time.perf_counter()
-    while True:
-        call()
-        if device == "cuda" or time.perf_counter() - begin > seconds:
-            return
+# --- one case ---
 
 
-class CacheFlush:
-    """Writes over more memory than any cache holds."""
+@dataclass
+class Measured:
+    """What came of a case; ``failures`` and ``notes`` by "case: provider"."""
 
-    def __init__(self, device: str) -> None:
-        self.buffer = torch.empty((256 if device == "cuda" else 128) << 20, dtype=torch.uint8, device=device)
-
-    def __call__(self) -> None:
-        self.buffer.fill_(1)
-
-
-def forget_scratch() -> None:
-    """Frees what our kernels keep for their next call on this thread: a peak that left it out would flatter them."""
-    import afa_kernels
-
-    kept = getattr(afa_kernels._native_module, "_scratch", None)
-    if kept is not None:
-        kept.__dict__.clear()
-
-
-def peak_memory(call: Callable[[], Any], device: str) -> float:
-    """Bytes at the peak of a call above the level before it: results and scratch, not the inputs.
-
-    CUDA: what torch's allocator had handed out. CPU (Linux): resident pages of this process, its high-water mark
-    set back by the kernel just before the call (``/proc/self/clear_refs``), when memory freed earlier has been
-    returned to the system; what is allocated but never touched does not count, scratch that our kernels keep from
-    call to call does. NaN where that is not to be had.
-    """
-    forget_scratch()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def status(key: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS:")
-        call()
-        return max(status("VmHWM:") - before, 0.0)
-    except (OSError, AttributeError, StopIteration):
-        return float("nan")
+    rows: list[Row] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
@@ -229,69 +123,103 @@ def relative_error(got: Any, want: Any) -> float:
     return max(errors)
 
 
-def check(case: Case, device: str) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
-    """Runs every provider once: error and peak of those that agree with the first, and why the others do not count."""
-    first = next(iter(case.providers))
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def check(name: str, providers: dict[str, Provider], device: str, result: Measured) -> dict[str, tuple[float, float]]:
+    """Runs every provider once -> error and peak of those that agree with the first; why not goes into ``result``."""
+    first = next(iter(providers))
     good: dict[str, tuple[float, float]] = {}
-    failures: dict[str, str] = {}
     want = None
-    for name, call in case.providers.items():
-        if name != first and want is None:
-            failures[f"{case.name}: {name}"] = f"not timed: there is no {first} to compare it with"
+    for key, provider in providers.items():
+        where = f"{name}: {key}"
+        if key != first and first not in good:
+            result.failures[where] = f"not timed: there is no {first} to compare it with"
             continue
         try:
-            got = call()
-            want = got if name == first else want
-            error = relative_error(got, want)
-            del got
-            if error <= case.tolerance:
-                good[name] = error, peak_memory(call, device)
-            else:
-                failures[f"{case.name}: {name}"] = f"differs from {first} by {error:.2g}, not timed"
+            with provider.precision():
+                got = provider.call()
+                want = got if key == first else want
+                error = relative_error(got, want)
+                del got
+                if error <= provider.tolerance:
+                    good[key] = error, peak_memory(provider.call, device)
+                else:
+                    result.failures[where] = f"differs from {first} by {error:.2g}, not timed"
+        except Unable as error:
+            result.notes[where] = f"not timed: {error}"
         except Exception as error:  # whatever a compiler or a device may say
-            failures[f"{case.name}: {name}"] = f"{type(error).__name__}: {error}"[:500]
-    return good, failures
+            result.failures[where] = _said(error)
+    return good
 
 
-def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) -> tuple[list[Row], dict[str, str]]:
-    """Checks, then times, the providers of a case, about ``seconds`` for each; also gives what `check` found wrong."""
-    good, failures = check(case, device)
-    providers = {name: case.providers[name] for name in good}
-    if not providers:
-        return [], failures
-    first = next(iter(providers))
-    once = {name: _seconds(call, device) for name, call in providers.items()}
-    repeats = {name: min(max(int(1e-3 / once[name]), 1), 50) if device == "cuda" else 1 for name in providers}
-    rounds = int(min(max(seconds / max(sum(once.values()) / len(once), 1e-6), 5), 200))
-    least = {name: 5 if once[name] < max(seconds, 0.5) else 3 for name in providers}
+def time_eagerly(providers: dict[str, Provider], device: str, seconds: float) -> dict[str, tuple[list[float], float]]:
+    """Seconds of each provider's warm calls, about ``seconds`` in all for each, and the median of its cold ones."""
     warm: dict[str, list[float]] = {name: [] for name in providers}
     cold: dict[str, list[float]] = {name: [] for name in providers}
+    once = {}
+    for name, provider in providers.items():
+        with provider.precision():
+            once[name] = seconds_of(provider.call, device)
+    repeats = {name: repeats_of(once[name], device) for name in providers}
+    rounds = int(min(max(seconds / max(sum(once.values()) / len(once), 1e-6), 5), 200))
+    least = {name: 5 if once[name] < max(seconds, 0.5) else 3 for name in providers}
     flush = CacheFlush(device)
     for _ in range(rounds):
-        for name, call in providers.items():
+        for name, provider in providers.items():
             # A slow provider is not repeated as often as a fast one.
             if len(warm[name]) >= least[name] and sum(warm[name]) > 2 * seconds / repeats[name]:
                 continue
-            warm_up(call, device)
-            warm[name].append(_seconds(call, device, repeats[name]))
+            with provider.precision():
+                warm_up(provider.call, device)
+                warm[name].append(seconds_of(provider.call, device, repeats[name]))
     for _ in range(min(rounds, 7)):
-        for name, call in providers.items():
+        for name, provider in providers.items():
             if len(cold[name]) >= least[name] and sum(cold[name]) > 2 * seconds:
                 continue
             flush()
-            cold[name].append(_seconds(call, device))
+            with provider.precision():
+                cold[name].append(seconds_of(provider.call, device))
+    return {name: (warm[name], statistics.median(cold[name])) for name in providers}
+
+
+def time_graph(provider: Provider, device: str) -> float:
+    """Seconds of a replay as a CUDA graph: the call without the host's share."""
+    with provider.precision():
+        replay = gpu.capture(provider.call)
+        replay()  # the first one also uploads the graph
+        repeats = repeats_of(seconds_of(replay, device), device)
+        return statistics.median(seconds_of(replay, device, repeats) for _ in range(15))
+
+
+def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) -> Measured:
+    """Checks, then times, the providers of a case, about ``seconds`` for each."""
+    result, providers = Measured(), providers_of(case, device)
+    good = check(case.name, providers, device, result)
+    providers = {name: providers[name] for name in good}
+    if not providers:
+        return result
+    timed = time_eagerly(providers, device, seconds)
+    medians = {name: statistics.median(times) for name, (times, _) in timed.items()}
+    graphs: dict[str, float | None] = dict.fromkeys(providers)
+    # Last, for a capture that fails may leave the device in a state that a time should not depend on.
+    for name in providers if device == "cuda" else ():
+        if medians[name] < GRAPH_BELOW:
+            try:
+                graphs[name] = time_graph(providers[name], device)
+            except Exception as error:  # what waits for the device cannot be captured, for one
+                result.notes[f"{case.name}: {name}"] = f"no CUDA graph: {_said(error)}"
     floor = max(
         case.bytes / (machine["bandwidth_gb_s"] * 1e9) if case.bytes else 0.0,
         case.operations / (machine[peak_key(case.dtype)] * 1e9) if case.operations else 0.0,
     )
-    base = statistics.median(warm[first])
-    rows = []
-    for name, times in warm.items():
-        median = statistics.median(times)
-        ordered = sorted(times)
+    base = medians[next(iter(case.providers))]
+    for name, (times, cold) in timed.items():
+        ordered, median, graph = sorted(times), medians[name], graphs[name]
         p20, p80 = ordered[int(0.2 * (len(ordered) - 1))], ordered[int(0.8 * (len(ordered) - 1) + 0.5)]
-        milliseconds = [round(1e3 * value, 4) for value in (median, p20, p80, statistics.median(cold[name]))]
-        rows.append(
+        milliseconds = [round(1e3 * value, 4) for value in (median, p20, p80, cold)]
+        result.rows.append(
             Row(
                 case.name,
                 name,
@@ -302,9 +230,11 @@ def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) ->
                 peak_mb=round(good[name][1] / 2**20, 2),
                 error=float(f"{good[name][0]:.2g}"),
                 rounds=len(times),
+                graph_ms=None if graph is None else round(1e3 * graph, 4),
+                host_share=None if graph is None else round(max(1 - graph / median, 0.0), 3),
             )
         )
-    return rows, failures
+    return result
 
 
 # --- a table of cases ---
@@ -315,17 +245,20 @@ def run(
 ) -> Report:
     """Measures a case table, prints it as it goes and keeps what it has in ``folder``, should it be stopped."""
     console = Console()
-    console.width = max(console.width, 110)  # a table that wraps is no table
-    report = Report(operator, device, describe(device))
-    console.print(f"[bold]{operator}[/bold] on {report.machine['device']}, commit {report.machine['commit']}")
-    for case in cases:
-        rows, failures = measure(case, device, seconds, report.machine)
-        report.rows += rows
-        report.failures |= failures
-        if rows:
-            console.print(as_table(rows, case.name))
-        for name, reason in failures.items():
-            console.print(f"{name}: {reason}", style="red", markup=False)
-        if folder is not None:
-            write_json(report, folder)
+    console.width = max(console.width, 130 if device == "cuda" else 110)  # a table that wraps is no table
+    with gpu.precision():
+        report = Report(operator, device, describe(device))
+        console.print(f"[bold]{operator}[/bold] on {report.machine['device']}, commit {report.machine['commit']}")
+        for case in cases:
+            result = measure(case, device, seconds, report.machine)
+            report.rows += result.rows
+            report.failures |= result.failures
+            report.notes |= result.notes
+            if result.rows:
+                console.print(as_table(result.rows, case.name))
+            for style, lines in (("red", result.failures), ("yellow", result.notes)):
+                for name, reason in lines.items():
+                    console.print(f"{name}: {reason}", style=style, markup=False)
+            if folder is not None:
+                write_json(report, folder)
     return report

@@ -26,6 +26,8 @@ class Row:
     peak_mb: float  # highest memory above what was in use before the call
     error: float  # against the first provider
     rounds: int
+    graph_ms: float | None = None  # replayed as a CUDA graph; None on a CPU, where it is long, or cannot be captured
+    host_share: float | None = None  # 1 - graph / median: of the time, what the kernels waited for their launches
 
 
 @dataclass
@@ -35,12 +37,15 @@ class Report:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # by "case: provider", why it was not timed
+    notes: dict[str, str] = field(default_factory=dict)  # likewise, what a provider cannot do and need not
 
 
 def as_table(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("provider")
-    for name in ("median ms", "p20", "p80", "cold", "speed-up", "floor ms", "of floor", "peak MB", "error"):
+    names = ["median ms", "p20", "p80", "cold", "speed-up", "floor ms", "of floor", "peak MB", "error"]
+    graphs = any(row.graph_ms is not None for row in rows)
+    for name in [*names, *(["graph ms", "host"] if graphs else [])]:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -51,8 +56,13 @@ def as_table(rows: Sequence[Row], title: str) -> Table:
             f"{100 * row.of_floor:.0f} %",
             f"{row.peak_mb:.1f}",
             f"{row.error:.1g}",
+            *((_or_dash(row.graph_ms, "{:.3g}"), _or_dash(row.host_share, "{:.0%}")) if graphs else ()),
         )
     return table
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def write_json(report: Report, folder: Path) -> Path:

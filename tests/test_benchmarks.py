@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, available, relative_error
+from benchmark_modules import MACHINE, bench  # noqa: F401
+from conftest import available, relative_error
 
 from afa_kernels import affinity_native
-
-TABLES = ("bench_par", "bench_affinity", "bench_random_walk")
-MODULES = ("harness", "reports", "run", "published_step", "readme_table", *TABLES)
-MACHINE = {"device": "a CPU", "torch": "2", "commit": "0", "bandwidth_gb_s": 10.0, "peak_gflop_s": 50.0}
-
-
-@pytest.fixture
-def bench(monkeypatch) -> SimpleNamespace:
-    """The modules of the benchmarks' folder, which is no package; forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delenv("AFA_BACKEND", raising=False)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
-
 
 def providing() -> torch.Tensor:
     return torch.ones(3)
@@ -52,15 +36,13 @@ def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path,
         raise RuntimeError("out of something")
 
     providers = {"one": lambda: torch.ones(3), "two": lambda: torch.full((3,), 1.01), "three": fail, "four": providing}
-    table = SimpleNamespace(
-        cases=lambda *_, **__: [
-            bench.harness.Case("a", providers, bytes=1.0),
-            bench.harness.Case("b", {"one": fail, "two": providing}),
-            bench.harness.Case("c", {"one": providing}, bytes=1.0),
-        ]
-    )
+    table = [
+        bench.harness.Case("a", providers, bytes=1.0),
+        bench.harness.Case("b", {"one": fail, "two": providing}),
+        bench.harness.Case("c", {"one": providing}, bytes=1.0),
+    ]
     monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
-    monkeypatch.setitem(sys.modules, "bench_par", table)
+    monkeypatch.setattr(bench.bench_par, "cases", lambda *_, **__: table)
     with pytest.raises(SystemExit) as stopped:
         bench.run.main(["par", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
     wrong = {
@@ -129,3 +111,33 @@ def test_loss_and_gradients_of_a_large_grid_take_little_memory(bench):
     case = bench.bench_affinity.loss_case(*bench.bench_affinity.LARGE, "cpu", torch.float32, False)
     case.providers["native"]()
     assert bench.harness.peak_memory(case.providers["native"], "cpu") < 400e6
+
+
+# --- the README's table ---
+
+
+def row(provider: str, median: float, **more: object) -> dict:
+    numbers = {"median_ms": median, "speedup": 8 / median, "floor_ms": 0.1, "of_floor": 0.1, "peak_mb": 1.0}
+    return {"case": "a", "provider": provider, **numbers, **more}
+
+
+def test_results_from_before_there_were_graphs_are_still_tabled(bench):
+    machine = {"device": "a GPU", "torch": "2"}
+    old = {"operator": "par", "machine": machine, "rows": [row("dense", 8.0), row("native", 2.0)]}
+    line = "| par | a | 8 | 2 (native) | 4.0x | 0.1 | 10 % | 1 / 1 |"
+    assert bench.readme_table.markdown([old]).splitlines()[-1] == line
+    graphs = {"graph_ms": 0.75, "host_share": 0.5}
+    rows = [row("dense", 8.0, graph_ms=None), row("dense TF32", 1.0), row("native", 1.5, **graphs)]
+    new = {"operator": "walk", "machine": machine, "rows": [*rows, row("native streaming", 1.0)], "notes": {}}
+    table = bench.readme_table.markdown([old, new]).splitlines()
+    assert table[2].endswith("| ours in a CUDA graph ms |")
+    assert table[4:6] == [
+        f"{line}  |",
+        "| walk | a | 8 | 1.5 (native) | 5.3x | 0.1 | 10 % | 1 / 1 | 0.75 |",
+    ]
+
+
+def test_a_reference_with_tf32_is_not_ours(bench):
+    rows = [row("dense", 8.0), row("dense TF32", 1.0)]
+    table = bench.readme_table.markdown([{"operator": "par", "machine": {"device": "a", "torch": "2"}, "rows": rows}])
+    assert "TF32" not in table
