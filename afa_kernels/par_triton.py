@@ -74,10 +74,12 @@ def _weights(
         else:
             scaled = distance / (sigma + 1e-8)[:, None] / w1
             kappa -= scaled * scaled
-    kappa = tl.where(real[None, :], kappa / 3.0, float("-inf"))
+    kappa = tl.where(real[None, :], kappa, float("-inf"))
     # A NaN must reach every weight of its pixel; max and where would drop it.
     poison = tl.sum(tl.where(real[None, :], kappa, 0.0) * 0.0, axis=1)
-    exponential = tl.exp(kappa - tl.max(kappa, axis=1)[:, None])
+    # The mean of the three colours is taken behind the subtraction: a product in front of it could be fused into it, while
+    # the maximum has been rounded, and where sigma is 0 half a unit in kappa's last place is 3e7 in the exponent.
+    exponential = tl.exp((kappa - tl.max(kappa, axis=1)[:, None]) / 3.0)
     share = exponential / tl.sum(exponential, axis=1)[:, None] + poison[:, None]
     share += tl.load(position + tap, mask=real, other=0.0)[None, :]
     size = height * width

@@ -107,11 +107,14 @@ static bool fill(const ParRows& rows, int64_t y, int64_t row, float* weights) {
       for (int64_t t = 0; t < rows.taps; ++t) {
         const int64_t dx = std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width);
         const vfloat distance = (load(rows.at(y + rows.offsets[2 * t], c) + x + dx) - centre) * scale;
-        const vfloat kappa = (pamr ? abs_of(distance) : distance * distance) * share;
+        // Where a colour's sigma is 0 its kappa is about 1e15, the same for all taps: rounded before the others join it, or what
+        // they change in the last place, 6e7, would decide between the taps.
+        const vfloat kappa = rounded((pamr ? abs_of(distance) : distance * distance) * share);
         float* to = weights + t * row + x;
         store(to, c == 0 ? kappa : load(to) + kappa);
       }
     }
+    // The maximum is one of the stored values, rounded; it is taken off them as they are stored, never off a product.
     vfloat highest = load(weights + x), sum = {};
     for (int64_t t = 1; t < rows.taps; ++t) highest = max_of(highest, load(weights + t * row + x));
     for (int64_t t = 0; t < rows.taps; ++t) {

@@ -39,12 +39,14 @@ __device__ inline bool is_diagonal(int k) { return 0xA5 >> k & 1; }
 template <class Pixel>
 __device__ inline float wide_deviation(const ParTaps& taps, int dilations, int c, float count, Pixel pixel) {
   constexpr float kShrink = 0x1p-80f;
-  const float origin = pixel(c, -taps.dy[0], -taps.dx[0]) * kShrink, away = pixel(c, 0, 0) * kShrink - origin;
+  // Rounded before the origin is taken off, or pixels equal to it would not give 0.
+  auto shrunk = [&](int dy, int dx) { return __fmul_rn(pixel(c, dy, dx), kShrink); };
+  const float origin = shrunk(-taps.dy[0], -taps.dx[0]), away = shrunk(0, 0) - origin;
   const float centres = count - float(8 * dilations);
   float sum = away * centres, squares = away * away * centres;
 #pragma unroll 1
   for (int t = 0; t < 8 * dilations; ++t) {
-    const float value = pixel(c, direction_y(t % 8) * taps.dy[t / 8], direction_x(t % 8) * taps.dx[t / 8]) * kShrink - origin;
+    const float value = shrunk(direction_y(t % 8) * taps.dy[t / 8], direction_x(t % 8) * taps.dx[t / 8]) - origin;
     sum += value;
     squares = fmaf(value, value, squares);
   }
@@ -79,15 +81,18 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& 
     if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, dilations, c, count, pixel);
     scale[c] = taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
   }
+  // The maximum is taken of one evaluation and subtracted from another, so both must round alike: where sigma is 0, kappa is about
+  // 1e15, and half a unit in its last place is 3e7 in the exponent. Left to the compiler, the last product is fused into the
+  // subtraction. Every rounding is therefore spelled out.
   auto kappa = [&](int i, int k) {
     const int dy = direction_y(k) * taps.dy[i], dx = direction_x(k) * taps.dx[i];
     float sum = 0.0f;
 #pragma unroll
     for (int c = 0; c < kColours; ++c) {
-      const float distance = (pixel(c, dy, dx) - centre[c]) * scale[c];
-      sum += taps.pamr ? fabsf(distance) : distance * distance;
+      const float distance = __fmul_rn(pixel(c, dy, dx) - centre[c], scale[c]);
+      sum = __fadd_rn(sum, taps.pamr ? fabsf(distance) : __fmul_rn(distance, distance));
     }
-    return sum * (-1.0f / kColours);
+    return __fmul_rn(sum, -1.0f / kColours);
   };
   auto position = [&](int i, int k) { return is_diagonal(k) ? taps.diagonal[i] : taps.straight[i]; };
   if constexpr (kDilations > 0) {

@@ -33,6 +33,19 @@ static inline void store(float* to, vfloat value) { __builtin_memcpy(to, &value,
 static inline vfloat splat(float value) { return value - vfloat{}; }
 static inline vfloat max_of(vfloat a, vfloat b) { return a > b ? a : b; }
 static inline vfloat abs_of(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
+// The value as it is rounded here, kept from being fused into the sum that follows.
+static inline vfloat rounded(vfloat value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+  return value;
+}
 
 // a_0, b_0, a_1, b_1, ... of the lower halves (kHalf = 0) or the upper ones (kHalf = kLanes / 2).
 template <int kHalf, int... kLane>

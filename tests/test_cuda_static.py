@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import machine_code
 import pytest
 from cuda_emulator.build import CSRC, ROOT, sources
 from cuda_tools import NVCC, disassembler
@@ -45,6 +46,19 @@ def compile_all(source: Path, folder: Path) -> str:
         assert run.returncode == 0, run.stderr
         report.write_text(run.stdout + run.stderr)
     return report.read_text()
+
+
+def code_of_all(folder: Path, arch: str) -> dict[str, str]:
+    """The machine code of every kernel."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump: install the CUDA toolkit's, or Triton")
+    found: dict[str, str] = {}
+    for source in sources("AFA_CUDA_SOURCES"):
+        newest = max(folder.glob(f"{source.stem}.*.fatbin"), key=lambda path: path.stat().st_mtime)
+        code = machine_code.functions(tool, newest, arch)
+        found |= dict(zip(demangle(list(code)), code.values()))
+    return found
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -140,23 +154,46 @@ def test_a_spill_would_be_seen(tmp_path):
 
 
 def test_streaming_kernels_load_16_bytes_at_a_time(kernels, folder):
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("no cuobjdump: install the CUDA toolkit's, or Triton")
     stated = re.findall(r"Wide loads: (.*?)\.(?:\s|$)", notes())
     wanted = [pattern.removesuffix(">") + ">" for line in stated for pattern in re.split(r">, (?=\w+<)", line)]
-    wide: dict[str, int] = {}
-    for source in sources("AFA_CUDA_SOURCES"):
-        newest = max(folder.glob(f"{source.stem}.*.fatbin"), key=lambda path: path.stat().st_mtime)
-        code = subprocess.run(
-            [tool, "--dump-sass", "-arch", "sm_90", str(newest)], capture_output=True, text=True, check=True
-        ).stdout
-        parts = re.split(r"Function : (\w+)", code)[1:]
-        for name, body in zip(demangle(parts[::2]), parts[1::2]):
-            wide[name] = len(re.findall(r"\bLDG\.E\S*\.128", body))
-            assert not re.search(r"\b(LDL|STL)\b", body), f"{name} uses local memory"
+    code = code_of_all(folder, "90")
+    assert [name for name, body in code.items() if re.search(r"\b(LDL|STL)\b", body)] == [], "local memory"
+    wide = {name: len(re.findall(r"\bLDG\.E\S*\.128", body)) for name, body in code.items()}
     assert wanted
     for pattern in wanted:
         matching = [name for name in wide if fnmatch.fnmatchcase(name, pattern)]
         assert matching, f"no kernel is called {pattern}; there are {sorted(wide)}"
         assert all(wide[name] > 0 for name in matching), {name: wide[name] for name in matching}
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_no_product_is_fused_in_front_of_an_exponential(kernels, folder, arch):
+    """exp(a - max) where max is one of the rounded a: fused into the difference, a would not be rounded as max is."""
+    code = code_of_all(folder, arch)
+    before = {name: machine_code.before_exponentials(body) for name, body in code.items()}
+    refine = [name for name in code if "par_weights_kernel" in name or "ParWeights" in name]
+    assert len(refine) >= 6 and all(len(before[name]) >= 16 for name in refine)
+    assert any(before[name] for name in code if name.startswith("pair_kernel"))
+    assert {name: found for name in before if (found := [line for line in before[name] if "FFMA" in line])} == {}
+    assert all({line.split()[0] for line in found} <= {"FADD"} for found in before.values()), before
+
+
+def test_a_fused_product_would_be_seen(tmp_path):
+    """The gate itself, on the softmax as one would write it."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump: install the CUDA toolkit's, or Triton")
+    source = tmp_path / "softmax.cu"
+    source.write_text(
+        "__global__ void softmax(const float* in, float* out) {\n"
+        "  const int i = threadIdx.x;\n"
+        "  const float highest = fmaxf(in[0] * 0.3f, in[1] * 0.3f);\n"
+        "  out[i] = __expf(PRODUCT(in[i], 0.3f) - highest);\n}\n"
+    )
+    for product, seen in (("(a) * (b)", "FFMA"), ("__fmul_rn(a, b)", "FADD")):
+        text = source.read_text()
+        one = tmp_path / f"{seen}.cu"
+        one.write_text(f"#define PRODUCT(a, b) {product}\n{text}")
+        compile_all(one, tmp_path)
+        (code,) = machine_code.functions(tool, next(tmp_path.glob(f"{seen}.*.fatbin")), "90").values()
+        assert [line.split()[0] for line in machine_code.before_exponentials(code)] == [seen]

@@ -25,17 +25,21 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 THREAD_SANITIZER = HERE.parent / "thread_sanitizer" / "openmp.cpp"
+# As a GPU's compiler would have it: products and the sums after them are one rounding wherever the source allows it.
+CONTRACTED = ["-O2", "-ffp-contract=fast", "-mfma"]
 ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 THREAD = ["-g", "-fsanitize=thread"]
 
 
-def _flags_of(file: Path, sanitizer: str) -> list[str]:
+def _flags_of(file: Path, kind: str) -> list[str]:
     """Optimised and sanitized is only what a test is about: the emulated sources, or for "thread" the CPU's kernels."""
-    if sanitizer == "races" and (file.suffix == ".cu" or file.parent == HERE):
+    if kind == "contracted" and file.suffix == ".cu":
+        return CONTRACTED
+    if kind == "races" and (file.suffix == ".cu" or file.parent == HERE):
         return ["-O1", "-DAFA_EMULATOR_RACES", *(THREAD if file.suffix == ".cu" else [])]
     if file.suffix == ".cu" or file.parent == HERE:
-        return ["-O1", *(ADDRESS if sanitizer == "address" else [])]
-    if sanitizer == "thread" and file.parent != CSRC / "bind":
+        return ["-O1", *(ADDRESS if kind == "address" else [])]
+    if kind == "thread" and file.parent != CSRC / "bind":
         return ["-O1", "-fopenmp", *THREAD]
     return ["-O0"]
 
@@ -73,28 +77,28 @@ def _headers_digest() -> bytes:
     return hashlib.sha256(b"".join(path.read_bytes() for path in headers)).digest()
 
 
-def build(sanitizer: str = "none") -> Path:
-    """Compile what changed and link; returns the shared library. ``sanitizer``: "none", "address", "thread" (the
-    CPU's kernels) or "races" (between CUDA threads).
+def build(kind: str = "plain") -> Path:
+    """Compile what changed and link; returns the shared library. ``kind``: "plain"; "contracted", products fused into
+    sums as a GPU's compiler does; or sanitized: "address", "thread" (the CPU's kernels), "races" (between CUDA threads).
     """
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
     files = sources("AFA_CUDA_SOURCES", "AFA_BINDINGS", "AFA_CPU_KERNELS", "AFA_CPU_SOURCES")
     files += [HERE / "emulator.cpp", HERE / "switches.cpp", HERE / "faults.cu"]
-    files += [THREAD_SANITIZER] if sanitizer == "thread" else []
+    files += [THREAD_SANITIZER] if kind == "thread" else []
     folder = ROOT / "build" / "cuda_emulator"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side build it once
-        return _build(cxx, folder, files, sanitizer)
+        return _build(cxx, folder, files, kind)
 
 
-def _build(cxx: str, folder: Path, files: list[Path], sanitizer: str) -> Path:
+def _build(cxx: str, folder: Path, files: list[Path], kind: str) -> Path:
     common = _flags()
 
     def compile_one(file: Path) -> Path:
-        flags = [*common, *_flags_of(file, sanitizer)]
+        flags = [*common, *_flags_of(file, kind)]
         key = hashlib.sha256(_headers_digest() + file.read_bytes() + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
         target = folder / f"{file.name}.{key}.o"
         if not target.exists():
@@ -105,7 +109,7 @@ def _build(cxx: str, folder: Path, files: list[Path], sanitizer: str) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
-    link = {"address": ADDRESS, "thread": THREAD, "races": THREAD}.get(sanitizer, [])
+    link = {"address": ADDRESS, "thread": THREAD, "races": THREAD}.get(kind, [])
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     library = folder / key / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
@@ -150,8 +154,15 @@ class Emulator:
 
 
 @functools.cache
-def load(sanitizer: str = "none") -> Emulator:
-    return Emulator(build(sanitizer))
+def load(kind: str = "plain") -> Emulator:
+    return Emulator(build(kind))
+
+
+def kinds() -> list[str]:
+    """The builds whose numbers are checked. What a compiler may fuse, it must be free to fuse and free to leave."""
+    cpu = Path("/proc/cpuinfo")
+    fuses = cpu.exists() and " fma " in cpu.read_text()
+    return ["plain", "contracted"] if fuses else ["plain"]
 
 
 if __name__ == "__main__":

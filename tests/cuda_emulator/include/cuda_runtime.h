@@ -133,6 +133,22 @@ void __stcg(T* at, T value) { *at = value; }
 template <class T>
 void __stcs(T* at, T value) { *at = value; }
 
+// Roundings that no compiler may leave out by fusing; built contracted, the host's compiler would.
+inline float emulator_rounded(float x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  volatile float kept = x;
+  x = kept;
+#endif
+  return x;
+}
+inline float __fmul_rn(float a, float b) { return emulator_rounded(a * b); }
+inline float __fadd_rn(float a, float b) { return emulator_rounded(emulator_rounded(a) + emulator_rounded(b)); }
+inline float __fsub_rn(float a, float b) { return emulator_rounded(emulator_rounded(a) - emulator_rounded(b)); }
+
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
