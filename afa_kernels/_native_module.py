@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch  # before the native module: both then share one OpenMP runtime and one thread pool
@@ -44,13 +45,44 @@ def cpu_reason(*tensors: torch.Tensor) -> str | None:
     return None
 
 
-def cuda_reason(*tensors: torch.Tensor) -> str | None:
-    """Why the native CUDA kernels cannot take these tensors, or None if they can."""
+_probed: dict[int, str | None] = {}  # by device
+
+
+@torch.compiler.assume_constant_result
+def _probe(index: int | None) -> str | None:
+    """Why a CUDA device cannot run the kernels that were built, or None; asked of the driver once for each device."""
+    index = torch.cuda.current_device() if index is None else index
+    if index not in _probed:
+        said = native.cuda_probe(index)
+        _probed[index] = _explained(said, index) if said else None
+    return _probed[index]
+
+
+def _explained(said: str, index: int) -> str:
+    """What the driver says, and what a user can do about it."""
+    major, minor = torch.cuda.get_device_capability(index)
+    driver, runtime = native.cuda_versions()
+    if 0 < driver < runtime and driver // 1000 < runtime // 1000:
+        return (
+            f"{said}: the kernels were built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, the driver is for"
+            f" {driver // 1000}.{driver % 1000 // 10}; update the driver, or install a CUDA toolkit of version"
+            f" {driver // 1000} and install afa again"
+        )
+    return (
+        f"{said}: the kernels were built for {build_info().get('cuda_archs')}, this device is of {major}.{minor};"
+        f" install afa again with AFA_CUDA_ARCHS={major}{minor}"
+    )
+
+
+def cuda_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
+    """Why the native CUDA kernels cannot run on a device and take these tensors, or None if they can."""
     reason = cpu_reason(*tensors)
     if reason is None and not native.cuda:
         reason = f"built without CUDA: {build_info().get('cuda_reason')}"
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
+    if reason is None:
+        reason = _probe(device.index)
     return reason
 
 
@@ -59,7 +91,7 @@ def native_can_run(operator: str, device: torch.device, *tensors: torch.Tensor) 
     if device.type == "cpu":
         reason = cpu_reason(*tensors)
     elif device.type == "cuda":
-        reason = cuda_reason(*tensors)
+        reason = cuda_reason(device, *tensors)
     else:
         return f"the native kernels run on cpu and cuda, not on {device.type}"
     if reason is None and not hasattr(native, f"{operator}_{device.type}"):
@@ -106,3 +138,17 @@ def workspace(size: int, device: torch.device) -> torch.Tensor:
     if kept is None or kept.numel() < size:
         kept = _scratch.kept = torch.empty(size, dtype=torch.uint8)
     return kept
+
+
+def run_planned(device: torch.device, size: Callable[[], int], run: Callable[[int], None]) -> None:
+    """Runs a CUDA kernel whose plan is made anew at each call: ``size()`` bytes of scratch memory, ``run(address)``.
+
+    Where the device turns a cooperative launch away (a part of it: green contexts, MPS, another process's share), the
+    kernels no longer plan for one there: the second time both take the plan that streams.
+    """
+    scratch = workspace(size(), device)
+    try:
+        run(scratch.data_ptr())
+    except native.NotResident:
+        scratch = workspace(size(), device)
+        run(scratch.data_ptr())

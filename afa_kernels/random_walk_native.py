@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native_module
-from ._native_module import address, native, view, workspace
+from ._native_module import address, native, run_planned, view, workspace
 
 
 def random_walk(
@@ -24,10 +24,12 @@ def random_walk(
     if _native_module.on_cuda(cams):
         place = _native_module.cuda_stream(cams.device)
         kept = None if class_mask is None else class_mask.contiguous()
-        size = native.random_walk_cuda_workspace(*tensors, radius, num_steps, transpose, place[0])
-        scratch = workspace(size, cams.device)
-        options = radius, power, eps, address(kept), num_steps, transpose, scratch.data_ptr()
-        native.random_walk_cuda(*tensors, view(out), *options, *place)
+        options = radius, power, eps, address(kept), num_steps, transpose
+        run_planned(
+            cams.device,
+            lambda: native.random_walk_cuda_workspace(*tensors, radius, num_steps, transpose, place[0]),
+            lambda scratch: native.random_walk_cuda(*tensors, view(out), *options, scratch, *place),
+        )
         return out
     threads = torch.get_num_threads()
     scratch = workspace(native.random_walk_cpu_workspace(*tensors, radius, power, threads), cams.device)

@@ -202,16 +202,12 @@ static Status launch_pairs(const PairArgs& args, void* stream) {
 
 template <Goal kGoal>
 static Status launch_products(const PairArgs& args, void* stream) {
-  if (args.query.dtype == DType::f32 || !device_has_tensor_cores()) return launch_pairs<SimtScores, kGoal>(args, stream);
+  if (args.query.dtype == DType::f32 || !have_tensor_cores()) return launch_pairs<SimtScores, kGoal>(args, stream);
   if (args.query.dtype == DType::f16) return launch_pairs<TensorScores<__half>, kGoal>(args, stream);
   return launch_pairs<TensorScores<__nv_bfloat16>, kGoal>(args, stream);
 }
 
-bool device_has_tensor_cores() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
-}
+bool have_tensor_cores() { return compiled_architecture() >= 80; }
 
 static Status fits(const AttentionArgs& args) {
   for (int i = 0; i < 4; ++i)
@@ -228,7 +224,7 @@ static PairArgs pair_args(const AttentionArgs& args, const float* head) {
   PairArgs pairs = {};
   pairs.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
   pairs.query = args.query, pairs.key = args.key, pairs.head = head, pairs.side = int(2 * args.radius + 1);
-  const bool simt = args.query.dtype == DType::f32 || !device_has_tensor_cores();
+  const bool simt = args.query.dtype == DType::f32 || !have_tensor_cores();
   // Without tensor cores half precision is widened on its way in, one element at a time.
   pairs.wide = wide_rows(args.query) && wide_rows(args.key) && (!simt || args.query.dtype == DType::f32);
   return pairs;

@@ -97,7 +97,7 @@ __device__ inline T load_narrow(const View<4>& view, int64_t line, bool present,
 #if defined(AFA_CUDA_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
 #define AFA_TENSOR_CORES 1
 #else
-#define AFA_TENSOR_CORES 0  // such a device is given the kernels without
+#define AFA_TENSOR_CORES 0  // such code is not asked to, see have_tensor_cores()
 #endif
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory. row(m, r) gives the address of row r of matrix m. Register m of a lane
@@ -133,6 +133,7 @@ __device__ inline void load_matrices(unsigned (&to)[4], Row row) {
 // sum += a b by the definition of the fragments: every lane shows its registers to the others, which is no race.
 template <class T>
 __attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
+  if (emulator::settings().compiled < 80) emulator::fail("trap: tensor cores in code of an architecture without", {__FILE__, __LINE__});
   struct Fragments {
     const unsigned *a, *b;
   } own = {a, b};
@@ -166,6 +167,8 @@ __device__ inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();  // rather than sums of nothing
 #endif
 }
 #endif
@@ -227,8 +230,8 @@ struct PairBuffers {
   float* sums = nullptr;    // [pairs]: of G, both orders
 };
 
-// From the loss; float, or the operands' type where the device has tensor cores.
+// From the loss; float, or the operands' type where there are tensor cores.
 Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
-bool device_has_tensor_cores();
+bool have_tensor_cores();  // in the code that the current device runs
 
 }  // namespace afa

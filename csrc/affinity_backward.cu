@@ -362,7 +362,7 @@ Status attention_backward_cuda(const AttentionArgs& args, const float* head, con
   product.write[0] = out.query.data != nullptr, product.write[1] = out.key.data != nullptr;
   product.head = head, product.chunks = int(blocks_for(args.query.size[3], kProductChannels));
   // A window's gradient may be of any size, so that path keeps G in float.
-  const bool tensor = slopes.labels != nullptr && args.query.dtype != DType::f32 && device_has_tensor_cores();
+  const bool tensor = slopes.labels != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
   product.wide = wide_rows(args.query) && wide_rows(args.key) && (tensor || args.query.dtype == DType::f32);
   if (slopes.labels != nullptr)
     AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));

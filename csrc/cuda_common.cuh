@@ -27,8 +27,8 @@ struct LaunchShape {
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments&&... arguments) {
   if (shape.shared_bytes > 48 * 1024) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
-    if (error != cudaSuccess) return cuda_failed(error);
+    const Status allowed = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    if (allowed != Status::ok) return allowed;
   }
   cudaLaunchAttribute cooperative = {};
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -38,7 +38,8 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* str
   config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cooperative, config.numAttrs = shape.cooperative ? 1 : 0;
-  return cuda_failed(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  const Status status = cuda_failed(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  return status != Status::ok && shape.cooperative && cuda_found_no_room() ? cooperative_refused() : status;
 }
 
 // Returns at the first launch that fails.

@@ -12,6 +12,8 @@
 #include "par.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "diffusion.cuh"
@@ -255,6 +257,12 @@ Status par_weights_cuda(const ParArgs& args, const View<4>& out, int device, voi
   return launch_weights(args, out, stream);
 }
 
+// AFA_PLAN=resident or streaming asks for one plan of the forward, to time it; read at every call.
+static bool plan_is_asked_for(const char* name) {
+  const char* wish = std::getenv("AFA_PLAN");
+  return wish != nullptr && std::strcmp(wish, name) == 0;
+}
+
 struct Prepared {
   std::vector<int32_t> offsets;
   DiffusionArgs diffusion;
@@ -270,7 +278,11 @@ struct Prepared {
     for (int i = 0; i < 4; ++i) weights.size[i] = i == 1 ? diffusion.taps : args.images.size[i];
     weights.stride[3] = 1, weights.stride[2] = round_up(weights.size[3], 8);
     weights.stride[1] = weights.stride[2] * weights.size[2], weights.stride[0] = weights.stride[1] * weights.size[1];
-    resident = plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
+    resident = !plan_is_asked_for("streaming") && plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
+  }
+  // Whether it is the plan that was asked for; the adjoint and no iterations have but one.
+  bool as_wished() const {
+    return resident || diffusion.transpose || diffusion.num_iter < 1 || !plan_is_asked_for("resident");
   }
   int64_t weight_bytes() const {
     const View<4>& weights = diffusion.weights;
@@ -296,6 +308,7 @@ Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weigh
   if (given.masks.size[1] > 8192) return Status::unsupported;
   DeviceGuard guard(device);
   Prepared prepared(args, given, half_weights);
+  if (!prepared.as_wished()) return Status::unsupported;
   if (prepared.resident)
     return launch_resident(prepared.diffusion, prepared.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
   prepared.diffusion.weights.data = workspace;

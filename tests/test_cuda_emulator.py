@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import mmap
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
-import sanitized
 import test_diffusion
 import test_par
 import test_par_interface
@@ -36,11 +33,17 @@ def emulator():
     return build.load()
 
 
+@pytest.fixture(scope="session", params=build.kinds())
+def either(request):
+    """The emulator with products fused into sums, as a GPU's compiler does, and without."""
+    return build.load(request.param)
+
+
 @pytest.fixture(params=DEVICES)
-def device(request, emulator):
+def device(request, either):
     """The native backend is the emulated CUDA one for as long as the test runs."""
-    with emulated(emulator):
-        emulator.set_device(*DEVICES[request.param])
+    with emulated(either):
+        either.set_device(*DEVICES[request.param])
         yield request.param
 
 
@@ -132,12 +135,12 @@ def test_any_order_of_threads_gives_the_same_bits(rng, emulator, kind, dtype):
 
 
 @pytest.mark.parametrize("operator", [par, pamr])
-def test_half_weights_keep_to_their_budget(rng, device, emulator, operator):
+def test_half_weights_keep_to_their_budget(rng, device, either, operator):
     """Half-precision weights, which bfloat16 masks get: at most 2^-11 an iteration, in practice a third of that."""
     images, masks = torch.rand(1, 3, 25, 31, generator=rng), torch.rand(1, 4, 25, 31, generator=rng).bfloat16()
     want = operator(images, masks.float(), SIX, 10, backend="reference")
     out = torch.empty(masks.shape)  # float32, so that only the weights are rounded
-    view, native = _native_module.view, emulator.native
+    view, native = _native_module.view, either.native
     dilations, factors = list(SIX), [0.3, 0.3, 0.01] if operator is par else []
     size = native.par_cuda_workspace(view(images), view(masks), dilations, 10, False, True, 0)
     scratch = torch.empty(max(1, size), dtype=torch.uint8)
@@ -330,44 +333,3 @@ def test_sound_kernels_pass_in_every_order(emulator, name, order):
     out, complaint = faulty(emulator, name, order)
     assert complaint == "" and out[:64].isfinite().all() and out[64:].isnan().all()
     assert torch.equal(out.nan_to_num(-1), faulty(emulator, name)[0].nan_to_num(-1))
-
-
-# --- sanitizers -------------------------------------------------------------------------------------------------------
-
-
-SCRIPT = Path(build.__file__).with_name("under_sanitizers.py")
-
-
-def addresses_watched(*arguments: str) -> str:
-    result = sanitized.run("asan", SCRIPT, "address", *arguments)
-    return result.stdout + result.stderr
-
-
-def test_every_kernel_under_address_and_undefined_behaviour_sanitizers():
-    build.build("address")
-    said = addresses_watched()
-    assert "clean after" in said, said[-3000:]
-    assert "AddressSanitizer: heap-buffer-overflow" in addresses_watched("global_overrun")
-    assert "sound: unnoticed" in addresses_watched("sound")
-
-
-def watched_for_races(*arguments: str) -> subprocess.CompletedProcess:
-    """Each CUDA thread is a thread to ThreadSanitizer."""
-    return sanitized.run("tsan", SCRIPT, "races", *arguments)
-
-
-def test_no_kernel_has_a_data_race():
-    """In shared and in global memory, within a block and across blocks, whatever the numbers come to."""
-    run = watched_for_races()
-    assert run.returncode == 0 and "clean after" in run.stdout, (run.stdout + run.stderr)[-6000:]
-
-
-@pytest.mark.parametrize("name", ["missing_barrier", "missing_grid_barrier"])
-def test_a_data_race_is_seen(name):
-    run = watched_for_races(name)
-    assert run.returncode == 66 and "data race" in run.stderr and "faults.cu" in run.stderr
-
-
-@pytest.mark.parametrize("name", ["sound", "sound_grid"])
-def test_what_barriers_order_is_no_race(name):
-    assert watched_for_races(name).returncode == 0

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE, ROOT, available, relative_error
-from par_cases import inputs, on_device
+from par_cases import SCENES, inputs, on_device, scene
 
 from afa_kernels import PAR, pamr, pamr_weights, par, par_weights
 
@@ -79,6 +79,29 @@ def test_weights_equal_reference_and_sum_to_one_plus_share(rng, backend, operato
     assert relative_error(got, want) < 1e-5
     total = 1.01 if operator is par_weights else 1.0
     torch.testing.assert_close(got.sum(1), torch.full_like(got[:, 0], total), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("operator", [par, pamr])
+@pytest.mark.parametrize("name", SCENES)
+def test_what_photographs_have_and_noise_has_not(rng, backend, operator, name):
+    """Where nothing deviates but the pixel itself, kappa is 1e15: its roundings must be those of the formula."""
+    images, masks = scene(name, rng, 2, 27, 41).to(DEVICE), torch.rand(2, 3, 27, 41, generator=rng).to(DEVICE)
+    weights = pamr_weights if operator is pamr else par_weights
+    for dilations in (SIX, (1,), (2, 1)):
+        want = weights(images, dilations, backend="reference")
+        assert (weights(images, dilations, backend=backend) - want).abs().max() < 1e-4
+        want = operator(images, masks, dilations, 10, backend="reference")
+        assert relative_error(operator(images, masks, dilations, 10, backend=backend), want) < 2e-5
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("grey", [250, 240, 200, 128, 0])
+def test_one_odd_pixel_in_a_white_image(rng, backend, grey):
+    images, masks = torch.ones(1, 3, 56, 56), torch.rand(1, 3, 56, 56, generator=rng)
+    images[..., 28, 28] = grey / 255
+    want = par(images.to(DEVICE), masks.to(DEVICE), backend="reference")
+    assert relative_error(par(images.to(DEVICE), masks.to(DEVICE), backend=backend), want) < 1e-5
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -18,7 +18,13 @@ inline void check(Status status, const char* function) {
 }
 
 #if AFA_WITH_CUDA
+// Python's afa_kernels._native.NotResident: Status::not_resident.
+struct NotResident : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 inline void check_cuda(Status status, const char* function) {
+  if (status == Status::not_resident) throw NotResident(std::string(function) + ": " + status_text(status));
   if (status == Status::launch_failed)
     throw std::runtime_error(std::string(function) + ": CUDA: " + cuda_error_text());
   check(status, function);

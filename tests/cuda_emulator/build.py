@@ -136,8 +136,16 @@ class Emulator:
         """Order of threads and blocks: 0 ascending, 1 descending, above that shuffled by this seed."""
         self._switches.afa_emulator_set_order(order)
 
-    def set_device(self, multiprocessors: int = 4, shared_bytes: int = 227 * 1024, capability: int = 9) -> None:
-        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes, capability)
+    def set_device(
+        self,
+        multiprocessors: int = 4,
+        shared_bytes: int = 227 * 1024,
+        compiled: int = 90,
+        room: int = 2**62,
+        pause: int = 0,
+    ) -> None:
+        """See Settings in emulator.h; what is not named is as at the start."""
+        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes, compiled, ctypes.c_int64(room), pause)
 
     def set_blocks(self, first: int = 0, count: int = 2**62) -> None:
         """Run only these blocks of every launch that is not cooperative; ``first`` < 0 counts from the last one."""

@@ -363,6 +363,8 @@ bool run(const Launch& launch) {
     error = "a grid dimension is 0 or too large";
   else if (threads == 0 || threads > 1024 || launch.block.z > 64)
     error = "a block of " + std::to_string(threads) + " threads";
+  else if (launch.shared_bytes > settings().shared_bytes && launch.shared_bytes > 48 * 1024)
+    error = "more shared memory than the device has";
   else if (launch.shared_bytes > shared_limit(launch.function))
     error = std::to_string(launch.shared_bytes) + " bytes of shared memory, more than was asked for";
   else if (launch.cooperative && blocks > uint64_t(settings().multiprocessors) * std::min<uint64_t>(

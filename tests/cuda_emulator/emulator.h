@@ -39,7 +39,9 @@ struct Place {
 struct Settings {
   int multiprocessors = 4;
   int shared_bytes = 227 * 1024;  // per block and per multiprocessor, as on an H100
-  int capability = 9;             // compute capability, its major number
+  int compiled = 90;              // architecture that the code was compiled for, 0 if there is none for the device
+  int64_t room = INT64_MAX;       // blocks that a cooperative launch finds room for, as in a part of a device
+  int pause = 0;                  // microseconds after a kernel's shared memory was set: time for another host thread
   int order = 0;                  // 0: ascending threads and blocks, 1: descending, above: shuffled by this seed
   int64_t first_block = 0;        // run only blocks [first_block, first_block + block_count) of every ordinary launch,
   int64_t block_count = INT64_MAX;  // counted from the last one if negative

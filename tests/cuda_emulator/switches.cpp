@@ -1,11 +1,15 @@
 // The emulator's settings for the tests, by ctypes.
+#include "device.h"
 #include "emulator.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void afa_emulator_set_order(int order) { emulator::settings().order = order; }
-EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes, int capability) {
-  emulator::settings().capability = capability;
+EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes, int compiled, int64_t room, int pause) {
+  afa::forget_devices();
+  emulator::settings().compiled = compiled;
+  emulator::settings().room = room;
+  emulator::settings().pause = pause;
   emulator::settings().multiprocessors = multiprocessors;
   emulator::settings().shared_bytes = shared_bytes;
 }

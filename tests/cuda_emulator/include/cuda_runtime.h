@@ -3,12 +3,14 @@
 // What is missing here fails to compile: `__shared__` on purpose, kernels take shared memory from SharedArena (cuda_common.cuh).
 #pragma once
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 
@@ -176,13 +178,18 @@ inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 
 // The runtime API.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+};
 typedef struct CUstream_st* cudaStream_t;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
@@ -209,8 +216,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = emulator::settings().multiprocessors; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::settings().shared_bytes; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = emulator::settings().capability; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrCooperativeLaunch: *value = 1; break;
   }
   return cudaSuccess;
@@ -222,8 +227,20 @@ template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
   if (bytes > emulator::settings().shared_bytes) return emulator::set_error("more shared memory than the device has"), cudaErrorInvalidValue;
   emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+  if (emulator::settings().pause > 0) std::this_thread::sleep_for(std::chrono::microseconds(emulator::settings().pause));
   return cudaSuccess;
 }
+struct cudaFuncAttributes { int ptxVersion, binaryVersion; };
+template <class T>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
+  const int compiled = emulator::settings().compiled;
+  if (compiled == 0)
+    return emulator::set_error("no kernel image is available for execution on the device"), cudaErrorNoKernelImageForDevice;
+  *attributes = {compiled, compiled};
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 template <class T>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int threads, size_t shared) {
   const int by_threads = 2048 / threads, by_shared = int(emulator::settings().shared_bytes / (shared ? shared : 1));
@@ -243,5 +260,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     auto copy = values;
     std::apply(kernel, copy);
   };
+  if (launch.cooperative && int64_t(launch.grid.count()) > emulator::settings().room)
+    return emulator::set_error("too many blocks in cooperative launch"), cudaErrorCooperativeLaunchTooLarge;
   return emulator::run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
 }
