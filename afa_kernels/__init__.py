@@ -1,11 +1,13 @@
 """AFA's operators for PyTorch: pixel-adaptive refinement, window affinity from attention, random-walk propagation.
 
 Every operator takes ``backend=None`` (the best that can run), ``"native"``, ``"triton"`` or ``"reference"``;
-`backends` tells what can run here and why something cannot, `use_backend` and ``AFA_BACKEND`` set a default.
+`backends` tells what can run here and why something cannot, `use_backend` and ``AFA_BACKEND`` set a default. On a GPU
+a backend proves itself before it is used; `self_check` has all of them do so.
 """
 
-from ._backends import backends, use_backend
+from ._backends import backends, self_check, use_backend
 from ._native_module import build_info
+from ._self_check import CheckRow, CheckTable
 from .affinity import affinity_from_maps, dense_to_window, window_affinity, window_to_dense
 from .affinity_losses import affinity_loss, attention_affinity_loss
 from .diffusion import diffuse
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "PAMR",
     "PAR",
+    "CheckRow",
+    "CheckTable",
     "affinity_from_maps",
     "affinity_loss",
     "attention_affinity_loss",
@@ -31,6 +35,7 @@ __all__ = [
     "par_weights",
     "random_walk",
     "random_walk_with_background",
+    "self_check",
     "use_backend",
     "window_affinity",
     "window_to_dense",

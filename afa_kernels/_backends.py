@@ -1,18 +1,21 @@
 """Which backend runs an operator: ``native`` (C++ and CUDA), ``triton``, ``reference`` (plain PyTorch).
 
 An operator registers a predicate for each backend it has; the predicate returns why it cannot run, or None.
-Nothing is swapped at import: the choice is made at each call, from the tensors' device and dtype.
+Nothing is swapped at import: the choice is made at each call, from the tensors' device and dtype. On a GPU a backend
+that says it can run proves it once (`_self_check`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
+from . import _self_check
 
 NAMES = ("native", "triton", "reference")
 
@@ -52,9 +55,16 @@ class BackendTable(list):
         return "\n".join(lines)
 
 
-def register(operator: str, **predicates: Predicate) -> None:
-    """``register("par", native=why_not, triton=why_not)``; the reference path always can."""
+def register(
+    operator: str, samples: Callable[[_self_check.Draw], list[_self_check.Sample]], **predicates: Predicate
+) -> None:
+    """``register("par", samples, native=why_not, triton=why_not)``; the reference path always can.
+
+    ``samples(draw)`` gives the small calls with which a backend proves itself: odd sizes, several of the kernels'
+    tiles, all arguments that choose another kernel.
+    """
     _registry[operator] = predicates
+    _self_check.samples[operator] = samples
 
 
 def _check_name(name: str, argument: str) -> str:
@@ -63,15 +73,8 @@ def _check_name(name: str, argument: str) -> str:
     return name
 
 
-def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
-    """The backend to use for these tensors.
-
-    ``backend`` (the caller's argument) is forced: ValueError with the reason if it cannot run. A default from
-    `use_backend` or ``AFA_BACKEND`` is forced likewise where the operator has that backend at all. Otherwise the
-    first that can, in the order native, triton, reference.
-    """
-    device = tensors[0].device
-    predicates = _registry[operator]
+def _forced(backend: str | None) -> tuple[str | None, str]:
+    """The backend that is asked for, if any, and by what."""
     wanted, origin = backend, "backend"
     if wanted is None:
         wanted, origin = (_defaults.get(_thread()) if _defaults else None), "use_backend"
@@ -79,13 +82,29 @@ def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
         wanted, origin = os.environ.get("AFA_BACKEND") or None, "AFA_BACKEND"
     if wanted is not None:
         _check_name(wanted, origin)
+    return wanted, origin
+
+
+def choose(
+    operator: str, backend: str | None, *tensors: torch.Tensor, learned: tuple[torch.Tensor, ...] = ()
+) -> str:
+    """The backend to use for these tensors; ``learned`` are others whose gradients may be asked for.
+
+    ``backend`` (the caller's argument) is forced: ValueError with the reason if it cannot run. A default from
+    `use_backend` or ``AFA_BACKEND`` is forced likewise where the operator has that backend at all. Otherwise the
+    first that can, in the order native, triton, reference. On a GPU a backend that fails its `self_check` cannot.
+    """
+    device = tensors[0].device
+    predicates = _registry[operator]
+    wanted, origin = _forced(backend)
+    if wanted is not None:
         if wanted == "reference":
             return wanted
         if wanted not in predicates:
             if origin == "backend":
                 raise ValueError(f"backend: {operator} has no {wanted} backend")
             return "reference"
-        reason = predicates[wanted](device, *tensors)
+        reason = _why_not(operator, wanted, tensors, learned)
         if reason is not None:
             raise ValueError(f"{origin}: {wanted} cannot run {operator} on {device}: {reason}")
         return wanted
@@ -93,9 +112,25 @@ def choose(operator: str, backend: str | None, *tensors: torch.Tensor) -> str:
         # Triton's interpreter is a debugging aid, far slower than the reference: it runs only when asked for.
         if name == "triton" and device.type == "cpu":
             continue
-        if name in predicates and predicates[name](device, *tensors) is None:
+        if name in predicates and _why_not(operator, name, tensors, learned) is None:
             return name
     return "reference"
+
+
+def _why_not(
+    operator: str, backend: str, tensors: tuple[torch.Tensor, ...], learned: tuple[torch.Tensor, ...]
+) -> str | None:
+    """Why a backend cannot run with these tensors, or None. What has been proven is not asked again."""
+    first, last = tensors[0], tensors[-1]
+    gradients = False
+    if torch.is_grad_enabled():
+        gradients = first.requires_grad or last.requires_grad
+        for tensor in learned:
+            gradients = gradients or tensor.requires_grad
+    key = operator, backend, first.device, first.dtype, last.dtype, gradients
+    if _self_check.proven(*key):
+        return None
+    return _registry[operator][backend](first.device, *tensors) or _self_check.verdict(*key)
 
 
 @contextmanager
@@ -142,7 +177,10 @@ def triton_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
 
 
 def backends() -> BackendTable:
-    """For every operator, backend and device (cpu, cuda): can it run here, and if not, why."""
+    """For every operator, backend and device (cpu, cuda): can it run here, and if not, why.
+
+    A backend that has failed its `self_check` on the current device says so.
+    """
     table = BackendTable()
     for operator, predicates in sorted(_registry.items()):
         for device in (torch.device("cpu"), torch.device("cuda")):
@@ -151,8 +189,85 @@ def backends() -> BackendTable:
                     no_gpu = device.type == "cuda" and not torch.cuda.is_available()
                     reason = "torch sees no CUDA device" if no_gpu else None
                 elif name in predicates:
-                    reason = predicates[name](device)
+                    reason = predicates[name](device) or _self_check.failure(operator, name, device)
                 else:
                     reason = f"{operator} has no {name} backend"
                 table.append(BackendStatus(operator, name, device.type, reason is None, reason or ""))
     return table
+
+
+def self_check(
+    device: torch.device | str | None = None,
+    operators: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    *,
+    as_needed: bool = False,
+) -> _self_check.CheckTable:
+    """Run backends on small cases and compare them with the reference: now, rather than at their first calls.
+
+    On a GPU the first call of an operator checks the backend that it is about to take, for its dtype, and with
+    gradients if they are asked for. A backend that deviates from the reference or raises is not used on that device
+    from then on (a RuntimeWarning says so, `backends` says why); where it was asked for, that is a ValueError. It takes
+    some milliseconds, to which comes what Triton has to compile (kept on disk by Triton). ``AFA_SELF_CHECK=0`` turns
+    it off. What is checked here is not checked again by calls.
+
+    Args:
+        device: the device, ``"cpu"`` or ``"cuda:0"``; None checks the CPU and every GPU.
+        operators: names as in `backends`; None checks all of them.
+        dtypes: some of float32, float16, bfloat16; None checks all three.
+        as_needed: check only what first calls would: of each operator the backend that they would take, the next one
+            where that fails, nothing that is proven already, nothing on the CPU or with ``AFA_SELF_CHECK=0``.
+
+    Returns:
+        A row for each operator, backend that can run, dtype and direction (forward, backward): error, tolerance,
+        milliseconds, and what is wrong, if anything. It prints as a table.
+
+    Raises:
+        ValueError: an operator, dtype or device that is not known.
+        RuntimeError: within the capture of a CUDA graph or a backward.
+    """
+    everywhere = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    places = everywhere if device is None else [_self_check.with_index(torch.device(device))]
+    names = sorted(_registry) if operators is None else list(operators)
+    kinds = _self_check.DTYPES if dtypes is None else tuple(dtypes)
+    for argument, values, known in (
+        ("device", places, everywhere),
+        ("operators", names, list(_registry)),
+        ("dtypes", kinds, _self_check.DTYPES),
+    ):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{argument} must be among {', '.join(map(str, known))}, got {value}")
+    if _self_check.untimely():
+        raise RuntimeError(f"self_check cannot run now: {_self_check.untimely()}")
+    table = _self_check.CheckTable()
+    for place in places:
+        for operator in names:
+            table.extend(_check_operator(operator, place, kinds, as_needed))
+    return table
+
+
+def _check_operator(
+    operator: str, device: torch.device, dtypes: Sequence[torch.dtype], as_needed: bool
+) -> Iterator[_self_check.CheckRow]:
+    predicates, left = _registry[operator], list(dtypes)
+    candidates = [name for name in NAMES[:2] if name in predicates]
+    if as_needed:
+        wanted = _forced(None)[0]
+        candidates = [name for name in candidates if wanted in (None, name) and _self_check.needed(name, device)]
+    for name in candidates:
+        place = operator, name, device
+        if not as_needed:
+            _self_check.forget(*place)
+        able = [dtype for dtype in left if predicates[name](device, torch.empty(0, dtype=dtype, device="cpu")) is None]
+        known = _self_check.failure(*place)
+        if known is None:
+            for dtype in able:
+                for gradients in (False, True):
+                    key = *place, dtype, dtype, gradients
+                    if not (as_needed and _self_check.proven(*key)):
+                        yield _self_check.check(*key)
+            if _self_check.failure(*place) is not None:
+                _self_check.warn(place)
+        if as_needed and _self_check.failure(*place) is None:
+            left = [dtype for dtype in left if dtype not in able]

@@ -10,11 +10,14 @@ h, w]. Taps run row-major over (dy, dx) from (-r, -r); a tap that points outside
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import _backends, _native_module, affinity_native, affinity_reference
 from ._checks import FLOATS, check_int, check_same_device, check_tensor
+from ._self_check import Draw, Sample
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -90,7 +93,7 @@ def window_affinity(
     height, width, radius = _check_grid(height, width, radius)
     check_query_key(query, key, height, width)
     head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
-    chosen = _backends.choose("window_affinity", backend, query, key)
+    chosen = _backends.choose("window_affinity", backend, query, key, learned=(head_weight, head_bias))
     inputs = query, key, head_weight, head_bias, height, width, radius
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -121,7 +124,7 @@ def affinity_from_maps(
                 f"maps must be [B, heads, N, N] with N = {height} * {width}, got {tuple(maps.shape)}"
             )
     head_weight, head_bias = check_head(head_weight, head_bias, maps, "maps")
-    chosen = _backends.choose("affinity_from_maps", backend, maps)
+    chosen = _backends.choose("affinity_from_maps", backend, maps, learned=(head_weight, head_bias))
     inputs = maps, head_weight, head_bias, height, width, radius
     if chosen == "reference":
         with torch.autocast(maps.device.type, enabled=False):
@@ -276,12 +279,37 @@ _window_affinity.register_autograd(_window_affinity_backward, setup_context=_sav
 _affinity_from_maps.register_autograd(_affinity_from_maps_backward, setup_context=_save_window)
 
 
-def register(operator: str) -> None:
+def register(operator: str, samples: Callable[[Draw], list[Sample]]) -> None:
     def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
         return _native_module.native_can_run(operator, device, *tensors)
 
-    _backends.register(operator, native=native_reason, triton=_backends.triton_reason)
+    _backends.register(operator, samples, native=native_reason, triton=_backends.triton_reason)
 
 
-register("window_affinity")
-register("affinity_from_maps")
+HEAD = ("head_weight", "head_bias")
+
+
+def sample_attention(draw: Draw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Queries and keys of a grid of 9 x 10, which is 2 x 2 tiles of the kernels, 72 channels in two parts, and a head.
+
+    Scores grow from the first pixel to the last: the loss's gradients of equal ones cancel.
+    """
+    growing = torch.linspace(0, 6, 90, dtype=torch.float32, device="cpu")[:, None]
+    query, key = growing * (draw(2, 2, 90, 72) - 0.5), draw(2, 2, 90, 72) - 0.5
+    return {"query": query, "key": key}, {"head_weight": draw(2) - 0.5, "head_bias": draw(1)}
+
+
+def _window_samples(draw: Draw) -> list[Sample]:
+    tensors, head = sample_attention(draw)
+    grid = {"height": 9, "width": 10, "radius": 4}
+    return [Sample(window_affinity, tensors, {**head, **grid}, (*tensors, *HEAD))]
+
+
+def _maps_samples(draw: Draw) -> list[Sample]:
+    tensors, head = {"maps": draw(2, 2, 90, 90) - 0.5}, {"head_weight": draw(2), "head_bias": draw(1)}
+    grid = {"height": 9, "width": 10, "radius": 4}
+    return [Sample(affinity_from_maps, tensors, {**head, **grid}, (*tensors, *HEAD))]
+
+
+register("window_affinity", _window_samples)
+register("affinity_from_maps", _maps_samples)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from . import _backends, affinity_reference
 from ._checks import check_int, check_same_device, check_tensor
+from ._self_check import Draw, Sample
 from .affinity import (
+    HEAD,
     INTEGERS,
     check_head,
     check_query_key,
@@ -22,6 +24,7 @@ from .affinity import (
     gradients,
     implementation,
     register,
+    sample_attention,
 )
 
 # --- checks -----------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ def attention_affinity_loss(
     check_same_device(query, "query", labels=labels)
     head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
     labels = check_labels(labels, ignore_index)
-    chosen = _backends.choose("attention_affinity_loss", backend, query, key)
+    chosen = _backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
     inputs = query, key, head_weight, head_bias, labels, radius
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -235,5 +238,24 @@ def _attention_affinity_loss_backward(ctx, grad, *_):
 _affinity_loss.register_autograd(_affinity_loss_backward, setup_context=_save_loss)
 _attention_affinity_loss.register_autograd(_attention_affinity_loss_backward, setup_context=_save_loss)
 
-register("affinity_loss")
-register("attention_affinity_loss")
+
+def _labels(draw: Draw) -> Tensor:
+    """[2, 9, 10]: class 0 above, 1 and 2 mixed below, some ignored."""
+    classes = 1 + (2 * draw(2, 9, 10)).long()
+    classes[:, :4] = 0
+    return torch.where(draw(2, 9, 10) > 0.9, 255, classes)
+
+
+def _loss_samples(draw: Draw) -> list[Sample]:
+    tensors, options = {"affinity": draw(2, 81, 9, 10)}, {"labels": _labels(draw), "radius": 4}
+    return [Sample(affinity_loss, tensors, options, ("affinity",))]
+
+
+def _attention_samples(draw: Draw) -> list[Sample]:
+    tensors, head = sample_attention(draw)
+    options = {**head, "labels": _labels(draw), "radius": 4}
+    return [Sample(attention_affinity_loss, tensors, options, (*tensors, *HEAD))]
+
+
+register("affinity_loss", _loss_samples)
+register("attention_affinity_loss", _attention_samples)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _backends, _native_module, diffusion_reference
 from ._checks import FLOATS, check_class_mask, check_int, check_same_device, check_tensor
 from ._native_module import address, native, view, workspace
+from ._self_check import Draw, Sample
 
 # --- checks ---
 
@@ -209,4 +210,12 @@ def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
     return _native_module.native_can_run("diffuse", device, *tensors)
 
 
-_backends.register("diffuse", native=_native_reason, triton=_backends.triton_reason)
+def _samples(draw: Draw) -> list[Sample]:
+    tensors = {"weights": draw(2, 6, 11, 19), "masks": draw(2, 5, 11, 19)}
+    taps = [(0, 0), (1, -2), (-3, 1), (0, 5), (40, -1), (-1, -40)]
+    many = {"offsets": taps, "num_iter": 3}
+    one = {"offsets": taps, "num_iter": 1, "border": "zero", "class_mask": draw(2, 5) > 0.3}
+    return [Sample(diffuse, tensors, options, ("weights", "masks")) for options in (many, one)]
+
+
+_backends.register("diffuse", _samples, native=_native_reason, triton=_backends.triton_reason)

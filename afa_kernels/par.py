@@ -9,7 +9,7 @@ computed again rather than kept; the gradient of the images goes through the ref
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from ._checks import (
     check_tensor,
 )
 from ._native_module import address, native, view, workspace
+from ._self_check import Draw, Sample, odd_image
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
@@ -312,12 +313,38 @@ _par.register_autograd(_backward, setup_context=_save)
 _par_weights.register_autograd(_backward_weights, setup_context=_save_images)
 
 
-def _register(operator: str) -> None:
+def _register(operator: str, samples: Callable[[Draw], list[Sample]]) -> None:
     def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
         return _native_module.native_can_run(operator, device, *tensors)
 
-    _backends.register(operator, native=native_reason, triton=_backends.triton_reason)
+    _backends.register(operator, samples, native=native_reason, triton=_backends.triton_reason)
 
 
-_register("par")
-_register("par_weights")
+# More taps than the CUDA kernel keeps on chip, some of them farther than the image is wide: they are streamed.
+_MANY = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+
+
+# Gradients are compared where the images are noise: at a pixel that stands out of a flat region that of the images is
+# 1 / 1e-8^2 times a difference of roundings.
+def _par_samples(draw: Draw) -> list[Sample]:
+    odd = {"images": odd_image(draw, 8, 19), "masks": draw(2, 5, 8, 19)}
+    plain = {"images": draw(1, 3, 8, 19), "masks": draw(1, 5, 8, 19)}
+    many = {"dilations": _MANY, "num_iter": 2, "class_mask": draw(1, 5) > 0.3}
+    return [
+        Sample(par, odd, {"num_iter": 2}),
+        Sample(pamr, plain, many, ("masks",)),
+        Sample(par, plain, {"dilations": (1, 3), "num_iter": 2}, ("images", "masks")),
+    ]
+
+
+def _par_weights_samples(draw: Draw) -> list[Sample]:
+    odd, plain = {"images": odd_image(draw, 8, 19)}, {"images": draw(2, 3, 8, 19)}
+    return [
+        Sample(par_weights, odd),
+        Sample(pamr_weights, odd, {"dilations": (1, 3)}),
+        Sample(par_weights, plain, {"dilations": (1, 3)}, ("images",)),
+    ]
+
+
+_register("par", _par_samples)
+_register("par_weights", _par_weights_samples)

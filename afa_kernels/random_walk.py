@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _backends, _native_module, random_walk_native, random_walk_reference
 from ._checks import FLOATS, check_class_mask, check_float, check_int, check_same_device, check_tensor
+from ._self_check import Draw, Sample
 from .affinity import INTEGERS, check_window
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -225,4 +226,11 @@ def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
     return _native_module.native_can_run("random_walk", device, *tensors)
 
 
-_backends.register("random_walk", native=_native_reason, triton=_backends.triton_reason)
+def _samples(draw: Draw) -> list[Sample]:
+    tensors = {"affinity": draw(2, 49, 9, 11), "cams": draw(2, 3, 9, 11)}
+    steps = {"radius": 3, "num_steps": 2, "class_mask": draw(2, 3) > 0.3}
+    cubed = {"radius": 3, "power": 3}
+    return [Sample(random_walk, tensors, options, ("affinity", "cams")) for options in (steps, cubed)]
+
+
+_backends.register("random_walk", _samples, native=_native_reason, triton=_backends.triton_reason)

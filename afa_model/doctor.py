@@ -1,13 +1,18 @@
-"""`afa doctor`: what is installed, what the machine has, which backend of which operator runs, or why not."""
+"""`afa doctor`: what is installed, what the machine has, which backend of which operator runs, or why not.
+
+With --check the backends run, too, and are compared with the reference: what to send with a report of a problem.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +77,21 @@ def _reason_of_no_device() -> str:
     return "the driver lists none"
 
 
-def examine() -> dict[str, Any]:
-    """All that the command prints, as plain data."""
+def _check() -> afa_kernels.CheckTable:
+    """Every operator, backend that can run, device, dtype and direction, compared with the reference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the table says it all
+        return afa_kernels.self_check()
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A row of the check; JSON has no NaN."""
+    return row._asdict() | {"error": row.error if math.isfinite(row.error) else None}
+
+
+def examine(check: bool = False) -> dict[str, Any]:
+    """All that the command prints, as plain data; ``check`` also runs the backends."""
+    checked = {"check": [_plain(row) for row in _check()]} if check else {}
     build = afa_kernels.build_info()
     cuda = _cuda()
     if torch.version.cuda is not None and not cuda["devices"]:
@@ -102,6 +120,7 @@ def examine() -> dict[str, Any]:
             | ({} if row.available else {"reason": row.reason})
             for row in afa_kernels.backends()
         ],
+        **checked,
     }
 
 
@@ -142,6 +161,17 @@ def _operator_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Table, list[str]
     return table, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
 
 
+def _check_lines(rows: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """The rows of the check, or that there is one."""
+    if rows is None:
+        return ["`afa doctor --check` runs the backends on small cases and compares them with the reference"]
+    table = afa_kernels.CheckTable(
+        afa_kernels.CheckRow(**{**row, "error": math.nan if row["error"] is None else row["error"]}) for row in rows
+    )
+    failed = sum(not row["ok"] for row in rows)
+    return ["", *str(table).splitlines(), "", f"{len(rows) - failed} of {len(rows)} agree with the reference"]
+
+
 def show(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what :func:`examine` found."""
     console = console or Console(highlight=False, soft_wrap=True)
@@ -163,21 +193,24 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(f"  AFA_BACKEND={report['AFA_BACKEND']} asks for another", markup=False)
     table, reasons = _operator_table(report["operators"])
     console.print(table)
-    for reason in reasons:
-        console.print(reason, markup=False)
+    for line in (*reasons, *_check_lines(report.get("check"))):
+        console.print(line, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`afa doctor [--json]`."""
+    """`afa doctor [--check] [--json]`: returns 1 if a backend differs from the reference."""
     parser = argparse.ArgumentParser("afa doctor", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="run every backend on small cases and compare it with the reference"
+    )
     parser.add_argument("--json", action="store_true", help="print it all as JSON")
     options = parser.parse_args(argv)
-    report = examine()
+    report = examine(options.check)
     if options.json:
         print(json.dumps(report, indent=2, default=str))
     else:
         show(report)
-    return 0
+    return int(any(not row["ok"] for row in report.get("check", ())))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import afa_kernels
+
 from . import checkpoint, pictures
 from .config import Config, parse, to_dict, to_yaml
 from .errors import ConfigError
@@ -266,6 +268,8 @@ def train(config: Config) -> Summary:
         if here.device.type == "cpu":
             keep_freed_memory()
         trainer = Trainer(config, here)
+        if here.device.type == "cuda":
+            _prove_kernels(config, here)
         log = RunLog(
             config.out,
             config.schedule.max_iters,
@@ -275,6 +279,14 @@ def train(config: Config) -> Summary:
         )
         with log, Interrupt(active=here.world_size == 1) as interrupt:
             return _run(trainer, log, interrupt)
+
+
+def _prove_kernels(config: Config, here: Here) -> None:
+    """Those of a step prove themselves now: a check has no place in a graph's capture, and delays no step."""
+    with autocast(config.amp, here.device):
+        half = [torch.get_autocast_dtype(here.device.type)] * torch.is_autocast_enabled(here.device.type)
+    operators = ("par", "random_walk", "window_affinity", "attention_affinity_loss")
+    afa_kernels.self_check(here.device, operators, [torch.float32, *half], as_needed=True)
 
 
 def _run(trainer: Trainer, log: RunLog, interrupt: Interrupt) -> Summary:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 
 import afa_kernels
+from afa_kernels import _self_check
 
 pytestmark = [
     pytest.mark.cuda,
@@ -200,3 +202,85 @@ def test_resident_par_takes_two_buffers_and_its_output():
     taken = torch.cuda.max_memory_allocated() - before
     weights = 48 * 4 * images.shape[0] * 160 * 160
     assert taken < 4 * masks.numel() * 4 + 2**20 < weights
+
+
+# --- the first call proves itself -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_is_known(monkeypatch):
+    """As in a new process; the checks that are made gather in the list."""
+    made, compare = [], _self_check._compare
+
+    def counted(found, *key):
+        made.append(key)
+        compare(found, *key)
+
+    monkeypatch.setattr(_self_check, "_proven", set())
+    monkeypatch.setattr(_self_check, "_failures", {})
+    monkeypatch.setattr(_self_check, "_compare", counted)
+    monkeypatch.delenv("AFA_SELF_CHECK", raising=False)
+    monkeypatch.delenv("AFA_BACKEND", raising=False)
+    return made
+
+
+@pytest.mark.parametrize("operator", sorted(_self_check.samples))
+def test_every_row_of_the_self_check_passes(operator, nothing_is_known):
+    table = afa_kernels.self_check("cuda", [operator])
+    print(table)
+    assert [row for row in table if not row.ok] == []
+    assert {row.backend for row in table} == {row[1] for row in afa_kernels.backends() if row[:1] + row[2:4] ==
+                                              (operator, "cuda", True)} - {"reference"}  # fmt: skip
+    again = [afa_kernels.self_check("cuda", [operator], [torch.float32]) for _ in range(3)]  # loaded and compiled
+    assert [rows for rows in zip(*again) if min(row.milliseconds for row in rows) > 50] == []
+
+
+def test_a_check_is_made_at_the_first_call_only_and_as_the_caller_never_sees(nothing_is_known):
+    if not native("par"):
+        pytest.skip("no native CUDA kernel for par")
+    images, masks = torch.rand(1, 3, 9, 10, device="cuda"), torch.rand(1, 2, 9, 10, device="cuda")
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode():
+            afa_kernels.par(images, masks)
+            afa_kernels.par(images, masks)
+            assert torch.cuda.get_sync_debug_mode() == 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(nothing_is_known) == 1
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], torch.cuda.get_rng_state())
+
+
+def test_tf32_and_deterministic_algorithms_are_no_deviation(nothing_is_known):
+    allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(row.ok for row in afa_kernels.self_check("cuda", dtypes=[torch.float32], as_needed=True))
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed[0]
+        torch.set_float32_matmul_precision(allowed[1])
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_first_call_within_a_capture(warm, nothing_is_known):
+    """It is not checked there; the warm-up that PyTorch asks for has been."""
+    if not native("random_walk"):
+        pytest.skip("no native CUDA kernel for random_walk")
+    inputs = torch.rand(1, 81, 15, 20, device="cuda"), torch.rand(1, 3, 15, 20, device="cuda")
+    with mock.patch.dict("os.environ", AFA_SELF_CHECK=str(int(warm))):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            afa_kernels.random_walk(*inputs, 4)
+        torch.cuda.current_stream().wait_stream(side)
+    assert len(nothing_is_known) == warm
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = afa_kernels.random_walk(*inputs, 4)
+    assert len(nothing_is_known) == warm
+    graph.replay()
+    assert torch.equal(out, afa_kernels.random_walk(*inputs, 4))
+    assert len(nothing_is_known) == 1
