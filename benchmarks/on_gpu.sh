@@ -1,89 +1,172 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under 9 minutes and without a network: benchmarks/on_gpu.sh OUTDIR
+# What needs a GPU, in two halves of under 5 minutes each, without a network:
 #
-# Builds in place with what is installed, runs the tests on the GPU and on the CPU, compute-sanitizer on small cases, the benchmarks,
-# and leaves OUTDIR/<gpu>-<date>.json (keep it in benchmarks/results) and OUTDIR/<gpu>-<date>.log. Python is $PYTHON or python3.
-# With --rehearse behind OUTDIR the same steps on the CPU, where there is no GPU: what can break without one, breaks.
+#   benchmarks/on_gpu.sh OUTDIR --first     builds; tests of what only a GPU has; memory checker; PAR timed; operators' tests
+#   benchmarks/on_gpu.sh OUTDIR --second    builds if need be; race checker; the other operators and a training step timed;
+#                                           the model's tests on the GPU; PAR beside torch.compile if there is time
+#
+# Each leaves <gpu>-<date>-<half>.json (keep it in benchmarks/results), .log and .md, a table to paste, in OUTDIR, which both may
+# share. Python is $PYTHON or python3, with the packages it has. --rehearse behind a half: the same steps on the CPU, where there
+# is no GPU: what can break without one, breaks.
+#
+#   .carry/golden, .carry/voc32    recorded numbers and photographs that are not in the repository; git ignores .carry, so copy
+#                                  them there, and .carry to the machine. Where they exist, AFA_GOLDEN and AFA_VOC name them
+#   AFA_ON_GPU_SKIP="build par"    stages to leave out
+#   AFA_ON_GPU_SECONDS=285         for the half; a stage that none are left for fails
 set -uo pipefail
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [ "${2:---rehearse}" != --rehearse ]; then
-  sed -n '2,6s/^# \{0,1\}//p' "$0"
+usage() {
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
   exit 2
-fi
-device=cuda seconds=0.3 crop=512 batch=8 arguments=() patience=1
-[ $# -eq 2 ] && device=cpu seconds=0 crop=192 batch=2 arguments=(--quick) patience=5
+}
+[ $# -ge 2 ] && [[ $1 != --* ]] || usage
+half='' device=cuda seconds=0.3 trained=(--backbone mit_b1 --crop 512 --batch 8) quick=() patience=1
+for option in "${@:2}"; do
+  case $option in
+    --first | --second) [ -z "$half" ] || usage; half=${option#--} ;;
+    --rehearse) device=cpu seconds=0 trained=(--backbone mit_b0 --crop 192 --rounds 1) quick=(--quick) patience=5 ;;
+    *) usage ;;
+  esac
+done
+[ -n "$half" ] || usage
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MPLBACKEND=Agg
-log="$work/log"
-deadline=$((520 * patience)) # seconds; the report takes a few more
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MPLBACKEND=Agg AFA_TEST_DEVICE=$device
+[ -d .carry/golden ] && export AFA_GOLDEN=$PWD/.carry/golden
+[ -d .carry/voc32 ] && export AFA_VOC=$PWD/.carry/voc32
+log=$work/log deadline=${AFA_ON_GPU_SECONDS:-$((285 * patience))}
 
-if [ $device = cuda ] && ! "$python" -c "import torch; torch.zeros(1).cuda()" 2>"$work/why"; then
+# Now, for after a kernel that hangs nobody can be asked.
+if ! "$python" benchmarks/on_gpu_report.py --machine $device >"$work/machine.json" 2>"$work/why" && [ $device = cuda ]; then
   echo "no GPU that PyTorch can use: $(tail -n 1 "$work/why")"
   exit 2
 fi
 
-# stage NAME SECONDS COMMAND...: runs it within its time, keeps its exit status and duration for the report.
+say() { echo "=== $*" | tee -a "$log"; }
+
+# The report finds in $work: machine.json; stages, a line "NAME STATUS SECONDS" or "NAME - 0 WHY" each; NAME.out; NAME.xml of tests;
+# the folder benchmarks.
+leave_out() {
+  say "$1: left out, $2"
+  echo "$1 - 0 $2" >>"$work/stages"
+}
+
+# time_of SECONDS: what a stage gets, of the half's time. What does not end when interrupted is killed 5 s later.
+time_of() {
+  local limit=$(($1 * patience)) left=$((deadline - SECONDS - 5))
+  echo $((left < limit ? left : limit))
+}
+
+# stage NAME SECONDS COMMAND...: runs it within its time.
 stage() {
-  local name=$1 limit=$(($2 * patience)) begun=$SECONDS status left=$((deadline - SECONDS))
+  local name=$1 limit begun=$SECONDS status
+  limit=$(time_of "$2")
   shift 2
-  [ "$left" -lt "$limit" ] && limit=$left
-  echo "=== $name: $*" | tee -a "$log"
-  if [ "$limit" -lt 10 ]; then
+  if [[ " ${AFA_ON_GPU_SKIP:-} " == *[\ ,]"$name"[\ ,]* ]]; then
+    leave_out "$name" "AFA_ON_GPU_SKIP"
+    return
+  fi
+  say "$name: $*"
+  if [ "$limit" -lt 5 ]; then
     echo "no time was left" >"$work/$name.out"
     status=124
   else
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$work/$name.out" 2>&1
+    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$work/$name.out" 2>&1
     status=$?
   fi
   tail -n 40 "$work/$name.out" | cut -c1-300 | tee -a "$log"
-  echo "=== $name: exit $status after $((SECONDS - begun)) s" | tee -a "$log"
+  [ $status = 124 ] || [ $status = 137 ] && say "$name: stopped, ${limit} s"
+  say "$name: exit $status after $((SECONDS - begun)) s"
   echo "$name $status $((SECONDS - begun))" >>"$work/stages"
 }
 
-nvidia-smi -L 2>&1 | tee -a "$log"
-stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
-
-# The tests of what only a GPU has, then those of the operators with their tensors there.
-export AFA_TEST_DEVICE=$device
-pytest=("$python" -m pytest -p no:cacheprovider --continue-on-collection-errors --tb=short -o addopts= -q -m "not slow")
-workers=() # side by side, as most of their time goes into compiling for one size after the other
+pytest=("$python" -m pytest -v -p no:cacheprovider --continue-on-collection-errors --tb=short -o addopts=)
+longest=$((40 * patience)) ends=no
+if "$python" -c "import pytest_timeout" 2>/dev/null; then
+  pytest+=("--timeout=$longest" --timeout-method=thread) # a signal does not reach a thread that waits for a kernel
+  "$python" -c "from pytest_timeout import SESSION_EXPIRE_KEY" 2>/dev/null && ends=yes
+else
+  say "no pytest-timeout: a test that hangs shows where after $longest s, and ends with its stage"
+  pytest+=(-o "faulthandler_timeout=$longest")
+fi
+# Side by side, as most of the operators' time goes into compiling for one size after the other; and what a test does to its
+# process, a hung kernel for one, the others are spared.
+workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
-stage cuda_tests 80 "${pytest[@]}" tests/test_cuda.py --junitxml="$work/cuda_tests.xml"
-operators=(tests/test_{par,affinity}{,_interface}.py tests/test_{diffusion,random_walk,fuzz,fuzz_affinity}.py)
-stage operators 150 "${pytest[@]}" "${workers[@]}" "${operators[@]}" --junitxml="$work/operators.xml"
 
-# Small cases of every operator, forward and backward, under the memory and race checkers; and a planted fault, which the
-# first must see. Every tensor has its own allocation, or the space between two of them would be as good as theirs.
-if command -v compute-sanitizer >/dev/null; then
-  checked=(compute-sanitizer --launch-timeout 60 --report-api-errors no --error-exitcode 9 --tool)
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  fault='"$@" memcheck "$0" tests/every_operator.py --fault 2>&1 | tee /dev/stderr | grep "Invalid __global__ write" >/dev/null'
-  stage planted_fault 60 bash -c "$fault" "$python" "${checked[@]}"
-  stage memcheck 60 "${checked[@]}" memcheck "$python" tests/every_operator.py
-  stage racecheck 60 "${checked[@]}" racecheck "$python" tests/every_operator.py
-  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+# tests NAME SECONDS KIND MARKS: those files that use the device, as benchmarks/device_tests.py finds them.
+tests() {
+  local files session=() left
+  # Ends by itself before it is stopped, or nobody would read why tests failed.
+  left=$(time_of "$2")
+  [ $ends = yes ] && session=("--session-timeout=$((left > 50 ? left - 25 : left / 2))")
+  mapfile -t files < <("$python" benchmarks/device_tests.py "$3" 2>>"$log")
+  say "$1: ${#files[@]} files, ${files[*]}"
+  [ -n "${files[*]}" ] || files=(no-test-files) # without any, pytest would run all there are
+  stage "$1" "$2" "${pytest[@]}" "${session[@]}" "${workers[@]}" -m "$4" --junitxml="$work/$1.xml" "${files[@]}"
+}
+
+# Every operator on small inputs, forward and backward, under a checker of compute-sanitizer. Only our kernels are instrumented:
+# --kernel-name takes a substring (kns) of the mangled name, which of ours begins with namespace afa, and may be repeated; the
+# planted fault is a kernel write_past. Every tensor has its own allocation, or the space between two of them would be as good as
+# theirs. AFA_BACKEND, for with the Triton kernels in their place there would be nothing to find.
+checker=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+checked=("$checker" --launch-timeout 60 --target-processes application-only --report-api-errors no --error-exitcode 9)
+checked+=(--kernel-name kns=_ZN3afa --kernel-name kns=write_past --tool)
+check() {
+  if [ $device = cpu ] && [ ! -x "$checker" ]; then
+    leave_out "$1" "no compute-sanitizer here"
+  else
+    stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 AFA_BACKEND=native "${@:3}"
+  fi
+}
+fault='"$@" memcheck "$0" tests/every_operator.py --fault 2>&1 | tee /dev/stderr | grep "Invalid __global__ write" >/dev/null'
+
+bench=("$python" benchmarks/run.py --device "$device" --seconds "$seconds" --out "$work/benchmarks" "${quick[@]}")
+step=("$python" benchmarks/bench_train_step.py --device "$device" "${trained[@]}")
+build=("$python" -m pip install --no-build-isolation --no-deps --no-index -e .)
+[ $device = cuda ] && build=(env AFA_CUDA=1 "${build[@]}") # a CUDA compiler that fails is the end of it, not a reason for less
+mkdir "$work/benchmarks"
+
+say "the $half half on $(nvidia-smi -L 2>/dev/null || echo "a machine without nvidia-smi")"
+if [ $half = first ]; then
+  stage build 130 "${build[@]}"
+  stage doctor 30 bash -c '"$@" --help | grep -q -e --check && set -- "$@" --check; "$@"' bash "$python" -m afa_model.cli doctor
+  tests cuda_tests 60 cuda "cuda and not slow"
+  check planted_fault 30 bash -c "$fault" "$python" "${checked[@]}"
+  check memcheck 40 "${checked[@]}" memcheck "$python" tests/every_operator.py
+  stage par 45 "${bench[@]}" par
+  tests operators 150 operators "not slow" # last, for they take whatever time there is
+else
+  modules=(afa_kernels/_native*.so)
+  if [ -e "${modules[0]}" ] && [ -z "$(find csrc CMakeLists.txt setup.py -newer "${modules[0]}")" ] &&
+    "$python" -c "from afa_kernels import _native_module as m; exit(m.native is None or '$device' == 'cuda' and not m.native.cuda)"; then
+    leave_out build "built already"
+  else
+    stage build 130 "${build[@]}"
+  fi
+  check racecheck 45 "${checked[@]}" racecheck "$python" tests/every_operator.py
+  stage affinity 45 "${bench[@]}" affinity
+  stage random_walk 25 "${bench[@]}" random_walk
+  stage train_step 45 "${step[@]}" --json "$work/benchmarks/train_step-$device.json"
+  stage train_step_graph 45 "${step[@]}" --cuda-graph --json "$work/benchmarks/train_step_graph-$device.json"
+  tests suite 60 model "not slow"
+  if [ $device = cpu ]; then
+    leave_out par_compiled "Inductor takes ten minutes on a CPU"
+  elif [ $((deadline - SECONDS)) -lt 40 ]; then
+    leave_out par_compiled "no time was left"
+  else
+    stage par_compiled 120 "${bench[@]}" par --compile
+  fi
 fi
 
-bench=("$python" benchmarks/run.py --device "$device" --seconds "$seconds" --out "$work/benchmarks" "${arguments[@]}")
-stage par 60 "${bench[@]}" par
-stage affinity 60 "${bench[@]}" affinity
-stage random_walk 40 "${bench[@]}" random_walk
-step=("$python" benchmarks/bench_train_step.py --device "$device" --backbone mit_b1 --crop "$crop" --batch "$batch")
-stage train_step 60 "${step[@]}" --json "$work/benchmarks/train_step-$device.json"
-stage train_step_graph 60 "${step[@]}" --cuda-graph --json "$work/benchmarks/train_step_graph-$device.json"
-
-# The rest of the suite; then, if there is time, PAR beside what Inductor makes of the reference.
-ran=("${operators[@]/#/--ignore=}" --ignore=tests/test_cuda.py)
-stage suite 200 "${pytest[@]}" "${workers[@]/worksteal/loadfile}" "${ran[@]}" --junitxml="$work/suite.xml"
-if [ $device = cuda ]; then # Inductor takes ten minutes on a CPU
-  cp "$work/benchmarks/par-cuda.json" "$work/par.json"
-  stage par_compiled 120 "${bench[@]}" par --compile
-  # What a run that was stopped leaves has fewer cases than the first.
-  grep -q "^par_compiled 0 " "$work/stages" || cp "$work/par.json" "$work/benchmarks/par-cuda.json"
+"$python" benchmarks/on_gpu_report.py "$work" "$log" "$out" "$half"
+status=$?
+if [ ! -e "$work/reported" ]; then # not even the report worked
+  cat "$log" "$work"/*.out >"$out/$half.log" 2>/dev/null
+  status=1
 fi
-
-"$python" benchmarks/on_gpu_report.py "$work" "$log" "$out"
+exit $status

@@ -26,6 +26,6 @@ def bench(monkeypatch) -> SimpleNamespace:
     """Imported for one test, and forgotten afterwards."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delenv("AFA_BACKEND", raising=False)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    yield SimpleNamespace(MACHINE=MACHINE, **{name: importlib.import_module(name) for name in MODULES})
     for name in MODULES:
         sys.modules.pop(name, None)

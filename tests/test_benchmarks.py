@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from benchmark_modules import MACHINE, bench  # noqa: F401
 from conftest import available, relative_error
 
 from afa_kernels import affinity_native
+
+pytest_plugins = ["benchmark_modules"]  # the fixture bench
+
 
 def providing() -> torch.Tensor:
     return torch.ones(3)
@@ -19,7 +21,7 @@ def providing() -> torch.Tensor:
 @pytest.mark.parametrize("table", ["affinity", "random_walk"])
 def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
     assert table in bench.run.tables()
-    monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
     cases = getattr(bench, f"bench_{table}").cases("cpu", quick=True)[:1]
     report = bench.harness.run(table, cases, "cpu", seconds=0.0)
     path = bench.reports.write(report, tmp_path)
@@ -41,7 +43,7 @@ def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path,
         bench.harness.Case("b", {"one": fail, "two": providing}),
         bench.harness.Case("c", {"one": providing}, bytes=1.0),
     ]
-    monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
     monkeypatch.setattr(bench.bench_par, "cases", lambda *_, **__: table)
     with pytest.raises(SystemExit) as stopped:
         bench.run.main(["par", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
@@ -58,7 +60,7 @@ def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path,
 
 
 def test_a_run_that_is_stopped_keeps_its_cases(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.harness, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
     cases = [
         bench.harness.Case("a", {"one": providing}, bytes=1.0),
         bench.harness.Case("b", {"one": lambda: (_ for _ in ()).throw(KeyboardInterrupt)}),

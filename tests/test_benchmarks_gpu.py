@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_modules import MACHINE, bench  # noqa: F401
+
+pytest_plugins = ["benchmark_modules"]  # the fixture bench
 
 
 def tf32_allowed() -> list[bool]:
@@ -44,7 +45,7 @@ def cuda(bench, monkeypatch) -> SimpleNamespace:
         return Call(call.graph)
 
     harness = bench.harness
-    monkeypatch.setattr(harness, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(harness, "describe", lambda device: bench.MACHINE)
     monkeypatch.setattr(harness, "seconds_of", seconds_of)
     monkeypatch.setattr(harness, "peak_memory", lambda call, device: 0.0)
     monkeypatch.setattr(harness, "CacheFlush", lambda device: lambda: None)
