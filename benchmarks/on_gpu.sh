@@ -132,7 +132,7 @@ build=("$python" -m pip install --no-build-isolation --no-deps --no-index -e .)
 mkdir "$work/benchmarks"
 
 say "the $half half on $(nvidia-smi -L 2>/dev/null || echo "a machine without nvidia-smi")"
-if [ $half = first ]; then
+if [ "$half" = first ]; then
   stage build 130 "${build[@]}"
   stage doctor 30 bash -c '"$@" --help | grep -q -e --check && set -- "$@" --check; "$@"' bash "$python" -m afa_model.cli doctor
   tests cuda_tests 60 cuda "cuda and not slow"
