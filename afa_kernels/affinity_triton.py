@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ._triton_launch import interpreted, on_device
 from .affinity_triton_kernels import (
     LOSS,
     SCORE_GRADIENT,
@@ -21,7 +22,6 @@ from .affinity_triton_kernels import (
     _product,
     _window_loss,
 )
-from .diffusion_triton import interpreted
 
 WARPS = 8  # to a program: with 4, the 64 x 64 scores in flight take more registers than a thread has
 
@@ -84,6 +84,7 @@ def _window(grid: _Grid, like: Tensor, **sources: Tensor) -> Tensor:
     return out.to(like.dtype)
 
 
+@on_device
 def window_affinity(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, height: int, width: int, radius: int
 ) -> Tensor:
@@ -91,6 +92,7 @@ def window_affinity(
     return _window(grid, query, query=query, key=key, head=_head(head_weight, head_bias))
 
 
+@on_device
 def affinity_from_maps(
     maps: Tensor, head_weight: Tensor, head_bias: Tensor, height: int, width: int, radius: int
 ) -> Tensor:
@@ -105,6 +107,7 @@ def _loss(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss.float(), pos_count.clone(), neg_count.clone()
 
 
+@on_device
 def attention_affinity_loss(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,6 +156,7 @@ def _products(
     return *results, grad_weight, grad_bias
 
 
+@on_device
 def attention_affinity_loss_backward(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, grad: Tensor,
     pos_count: Tensor, neg_count: Tensor, radius: int, wanted: list[bool],
@@ -165,6 +169,7 @@ def attention_affinity_loss_backward(
     return _products(grid, pairs, partial, query, key, head_weight, head_bias, wanted)
 
 
+@on_device
 def window_affinity_backward(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, window: Tensor, grad: Tensor, radius: int,
     wanted: list[bool],
@@ -175,6 +180,7 @@ def window_affinity_backward(
     return _products(grid, pairs, partial, query, key, head_weight, head_bias, wanted)
 
 
+@on_device
 def affinity_from_maps_backward(
     maps: Tensor, head_weight: Tensor, head_bias: Tensor, window: Tensor, grad: Tensor, radius: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,10 +213,12 @@ def _run_window_loss(window: Tensor, labels: Tensor, radius: int, slopes: Tensor
     return partial, counts
 
 
+@on_device
 def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
     return _loss(*_run_window_loss(affinity, labels, radius, affinity, affinity, False))
 
 
+@on_device
 def affinity_loss_backward(
     affinity: Tensor, labels: Tensor, grad: Tensor, pos_count: Tensor, neg_count: Tensor, radius: int
 ) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _backends, _native_module, diffusion_reference
 from ._checks import FLOATS, check_class_mask, check_int, check_same_device, check_tensor
-from ._native_module import address, native, view, workspace
+from ._native_module import address, native, run_planned, view, workspace
 from ._self_check import Draw, Sample
 
 # --- checks ---
@@ -110,10 +110,12 @@ def _diffuse(
     if _native_module.on_cuda(masks):
         place = _native_module.cuda_stream(masks.device)
         kept = None if class_mask is None else class_mask.contiguous()
-        size = native.diffuse_cuda_workspace(view(weights), view(masks), taps, num_iter, transpose, place[0])
-        scratch = workspace(size, masks.device)
-        common = address(kept), num_iter, border == "zero", transpose, scratch.data_ptr(), *place
-        native.diffuse_cuda(view(weights), view(masks), view(out), taps, *common)
+        tensors, options = (view(weights), view(masks)), (address(kept), num_iter, border == "zero", transpose)
+        run_planned(
+            masks.device,
+            lambda: native.diffuse_cuda_workspace(*tensors, taps, num_iter, transpose, place[0]),
+            lambda scratch: native.diffuse_cuda(*tensors, view(out), taps, *options, scratch, *place),
+        )
         return out
     threads = torch.get_num_threads()
     size = native.diffuse_cpu_workspace(view(weights), view(masks), taps, threads)

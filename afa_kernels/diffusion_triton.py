@@ -8,17 +8,16 @@ same bits every run) and the margins are folded back onto the border afterwards.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._triton_launch import interpreted, on_device, table
 
-def interpreted() -> bool:
-    """Under Triton's interpreter every operation costs a call, so the blocks are made large."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+Pairs = Sequence[tuple[int, int]]
 
 
 @triton.jit
@@ -86,24 +85,32 @@ def _fold(grown: Tensor, height: int, width: int, grow_y: int, grow_x: int, bord
     return grown[..., grow_y : grow_y + height, grow_x : grow_x + width].contiguous()
 
 
+def clipped(offsets: Pairs, height: int, width: int) -> tuple[int, ...]:
+    """dy, dx of every tap, side by side: past one image length an offset reaches the same pixel."""
+    return tuple(value for dy, dx in offsets for value in (_clip(dy, height), _clip(dx, width)))
+
+
+def _clip(value: int, limit: int) -> int:
+    return max(-limit, min(limit, value))
+
+
+@on_device
 def diffuse(
     weights: Tensor,
     masks: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | Pairs,
     num_iter: int,
     border: str,
     class_mask: Tensor | None,
     transpose: bool,
 ) -> Tensor:
-    """`afa_kernels.diffuse`, checked arguments; offsets [T, 2] int64 on the CPU. Returns float32 rounded to the
+    """`afa_kernels.diffuse`, checked arguments; offsets [T, 2] on the CPU, or pairs. Returns float32 rounded to the
     dtype of masks.
     """
     batch, channels, height, width = masks.shape
-    # Past one image length an offset reaches the same pixel.
-    limit = torch.tensor([height, width])
-    offsets = torch.minimum(torch.maximum(offsets.cpu(), -limit), limit)
-    grow_y, grow_x = offsets.abs().amax(0).tolist() if transpose else (0, 0)
-    offsets = offsets.to(device=masks.device, dtype=torch.int32).contiguous()
+    taps = clipped(offsets.tolist() if isinstance(offsets, Tensor) else offsets, height, width)
+    grow_y, grow_x = (max(map(abs, taps[axis::2])) if transpose else 0 for axis in (0, 1))
+    offsets = table(taps, torch.int32, masks.device)
     if class_mask is None:
         class_mask = torch.ones(batch, channels, dtype=torch.bool, device=masks.device)
     present = class_mask.to(torch.uint8).contiguous()
@@ -123,7 +130,7 @@ def diffuse(
             height, width, channels,
             *weights.stride(), *current.stride(),
             grow_y, grow_x,
-            TAPS=offsets.shape[0], TRANSPOSE=transpose, ZERO=border == "zero", PIXELS=pixels, CHANNELS=channel_block,
+            TAPS=len(taps) // 2, TRANSPOSE=transpose, ZERO=border == "zero", PIXELS=pixels, CHANNELS=channel_block,
         )  # fmt: skip
         current = _fold(out, height, width, grow_y, grow_x, border) if transpose else out
     return current.to(masks.dtype)

@@ -25,7 +25,7 @@ from ._checks import (
     check_same_device,
     check_tensor,
 )
-from ._native_module import address, native, view, workspace
+from ._native_module import address, native, run_planned, view, workspace
 from ._self_check import Draw, Sample, odd_image
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -193,10 +193,14 @@ def _par(
         # bfloat16 masks lose four times more in their own rounding than half-precision weights cost; float16 masks
         # do not.
         options = num_iter, transpose, masks.dtype == torch.bfloat16
-        size = native.par_cuda_workspace(view(images), view(masks), dilations, *options, place[0])
-        scratch = workspace(size, masks.device)
-        common = address(kept), *options, scratch.data_ptr(), *place
-        native.par_cuda(view(images), view(masks), view(out), dilations, factors, *common)
+        tensors = view(images), view(masks)
+        run_planned(
+            masks.device,
+            lambda: native.par_cuda_workspace(*tensors, dilations, *options, place[0]),
+            lambda scratch: native.par_cuda(
+                *tensors, view(out), dilations, factors, address(kept), *options, scratch, *place
+            ),
+        )
         return out
     threads = torch.get_num_threads()
     scratch = workspace(native.par_cpu_workspace(view(images), view(masks), dilations, threads), masks.device)

@@ -7,13 +7,15 @@ Floor: 8*D*H*W*4 bytes written.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import diffusion_triton
-from .diffusion_triton import interpreted
+from ._triton_launch import interpreted, on_device, table
 from .par_reference import position_weights, tap_offsets
 
 SHRINK = tl.constexpr(2.0**-80)
@@ -87,15 +89,21 @@ def _weights(
     tl.store(out + out_at, share, mask=reads)
 
 
+@functools.lru_cache(maxsize=256)
+def _tables(dilations: tuple[int, ...], factors: tuple[float, ...], height: int, width: int) -> tuple[tuple, tuple]:
+    """Offsets and position weights of the taps."""
+    position = factors[2] * position_weights(list(dilations), factors[1]) if factors else torch.zeros(8 * len(dilations))
+    return diffusion_triton.clipped(tap_offsets(list(dilations)), height, width), tuple(position.tolist())
+
+
+@on_device
 def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
     """[B, 8*D, H, W] of PAR (three factors) or PAMR (none), checked arguments."""
     batch, _, height, width = images.shape
     taps = 8 * len(dilations)
-    offsets = torch.tensor(tap_offsets(dilations), dtype=torch.int64)
-    limit = torch.tensor([height, width])
-    offsets = torch.minimum(torch.maximum(offsets, -limit), limit).to(device=images.device, dtype=torch.int32)
-    position = factors[2] * position_weights(dilations, factors[1]) if factors else torch.zeros(taps)
-    position = position.to(device=images.device, dtype=torch.float32)
+    offsets, position = _tables(tuple(dilations), tuple(factors), height, width)
+    offsets = table(offsets, torch.int32, images.device)
+    position = table(position, torch.float32, images.device)
     # The interpreter would truncate to bfloat16.
     written = torch.float32 if interpreted() else dtype
     out = torch.empty(batch, taps, height, width, dtype=written, device=images.device)
@@ -111,6 +119,7 @@ def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: t
     return out.to(dtype)
 
 
+@on_device
 def par(
     images: Tensor,
     masks: Tensor,
@@ -121,6 +130,5 @@ def par(
     transpose: bool,
 ) -> Tensor:
     """`afa_kernels.par` and `pamr`, checked arguments, masks of the image's size."""
-    offsets = torch.tensor(tap_offsets(dilations), dtype=torch.int64)
     kept = weights(images, dilations, factors)
-    return diffusion_triton.diffuse(kept, masks, offsets, num_iter, "replicate", class_mask, transpose)
+    return diffusion_triton.diffuse(kept, masks, tap_offsets(dilations), num_iter, "replicate", class_mask, transpose)

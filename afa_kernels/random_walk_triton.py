@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import diffusion_triton
-from .diffusion_triton import interpreted
+from ._triton_launch import interpreted, on_device
 from .random_walk_reference import window_offsets
 
 
@@ -144,6 +144,7 @@ class _Walk:
         _weights[self.grid](*inputs, *affinity.stride(), **options)
 
 
+@on_device
 def random_walk(
     affinity: Tensor,
     cams: Tensor,
@@ -155,10 +156,10 @@ def random_walk(
     transpose: bool,
 ) -> Tensor:
     weights = _Walk(affinity, radius, power, eps).weights
-    offsets = torch.tensor(window_offsets(radius), dtype=torch.int64)
-    return diffusion_triton.diffuse(weights, cams, offsets, num_steps, "zero", class_mask, transpose)
+    return diffusion_triton.diffuse(weights, cams, window_offsets(radius), num_steps, "zero", class_mask, transpose)
 
 
+@on_device
 def random_walk_affinity_gradient(
     affinity: Tensor, states: Tensor, grads: Tensor, radius: int, power: float, eps: float
 ) -> Tensor:

@@ -17,6 +17,7 @@ from cuda_emulator import build
 from cuda_emulator.operators import emulated
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from par_cases import SCENES, scene
 
 import afa_kernels
 
@@ -31,6 +32,8 @@ fuzz = settings(
 )
 without_limit = pytest.mark.timeout(0 if WISH else 600)
 
+# The CUDA sources, without and with products fused into sums.
+EMULATED = {"plain": "emulated", "contracted": "emulated contracted"}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EXTREMES = [0.0, 1e-30, 1e30, math.nan, math.inf, -math.inf]
 
@@ -38,7 +41,8 @@ EXTREMES = [0.0, 1e-30, 1e30, math.nan, math.inf, -math.inf]
 def backends(operator: str) -> list[str]:
     """The backends to fuzz: all that run here but the reference and Triton's interpreter (seconds a case)."""
     fast = [name for name in available(operator)[1:] if DEVICE == "cuda" or name != "triton"]
-    return [*fast, "emulated"] if has_cuda_source(operator) and DEVICE == "cpu" and build.compiler() else fast
+    emulate = has_cuda_source(operator) and DEVICE == "cpu" and build.compiler()
+    return [*fast, *(EMULATED[kind] for kind in build.kinds())] if emulate else fast
 
 
 def has_cuda_source(operator: str) -> bool:
@@ -48,11 +52,12 @@ def has_cuda_source(operator: str) -> bool:
 @contextlib.contextmanager
 def running(backend: str, generator: torch.Generator):
     """Calls with ``backend=None`` run there; emulated on a device of random size, so that every plan is met."""
-    if backend != "emulated":
+    kind = next((kind for kind, name in EMULATED.items() if name == backend), None)
+    if kind is None:
         with afa_kernels.use_backend(backend):
             yield
         return
-    with emulated(build.load(), order=int(torch.randint(3, (), generator=generator))) as emulator:
+    with emulated(build.load(kind), order=int(torch.randint(3, (), generator=generator))) as emulator:
         processors, kilobytes = (int(torch.randint(1, limit, (), generator=generator)) for limit in (9, 228))
         emulator.set_device(processors, kilobytes * 1024)
         yield
@@ -88,6 +93,15 @@ class Draw:
             values[self.random(*shape) < share] = value
         return self.layout(name, values.to(dtype).to(DEVICE))
 
+    def photograph(
+        self, batch: int, height: int, width: int, dtype: torch.dtype, extremes: list[float] = EXTREMES
+    ) -> torch.Tensor:
+        """[B, 3, H, W]: noise as `tensor` gives it, or one of `par_cases.SCENES`, in some memory layout."""
+        kind = self.choice("kind of image", ["noise", *SCENES])
+        if kind == "noise":
+            return self.tensor("images", batch, 3, height, width, dtype=dtype, extremes=extremes)
+        return self.layout("images", scene(kind, self.generator, batch, height, width).to(dtype).to(DEVICE))
+
     def layout(self, name: str, values: torch.Tensor) -> torch.Tensor:
         kind = self.choice(f"layout of {name}", ["contiguous", "channels_last", "swapped", "spaced", "shifted"])
         if kind == "channels_last" and values.dim() == 4:
@@ -106,7 +120,7 @@ class Draw:
 
     def masks(self, backend: str, height: int) -> list[int]:
         """[B, C, H, W] of masks; smaller where threads are emulated, but still of several tiles."""
-        most = (2, 4, 18, 36) if backend == "emulated" else (2, 9, height, 40)
+        most = (2, 4, 18, 36) if backend in EMULATED.values() else (2, 9, height, 40)
         return [self.integer(name, 1, limit) for name, limit in zip("BCHW", most)]
 
     def class_mask(self, batch: int, channels: int) -> torch.Tensor | None:

@@ -327,6 +327,13 @@ def test_wrong_index_and_unwritten_element_show_in_the_result(emulator):
     assert not faulty(emulator, "global_overrun")[0][64:].isnan().all()
 
 
+def test_one_build_fuses_products_and_the_other_does_not(either):
+    """Both are loaded side by side, each as itself."""
+    fuses = either is not build.load("plain")
+    assert faulty(either, "fused")[0][:64].any() == fuses
+    assert not faulty(either, "spelled_out")[0][:64].any()
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("name", ["sound", "sound_grid"])
 def test_sound_kernels_pass_in_every_order(emulator, name, order):

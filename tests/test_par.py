@@ -88,11 +88,13 @@ def test_what_photographs_have_and_noise_has_not(rng, backend, operator, name):
     """Where nothing deviates but the pixel itself, kappa is 1e15: its roundings must be those of the formula."""
     images, masks = scene(name, rng, 2, 27, 41).to(DEVICE), torch.rand(2, 3, 27, 41, generator=rng).to(DEVICE)
     weights = pamr_weights if operator is pamr else par_weights
-    for dilations in (SIX, (1,), (2, 1)):
+    slow = backend == "triton" and DEVICE == "cpu"
+    for dilations in ((2, 1),) if slow else (SIX, (1,), (2, 1)):
         want = weights(images, dilations, backend="reference")
         assert (weights(images, dilations, backend=backend) - want).abs().max() < 1e-4
-        want = operator(images, masks, dilations, 10, backend="reference")
-        assert relative_error(operator(images, masks, dilations, 10, backend=backend), want) < 2e-5
+        steps = 1 if slow else 10
+        want = operator(images, masks, dilations, steps, backend="reference")
+        assert relative_error(operator(images, masks, dilations, steps, backend=backend), want) < 2e-5
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -100,8 +102,9 @@ def test_what_photographs_have_and_noise_has_not(rng, backend, operator, name):
 def test_one_odd_pixel_in_a_white_image(rng, backend, grey):
     images, masks = torch.ones(1, 3, 56, 56), torch.rand(1, 3, 56, 56, generator=rng)
     images[..., 28, 28] = grey / 255
-    want = par(images.to(DEVICE), masks.to(DEVICE), backend="reference")
-    assert relative_error(par(images.to(DEVICE), masks.to(DEVICE), backend=backend), want) < 1e-5
+    steps = 1 if backend == "triton" and DEVICE == "cpu" else 10
+    want = par(images.to(DEVICE), masks.to(DEVICE), SIX, steps, backend="reference")
+    assert relative_error(par(images.to(DEVICE), masks.to(DEVICE), SIX, steps, backend=backend), want) < 1e-5
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

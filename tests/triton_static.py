@@ -2,7 +2,7 @@
 
 Triton's interpreter, which runs the kernels on the CPU, takes Python that its compiler does not. Here the operators
 launch as on a GPU of this compute capability (80, 90, ...), down to its machine code, but nothing runs. One line of
-JSON for each kernel: name, shared memory in bytes, registers, stack. --all: also other dtypes and the smallest sizes.
+JSON for each kernel: name, shared memory in bytes, registers, stack, what stands in front of exponentials. --all: also other dtypes and the smallest sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import triton
 from cuda_tools import disassembler
 from every_operator import everything, smallest
+from machine_code import before_exponentials, functions
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -89,17 +90,18 @@ def as_trained(dtype: torch.dtype) -> None:
         result.float().sum().backward()
 
 
-def resources(machine_code: bytes, tool: str | None) -> dict[str, int]:
-    """Registers and stack of a kernel, as far as there is a tool to read them."""
+def resources(code: bytes, tool: str | None) -> dict[str, object]:
+    """Registers, stack and exponentials' sources of a kernel, as far as there is a tool to read them."""
     if tool is None:
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(machine_code)
+        file.write(code)
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        before = [line for body in functions(tool, file.name).values() for line in before_exponentials(body)]
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
-    return {"registers": int(registers), "stack": int(stack) + int(local)}
+    return {"registers": int(registers), "stack": int(stack) + int(local), "before_exponentials": sorted(set(before))}
 
 
 def main(capability: int, everything_else: bool) -> None:

@@ -16,7 +16,7 @@ PYBIND11_MODULE(_native, module) {
 #endif
 #if AFA_WITH_CUDA
   module.attr("cuda") = true;
-  pybind11::register_exception<afa::NotResident>(module, "NotResident", PyExc_RuntimeError);
+  pybind11::register_local_exception<afa::NotResident>(module, "NotResident", PyExc_RuntimeError);
   module.def("cuda_probe", &afa::cuda_probe, "Why a device cannot run the CUDA kernels, in the runtime's words; empty if it can.");
   module.def("cuda_versions", [] { return std::make_pair(afa::cuda_driver_version(), afa::cuda_runtime_version()); },
              "CUDA versions of the driver and of this module's runtime, 13000 for 13.0.");

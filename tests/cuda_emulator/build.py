@@ -124,9 +124,10 @@ class Emulator:
     """The emulated module, ``native``, and the emulator's switches."""
 
     def __init__(self, library: Path) -> None:
-        spec = importlib.util.spec_from_file_location(
-            "_native", library, loader=importlib.machinery.ExtensionFileLoader("_native", str(library))
-        )
+        # A name for each library: pybind11 gives the module that it has already made of a name.
+        name = f"afa_emulator_{library.parent.name}._native"
+        loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+        spec = importlib.util.spec_from_file_location(name, library, loader=loader)
         self.native: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.native)
         self._switches = ctypes.CDLL(str(library))

@@ -42,6 +42,14 @@ __global__ void across_blocks(float* out) {
   out[blockIdx.x * 16 + threadIdx.x] += neighbour;
 }
 
+// A product less its own rounding: 0, unless the compiler fuses it into the difference.
+template <bool kSpelledOut>
+__global__ void rounding(float* out) {
+  const float a = 1.0f + float(threadIdx.x) / 64.0f, b = 1.0f / (3.0f + float(threadIdx.x));
+  const float same = __fadd_rn(a, 0.0f);  // which the compiler does not know, or it would take one product for both
+  out[threadIdx.x] = (kSpelledOut ? __fmul_rn(a, b) : a * b) - __fmul_rn(same, b);
+}
+
 static Status run(const std::string& name, float* out) {
   LaunchShape shape;
   shape.block = dim3(64), shape.shared_bytes = 256;
@@ -51,6 +59,8 @@ static Status run(const std::string& name, float* out) {
                                      faulty<5>, faulty<6>, faulty<7>, faulty<8>, faulty<9>};
   for (int i = 0; i < 10; ++i)
     if (name == names[i]) return launch(kernels[i], shape, nullptr, out);
+  if (name == "fused") return launch(rounding<false>, shape, nullptr, out);
+  if (name == "spelled_out") return launch(rounding<true>, shape, nullptr, out);
   if (name == "too_much_shared") {
     shape.shared_bytes = 300 * 1024;
     return launch(kernels[0], shape, nullptr, out);
