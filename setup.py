@@ -1,7 +1,7 @@
 """Drives CMakeLists.txt and records what was built, so that ``afa doctor`` can say why something was not.
 
 AFA_CUDA=0          CPU kernels only              AFA_CUDA=1    fail rather than leave the CUDA kernels out
-AFA_CUDA_ARCHS      CUDA architectures, as CMake takes them ("80;90"); default: the visible GPU's, else 80;90 plus PTX
+AFA_CUDA_ARCHS      CUDA architectures, as CMake takes them ("80;90"); default: the visible GPUs', else 7.5 to 12.1
 AFA_NATIVE=0        no native module at all       CXX, CUDACXX  compilers
 """
 
@@ -32,34 +32,31 @@ def wheel_cuda() -> Path | None:
     return None
 
 
-def visible_architectures() -> str:
-    """Compute capabilities of the GPUs here as CMake's list, e.g. "90"; the default when there is none."""
-    if os.environ.get("AFA_CUDA_ARCHS"):
-        return os.environ["AFA_CUDA_ARCHS"]
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False)
-        numbers = sorted({line.strip().replace(".", "") for line in found.stdout.splitlines()})
-        if found.returncode == 0 and numbers and all(number.isdigit() for number in numbers):
-            return ";".join(numbers)
-    return "80-real;90"
-
-
-def cuda_options() -> tuple[list[str], str]:
-    """CMake options that build the CUDA kernels, and a line that says which compiler, or ([], why not)."""
-    if not build_backend.wants_cuda():
-        return [], "AFA_CUDA=0 was set when this was built"
-    options = ["-DAFA_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={visible_architectures()}"]
-    nvcc = build_backend.system_nvcc()
+def cuda_options() -> tuple[list[str], str | None, str]:
+    """CMake options that build the CUDA kernels, for which architectures, by which compiler; or [], None, why not."""
+    reason = build_backend.why_no_cuda()
+    if reason:
+        return [], None, reason
+    nvcc, root = build_backend.system_nvcc(), wheel_cuda()
     if nvcc:
-        return [*options, f"-DCMAKE_CUDA_COMPILER={nvcc}"], nvcc
-    root = wheel_cuda()
-    if root:
+        name, options = nvcc, []
+    elif root:
+        nvcc, name = str(root / "bin" / "nvcc"), "the CUDA compiler wheels"
         # The wheels keep their libraries in lib, where the compiler's own profile looks in lib64.
-        options += [f"-DCMAKE_CUDA_COMPILER={root / 'bin' / 'nvcc'}", f"-DAFA_CUDA_LIBRARY_DIR={root / 'lib'}"]
-        options += [f"-DCMAKE_CUDA_FLAGS_INIT=-L{root / 'lib'}", f"-DCUDAToolkit_ROOT={root}"]
-        return options, "the CUDA compiler wheels"
-    return [], "no nvcc on the system and no CUDA compiler wheels for this platform"
+        options = [f"-DAFA_CUDA_LIBRARY_DIR={root / 'lib'}", f"-DCMAKE_CUDA_FLAGS_INIT=-L{root / 'lib'}"]
+        options += [f"-DCUDAToolkit_ROOT={root}"]
+    else:
+        oldest = build_backend.OLDEST_CUDA
+        return [], None, f"no nvcc from CUDA {oldest} on the system and no CUDA compiler wheels for this platform"
+    notes = [build_backend.driver_note(build_backend.compiler_version(nvcc))]
+    architectures = os.environ.get("AFA_CUDA_ARCHS")
+    if not architectures or architectures == "native":
+        known, visible = build_backend.known_architectures(nvcc), build_backend.visible_architectures()
+        architectures, note = build_backend.architectures(known, visible)
+        notes.append(note)
+    said = "; ".join(filter(None, notes))
+    options += ["-DAFA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    return options, architectures, f"{name} ({said})" if said else name
 
 
 class CMakeBuild(build_ext):
@@ -74,6 +71,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         info = {"native": False, "native_reason": None, "cuda": False, "cuda_reason": None, "cuda_archs": None}
+        info["sources"] = build_backend.sources_digest()
         cxx = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
         if os.environ.get("AFA_NATIVE") == "0":
             info["native_reason"] = "AFA_NATIVE=0 was set when this was built"
@@ -84,6 +82,8 @@ class CMakeBuild(build_ext):
             print(f"afa: native module left out: {info['native_reason']}", file=sys.stderr)
         else:
             self.build_native(target, info, cxx)
+        if os.environ.get("AFA_CUDA") == "1" and not info["cuda"]:
+            raise SystemExit(f"afa: AFA_CUDA=1, but {info['cuda_reason']}")
         places = {target, ROOT / "afa_kernels"} if self.used_in_place else {target}
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
@@ -103,11 +103,12 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        options, compiler = cuda_options()
+        options, architectures, compiler = cuda_options()
         if options:
             try:
+                print(f"afa: CUDA kernels by {compiler}", file=sys.stderr)
                 self.cmake("cuda", common + options)
-                info.update(native=True, cuda=True, cuda_reason=compiler, cuda_archs=visible_architectures())
+                info.update(native=True, cuda=True, cuda_reason=compiler, cuda_archs=architectures)
                 return
             except subprocess.CalledProcessError as error:
                 if os.environ.get("AFA_CUDA") == "1":
