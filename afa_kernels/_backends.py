@@ -200,6 +200,7 @@ def self_check(
     device: torch.device | str | None = None,
     operators: Sequence[str] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
+    backends: Sequence[str] | None = None,
     *,
     as_needed: bool = False,
 ) -> _self_check.CheckTable:
@@ -215,6 +216,7 @@ def self_check(
         device: the device, ``"cpu"`` or ``"cuda:0"``; None checks the CPU and every GPU.
         operators: names as in `backends`; None checks all of them.
         dtypes: some of float32, float16, bfloat16; None checks all three.
+        backends: ``"native"``, ``"triton"``; None checks both.
         as_needed: check only what first calls would: of each operator the backend that they would take, the next one
             where that fails, nothing that is proven already, nothing on the CPU or with ``AFA_SELF_CHECK=0``.
 
@@ -223,17 +225,19 @@ def self_check(
         milliseconds, and what is wrong, if anything. It prints as a table.
 
     Raises:
-        ValueError: an operator, dtype or device that is not known.
+        ValueError: a device, operator, dtype or backend that there is none of.
         RuntimeError: within the capture of a CUDA graph or a backward.
     """
     everywhere = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     places = everywhere if device is None else [_self_check.with_index(torch.device(device))]
     names = sorted(_registry) if operators is None else list(operators)
     kinds = _self_check.DTYPES if dtypes is None else tuple(dtypes)
+    kernels = NAMES[:2] if backends is None else tuple(backends)
     for argument, values, known in (
         ("device", places, everywhere),
         ("operators", names, list(_registry)),
         ("dtypes", kinds, _self_check.DTYPES),
+        ("backends", kernels, NAMES[:2]),
     ):
         for value in values:
             if value not in known:
@@ -243,15 +247,15 @@ def self_check(
     table = _self_check.CheckTable()
     for place in places:
         for operator in names:
-            table.extend(_check_operator(operator, place, kinds, as_needed))
+            table.extend(_check_operator(operator, place, kinds, kernels, as_needed))
     return table
 
 
 def _check_operator(
-    operator: str, device: torch.device, dtypes: Sequence[torch.dtype], as_needed: bool
+    operator: str, device: torch.device, dtypes: Sequence[torch.dtype], backends: Sequence[str], as_needed: bool
 ) -> Iterator[_self_check.CheckRow]:
     predicates, left = _registry[operator], list(dtypes)
-    candidates = [name for name in NAMES[:2] if name in predicates]
+    candidates = [name for name in NAMES[:2] if name in predicates and name in backends]
     if as_needed:
         wanted = _forced(None)[0]
         candidates = [name for name in candidates if wanted in (None, name) and _self_check.needed(name, device)]

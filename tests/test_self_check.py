@@ -98,6 +98,8 @@ def test_a_call_is_checked_once_for_each_dtype_and_direction(checks):
         affinity, cams = walk_inputs()
         random_walk(affinity.bfloat16(), cams, 1)
         assert checks.pop()[3] == (torch.bfloat16, FLOAT)
+        random_walk(affinity.bfloat16().requires_grad_(), cams, 1)  # one gradient is rounded, the other is not
+        assert checks.pop()[3:] == ((torch.bfloat16, FLOAT), True)
         with torch.no_grad():
             walk(dtype=torch.bfloat16, gradients=True)
     assert not checks
@@ -119,11 +121,11 @@ def test_a_gradient_for_the_head_alone_asks_for_the_backward(checks, monkeypatch
         "affinity_from_maps": lambda *head: afa_kernels.affinity_from_maps(query @ query.mT, *head, 2, 3, 1),
         "attention_affinity_loss": lambda *head: afa_kernels.attention_affinity_loss(query, query, *head, labels, 1),
     }.items():
-        call(head.detach(), bias)
-        call(head, bias)
-        call(bias, head)
-        assert [(key[0], key[-1]) for key in checks] == [(name, False), (name, True)]
-        checks.clear()
+        for arguments, asked in (((bias, bias), False), ((head, bias), True), ((bias, head), True)):
+            _self_check._proven.clear()
+            call(*arguments)
+            assert [(key[0], key[-1]) for key in checks] == [(name, asked)]
+            checks.clear()
 
 
 def test_the_cpu_need_not_prove_itself(monkeypatch):
@@ -131,6 +133,7 @@ def test_the_cpu_need_not_prove_itself(monkeypatch):
     break_kernel(monkeypatch, random_walk_native, "random_walk", lambda out: out * 1.01)
     with silence():
         assert relative_error(walk(), walk("reference")) > 5e-3
+    assert _self_check.proven("random_walk", "native", CPU, FLOAT, FLOAT, False)  # nothing is asked again
 
 
 def test_a_gpu_has_to():
@@ -186,6 +189,14 @@ def test_a_wrong_gradient_shows_when_gradients_are_asked_for_and_counts_for_all(
         assert _backends.choose("random_walk", None, *walk_inputs()) == "reference"
     monkeypatch.setattr(random_walk_native, "random_walk_affinity_gradient", gradient)
     assert _backends.choose("random_walk", None, *walk_inputs()) == "reference"  # one verdict for the process
+
+
+def test_a_wrong_forward_shows_also_where_its_gradient_is_right(checks, monkeypatch):
+    kernel = affinity_native.affinity_loss
+    monkeypatch.setattr(affinity_native, "affinity_loss", lambda *args: (1.01 * kernel(*args)[0], *kernel(*args)[1:]))
+    window, labels = torch.rand(1, 9, 2, 3, requires_grad=True), torch.zeros(1, 2, 3, dtype=torch.long)
+    with pytest.warns(RuntimeWarning, match="float32 forward differs from the reference by 0.01 .*, result 0 of"):
+        afa_kernels.affinity_loss(window, labels, 1)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(FLOAT, 1 + 2e-4), (torch.float16, 1.0015), (torch.bfloat16, 1.01)])
@@ -304,6 +315,7 @@ def test_a_second_look_replaces_the_first(checks, monkeypatch):
     [
         ({"device": "cuda:99"}, "device must be among cpu.*got cuda:99"),
         ({"operators": ["par", "crf"]}, "operators must be among .*par.*got crf"),
+        ({"backends": ["native", "reference"]}, "backends must be among native, triton, got reference"),
         ({"dtypes": [torch.float64]}, "dtypes must be among torch.float32.*got torch.float64"),
     ],
 )
@@ -325,6 +337,7 @@ def test_triton_is_checked_where_it_can_run(monkeypatch):
     assert [(row.backend, row.direction, row.ok) for row in table] == [
         (backend, way, True) for backend in ("native", "triton") for way in ("forward", "backward")
     ]
+    assert {row.backend for row in afa_kernels.self_check("cpu", ["par_weights"], [FLOAT], ["native"])} == {"native"}
 
 
 def test_a_row_shows_the_error_of_its_direction(monkeypatch):

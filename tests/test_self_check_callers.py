@@ -69,8 +69,9 @@ CALLERS = {
 
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("gradients", [False, True])
-def test_what_holds_for_the_caller_does_not_reach_the_check(caller, gradients, checks):
-    inputs = walk_inputs(gradients=gradients)
+def test_what_holds_for_the_caller_does_not_reach_the_check(caller, gradients, checks, monkeypatch):
+    inputs, samples, drawn = walk_inputs(gradients=gradients), _self_check.samples["random_walk"], []
+    monkeypatch.setitem(_self_check.samples, "random_walk", lambda draw: drawn.append(draw(1)) or samples(draw))
     if caller == "deterministic":
         torch.use_deterministic_algorithms(True)
     state = torch.get_rng_state()
@@ -80,7 +81,8 @@ def test_what_holds_for_the_caller_does_not_reach_the_check(caller, gradients, c
     assert torch.equal(torch.get_rng_state(), state)
     asked = gradients and caller not in ("inference mode", "no grad")
     assert [key[-1] for key in checks] == [asked]
-    assert ("random_walk", "native", CPU, FLOAT, FLOAT, asked) in _self_check._proven
+    assert _self_check.proven("random_walk", "native", CPU, FLOAT, FLOAT, asked)
+    assert [(tensor.dtype, tensor.device) for tensor in drawn] == [(FLOAT, CPU)]
 
 
 def test_nothing_is_checked_within_a_capture(checks, monkeypatch):
@@ -197,6 +199,25 @@ def gpus(monkeypatch):
     monkeypatch.setattr(_backends, "_registry", {"toy": able})
     monkeypatch.setitem(_self_check.samples, "toy", lambda draw: [])
     return wrong
+
+
+def test_a_gpu_is_checked_on_a_stream_of_its_own_and_unwatched(monkeypatch):
+    gpu, events, watched = torch.device("cuda", 1), [], [2]
+
+    @contextlib.contextmanager
+    def current(thing):
+        events.append(thing)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: watched[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", watched.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a new stream of {device}")
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    with pytest.raises(KeyError), _self_check._on(gpu):
+        assert events == [gpu, "a new stream of cuda:1"] and watched == [2, 0]
+        raise KeyError
+    assert watched == [2, 0, 2]
 
 
 def test_the_next_backend_is_taken_on_that_device(gpus):
