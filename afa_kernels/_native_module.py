@@ -22,13 +22,14 @@ def _load() -> tuple[Any, str | None]:
 
 def build_info() -> dict[str, Any]:
     """What was compiled, and why something was not: ``native``, ``native_reason``, ``cuda``, ``cuda_reason``,
-    ``cuda_archs``.
+    ``cuda_archs``, and from which ``sources`` (a digest).
     """
     try:
         info = importlib.import_module("afa_kernels._build_info")
     except ImportError:
         missing = "afa is used without having been installed (pip install -e .)"
-        return {"native": False, "native_reason": missing, "cuda": False, "cuda_reason": missing, "cuda_archs": None}
+        info = {"native": False, "native_reason": missing, "cuda": False, "cuda_reason": missing}
+        return {**info, "cuda_archs": None, "sources": None}
     return {key: value for key, value in vars(info).items() if not key.startswith("_")}
 
 

@@ -24,7 +24,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the device of its first tensor made current: Triton launches there, wherever its tensors are."""
+    """The function with its first tensor's device current, which is where Triton launches whatever it is given."""
 
     @functools.wraps(function)
     def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:

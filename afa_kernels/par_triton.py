@@ -79,8 +79,8 @@ def _weights(
     kappa = tl.where(real[None, :], kappa, float("-inf"))
     # A NaN must reach every weight of its pixel; max and where would drop it.
     poison = tl.sum(tl.where(real[None, :], kappa, 0.0) * 0.0, axis=1)
-    # The mean of the three colours is taken behind the subtraction: a product in front of it could be fused into it, while
-    # the maximum has been rounded, and where sigma is 0 half a unit in kappa's last place is 3e7 in the exponent.
+    # The mean of the three colours is taken behind the subtraction: a product in front of it could be fused into it,
+    # while the maximum has been rounded, and where sigma is 0 half a unit in kappa's last place is 3e7 in the exponent.
     exponential = tl.exp((kappa - tl.max(kappa, axis=1)[:, None]) / 3.0)
     share = exponential / tl.sum(exponential, axis=1)[:, None] + poison[:, None]
     share += tl.load(position + tap, mask=real, other=0.0)[None, :]
@@ -92,7 +92,8 @@ def _weights(
 @functools.lru_cache(maxsize=256)
 def _tables(dilations: tuple[int, ...], factors: tuple[float, ...], height: int, width: int) -> tuple[tuple, tuple]:
     """Offsets and position weights of the taps."""
-    position = factors[2] * position_weights(list(dilations), factors[1]) if factors else torch.zeros(8 * len(dilations))
+    taps = 8 * len(dilations)
+    position = factors[2] * position_weights(list(dilations), factors[1]) if factors else torch.zeros(taps)
     return diffusion_triton.clipped(tap_offsets(list(dilations)), height, width), tuple(position.tolist())
 
 

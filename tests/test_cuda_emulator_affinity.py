@@ -37,7 +37,7 @@ def emulator():
 
 @pytest.fixture(params=build.kinds())
 def backend(request):
-    """In the place of the operator tests' own fixture: the native backend is the emulated one, products fused or not."""
+    """In the place of the operator tests' own fixture: the native backend is the emulated one, in both builds."""
     with emulated(build.load(request.param)):
         yield "native"
 

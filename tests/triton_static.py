@@ -2,7 +2,8 @@
 
 Triton's interpreter, which runs the kernels on the CPU, takes Python that its compiler does not. Here the operators
 launch as on a GPU of this compute capability (80, 90, ...), down to its machine code, but nothing runs. One line of
-JSON for each kernel: name, shared memory in bytes, registers, stack, what stands in front of exponentials. --all: also other dtypes and the smallest sizes.
+JSON for each kernel: name, shared memory in bytes, registers, stack, what stands in front of exponentials.
+--all: also other dtypes and the smallest sizes.
 """
 
 from __future__ import annotations
