@@ -106,7 +106,8 @@ tests() {
   mapfile -t files < <("$python" benchmarks/device_tests.py "$3" 2>>"$log")
   say "$1: ${#files[@]} files, ${files[*]}"
   [ -n "${files[*]}" ] || files=(no-test-files) # without any, pytest would run all there are
-  stage "$1" "$2" "${pytest[@]}" "${session[@]}" "${workers[@]}" -m "$4" --junitxml="$work/$1.xml" "${files[@]}"
+  # Tests of what only a GPU has try the self check too; the others would pay for it in every worker.
+  stage "$1" "$2" env "AFA_SELF_CHECK=$([ "$3" = cuda ] && echo 1 || echo 0)" "${pytest[@]}" "${session[@]}" "${workers[@]}" -m "$4" --junitxml="$work/$1.xml" "${files[@]}"
 }
 
 # Every operator on small inputs, forward and backward, under a checker of compute-sanitizer. Only our kernels are instrumented:
@@ -120,10 +121,14 @@ check() {
   if [ $device = cpu ] && [ ! -x "$checker" ]; then
     leave_out "$1" "no compute-sanitizer here"
   else
-    stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 AFA_BACKEND=native "${@:3}"
+    stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 AFA_BACKEND=native AFA_SELF_CHECK=0 "${@:3}"
   fi
 }
 fault='"$@" memcheck "$0" tests/every_operator.py --fault 2>&1 | tee /dev/stderr | grep "Invalid __global__ write" >/dev/null'
+
+# As afa doctor --check, of the compiled module alone: Triton would compile for minutes.
+proof="import afa_kernels, sys; rows = afa_kernels.self_check('$device', backends=['native']); print(rows)
+sys.exit(any(not row.ok for row in rows) or not rows)"
 
 bench=("$python" benchmarks/run.py --device "$device" --seconds "$seconds" --out "$work/benchmarks" "${quick[@]}")
 step=("$python" benchmarks/bench_train_step.py --device "$device" "${trained[@]}")
@@ -134,7 +139,8 @@ mkdir "$work/benchmarks"
 say "the $half half on $(nvidia-smi -L 2>/dev/null || echo "a machine without nvidia-smi")"
 if [ "$half" = first ]; then
   stage build 130 "${build[@]}"
-  stage doctor 30 bash -c '"$@" --help | grep -q -e --check && set -- "$@" --check; "$@"' bash "$python" -m afa_model.cli doctor
+  stage doctor 20 "$python" -m afa_model.cli doctor
+  stage self_check 30 "$python" -c "$proof"
   tests cuda_tests 60 cuda "cuda and not slow"
   check planted_fault 30 bash -c "$fault" "$python" "${checked[@]}"
   check memcheck 40 "${checked[@]}" memcheck "$python" tests/every_operator.py

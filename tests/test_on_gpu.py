@@ -18,7 +18,7 @@ from on_gpu_stand_in import Machine
 import afa_kernels
 
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
-FIRST = ["build", "doctor", "cuda_tests", "planted_fault", "memcheck", "par", "operators"]
+FIRST = ["build", "doctor", "self_check", "cuda_tests", "planted_fault", "memcheck", "par", "operators"]
 SECOND = ["build", "racecheck", "affinity", "random_walk", "train_step", "train_step_graph", "suite", "par_compiled"]
 
 
@@ -138,11 +138,16 @@ def test_numbers_and_photographs_that_were_carried_are_used(machine):
     assert f"recorded: {carry}/golden photographs: {carry}/voc32 device: cuda" in machine.left(".log")
 
 
-@pytest.mark.parametrize(("offered", "used"), [("", "--check"), ("--json", "")])
-def test_the_doctor_checks_if_it_can(machine, offered, used):
-    machine.does("doctor_help", f"echo {offered or '--check'}")
-    machine.run("--first", AFA_ON_GPU_SKIP=" ".join(FIRST[2:]))
-    assert [call.endswith(f"doctor {used}".strip()) for call in machine.calls("doctor")] == [True]
+def test_backends_prove_themselves_once_and_not_in_every_worker(machine):
+    """A backend that fails is a stage that fails; then the tests are of the kernels, not of what comes in their place."""
+    machine.does("self_check", "exit 1")
+    for stage in ("cuda_tests", "operators"):
+        machine.does(stage, f"echo {stage}: AFA_SELF_CHECK=$AFA_SELF_CHECK")
+    run = machine.run("--first")
+    assert run.returncode == 1 and re.search(r"\| self_check \| 1 \|", run.stdout)
+    assert "self_check('cuda', backends=['native'])" in (machine.stand_in / "calls").read_text()
+    assert "cuda_tests: AFA_SELF_CHECK=1" in machine.left(".log")
+    assert "operators: AFA_SELF_CHECK=0" in machine.left(".log")
 
 
 # --- its tests ---
