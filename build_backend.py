@@ -41,8 +41,8 @@ OLDEST_CUDA = 12  # no torch that this works with is built for an older one
 def _say(*command: str) -> str:
     """What a program prints, or nothing if it fails or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

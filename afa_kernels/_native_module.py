@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,10 @@ def cpu_reason(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+# What the driver says for good, and what can be done about it: no code for this device; PTX, or a runtime, that is too
+# new for the driver. Anything else (no memory for the module, a busy device) may be over at the next call.
+_NO_CODE, _PTX_TOO_NEW, _DRIVER_TOO_OLD = (209, 98), (222,), (35,)
+
 _probed: dict[int, str | None] = {}  # by device
 
 
@@ -53,26 +58,32 @@ _probed: dict[int, str | None] = {}  # by device
 def _probe(index: int | None) -> str | None:
     """Why a CUDA device cannot run the kernels that were built, or None; asked of the driver once for each device."""
     index = torch.cuda.current_device() if index is None else index
-    if index not in _probed:
-        said = native.cuda_probe(index)
-        _probed[index] = _explained(said, index) if said else None
-    return _probed[index]
+    if index in _probed:
+        return _probed[index]
+    code, said = native.cuda_probe(index)
+    reason = _explained(code, said, index) if code else None
+    if code in (0, *_NO_CODE, *_PTX_TOO_NEW, *_DRIVER_TOO_OLD):
+        _probed[index] = reason
+        if reason is not None:
+            warnings.warn(f"the CUDA kernels cannot run on device {index}: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
-def _explained(said: str, index: int) -> str:
+def _explained(code: int, said: str, index: int) -> str:
     """What the driver says, and what a user can do about it."""
-    major, minor = torch.cuda.get_device_capability(index)
-    driver, runtime = native.cuda_versions()
-    if 0 < driver < runtime and driver // 1000 < runtime // 1000:
+    if code in (*_PTX_TOO_NEW, *_DRIVER_TOO_OLD):
+        driver, runtime = (f"{version // 1000}.{version % 1000 // 10}" for version in native.cuda_versions())
         return (
-            f"{said}: the kernels were built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, the driver is for"
-            f" {driver // 1000}.{driver % 1000 // 10}; update the driver, or install a CUDA toolkit of version"
-            f" {driver // 1000} and install afa again"
+            f"{said}: the kernels were built with CUDA {runtime}, the driver is for {driver}; update the driver, or"
+            f" install a CUDA toolkit of version {driver.split('.')[0]} and install afa again"
         )
-    return (
-        f"{said}: the kernels were built for {build_info().get('cuda_archs')}, this device is of {major}.{minor};"
-        f" install afa again with AFA_CUDA_ARCHS={major}{minor}"
-    )
+    if code in _NO_CODE:
+        major, minor = torch.cuda.get_device_capability(index)
+        return (
+            f"{said}: the kernels were built for {build_info().get('cuda_archs')}, this device is of {major}.{minor};"
+            f" install afa again with AFA_CUDA_ARCHS={major}{minor}"
+        )
+    return said
 
 
 def cuda_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
@@ -80,6 +91,8 @@ def cuda_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
     reason = cpu_reason(*tensors)
     if reason is None and not native.cuda:
         reason = f"built without CUDA: {build_info().get('cuda_reason')}"
+    if reason is None and not hasattr(native, "cuda_probe"):
+        reason = "the native module is older than these Python files: pip install -e . once more"
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
     if reason is None:
@@ -141,15 +154,18 @@ def workspace(size: int, device: torch.device) -> torch.Tensor:
     return kept
 
 
-def run_planned(device: torch.device, size: Callable[[], int], run: Callable[[int], None]) -> None:
-    """Runs a CUDA kernel whose plan is made anew at each call: ``size()`` bytes of scratch memory, ``run(address)``.
+def run_planned(device: torch.device, size: Callable[[], int], run: Callable[[tuple[int, int]], None]) -> None:
+    """Runs a CUDA kernel whose plan is made anew at each call: ``size()`` bytes of scratch memory, ``run((address,
+    bytes))``.
 
     Where the device turns a cooperative launch away (a part of it: green contexts, MPS, another process's share), the
-    kernels no longer plan for one there: the second time both take the plan that streams.
+    kernels no longer plan for one there, and the next time both take the plan that streams. Another thread's launch
+    may be turned away between the two calls: then the kernel finds its memory too small, and is asked again as well.
     """
-    scratch = workspace(size(), device)
-    try:
-        run(scratch.data_ptr())
-    except native.NotResident:
+    for last in (False, False, True):
         scratch = workspace(size(), device)
-        run(scratch.data_ptr())
+        try:
+            return run((scratch.data_ptr(), scratch.numel()))
+        except native.NotResident:
+            if last:
+                raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,21 +45,22 @@ class _Tables:
     def __init__(self) -> None:
         self._kept: dict[tuple, Tensor] = {}
         self._captured: set[tuple] = set()
+        self._lock = threading.RLock()
 
     def get(self, values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = values, dtype, device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        table = self._kept.get(key)
-        if table is None and capturing:
+        with self._lock:
+            table = self._kept.get(key)
+            if table is not None and capturing:
+                self._captured.add(key)
+            if table is None and not capturing:
+                self._make_room(device)
+                table = self._kept[key] = self._copy(values, dtype, device)
+        if table is None:
             table = torch.empty(len(values), dtype=dtype, device=device)
             for index, value in enumerate(values):
                 table[index].fill_(value)
-            return table
-        if table is None:
-            self._make_room(device)
-            table = self._kept[key] = self._copy(values, dtype, device)
-        if capturing:
-            self._captured.add(key)
         return table
 
     def _copy(self, values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -68,10 +70,10 @@ class _Tables:
         return table
 
     def _make_room(self, device: torch.device) -> None:
-        loose = [key for key in self._kept if key not in self._captured]
+        loose = [key for key in self._kept if key[2] == device and key not in self._captured]
         if len(loose) >= MOST_TABLES:
             if device.type == "cuda":
-                torch.cuda.synchronize()  # kernels may still read them
+                torch.cuda.synchronize(device)  # kernels may still read them
             for key in loose:
                 del self._kept[key]
 

@@ -347,6 +347,7 @@ def _par_weights_samples(draw: Draw) -> list[Sample]:
         Sample(par_weights, odd),
         Sample(pamr_weights, odd, {"dilations": (1, 3)}),
         Sample(par_weights, plain, {"dilations": (1, 3)}, ("images",)),
+        Sample(par_weights, {"images": draw(1, 3, 40, 33)}),  # whose shared memory must be asked for
     ]
 
 

@@ -136,7 +136,7 @@ build=("$python" -m pip install --no-build-isolation --no-deps --no-index -e .)
 [ $device = cuda ] && build=(env AFA_CUDA=1 "${build[@]}") # a CUDA compiler that fails is the end of it, not a reason for less
 mkdir "$work/benchmarks"
 
-say "the $half half on $(nvidia-smi -L 2>/dev/null || echo "a machine without nvidia-smi")"
+say "the $half half on $(timeout 20 nvidia-smi -L 2>/dev/null || echo "a machine without nvidia-smi")"
 if [ "$half" = first ]; then
   stage build 130 "${build[@]}"
   stage doctor 20 "$python" -m afa_model.cli doctor

@@ -202,7 +202,7 @@ static Status launch_pairs(const PairArgs& args, void* stream) {
 
 template <Goal kGoal>
 static Status launch_products(const PairArgs& args, void* stream) {
-  if (args.query.dtype == DType::f32 || !have_tensor_cores()) return launch_pairs<SimtScores, kGoal>(args, stream);
+  if (!args.tensor) return launch_pairs<SimtScores, kGoal>(args, stream);
   if (args.query.dtype == DType::f16) return launch_pairs<TensorScores<__half>, kGoal>(args, stream);
   return launch_pairs<TensorScores<__nv_bfloat16>, kGoal>(args, stream);
 }
@@ -220,13 +220,13 @@ static Status fits(const AttentionArgs& args) {
   return small && args.radius < (1 << 14) && grid.launchable() ? Status::ok : Status::unsupported;
 }
 
-static PairArgs pair_args(const AttentionArgs& args, const float* head) {
+static PairArgs pair_args(const AttentionArgs& args, const float* head, bool tensor) {
   PairArgs pairs = {};
   pairs.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
   pairs.query = args.query, pairs.key = args.key, pairs.head = head, pairs.side = int(2 * args.radius + 1);
-  const bool simt = args.query.dtype == DType::f32 || !have_tensor_cores();
+  pairs.tensor = tensor && args.query.dtype != DType::f32;
   // Without tensor cores half precision is widened on its way in, one element at a time.
-  pairs.wide = wide_rows(args.query) && wide_rows(args.key) && (!simt || args.query.dtype == DType::f32);
+  pairs.wide = wide_rows(args.query) && wide_rows(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
   return pairs;
 }
 
@@ -244,7 +244,7 @@ Status window_affinity_cuda(const AttentionArgs& args, const float* head, const 
   AFA_TRY(fits(args));
   DeviceGuard guard(device);
   AFA_TRY(clear_window(out, stream));  // taps that leave the image
-  PairArgs pairs = pair_args(args, head);
+  PairArgs pairs = pair_args(args, head, have_tensor_cores());
   pairs.window = out;
   return launch_products<Goal::window>(pairs, stream);
 }
@@ -270,7 +270,7 @@ Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head
                                     void* workspace, int device, void* stream) {
   AFA_TRY(fits(args));
   DeviceGuard guard(device);
-  PairArgs pairs = pair_args(args, head);
+  PairArgs pairs = pair_args(args, head, have_tensor_cores());
   pairs.labels = labels, pairs.results = results;
   pairs.counter = static_cast<unsigned*>(workspace);
   pairs.shares = reinterpret_cast<float4*>(static_cast<char*>(workspace) + 64);
@@ -281,7 +281,7 @@ Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head
 Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers,
                       void* stream) {
   AFA_TRY(fits(args));
-  PairArgs pairs = pair_args(args, head);
+  PairArgs pairs = pair_args(args, head, buffers.tensor);
   pairs.labels = slopes.labels, pairs.slopes = slopes, pairs.buffers = buffers;
   return launch_products<Goal::gradient>(pairs, stream);
 }

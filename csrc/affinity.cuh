@@ -226,11 +226,12 @@ __device__ inline bool comes_last(unsigned* counter, SharedArray<int> scratch) {
 // The gradients of the scores, G, of every pair of tiles: [pairs][64][64] in float, or in the type of the operands, scaled by `scale`.
 struct PairBuffers {
   void* values = nullptr;
+  bool tensor = false;      // in the operands' type
   float* scale = nullptr;   // [pairs]
   float* sums = nullptr;    // [pairs]: of G, both orders
 };
 
-// From the loss; float, or the operands' type where there are tensor cores.
+// From the loss; float, or the operands' type if buffers.tensor.
 Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
 bool have_tensor_cores();  // in the code that the current device runs
 

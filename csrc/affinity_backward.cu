@@ -354,7 +354,7 @@ static Status launch_product(const ProductArgs& args, void* stream) {
 Status attention_backward_cuda(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const DeviceGradients& out,
                                void* workspace, int device, void* stream) {
   DeviceGuard guard(device);
-  const Pieces pieces = pieces_of(args, workspace);
+  Pieces pieces = pieces_of(args, workspace);
   ProductArgs product = {};
   product.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
   product.buffers = pieces.buffers, product.dots = pieces.dots;
@@ -363,6 +363,7 @@ Status attention_backward_cuda(const AttentionArgs& args, const float* head, con
   product.head = head, product.chunks = int(blocks_for(args.query.size[3], kProductChannels));
   // A window's gradient may be of any size, so that path keeps G in float.
   const bool tensor = slopes.labels != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
+  pieces.buffers.tensor = tensor;
   product.wide = wide_rows(args.query) && wide_rows(args.key) && (tensor || args.query.dtype == DType::f32);
   if (slopes.labels != nullptr)
     AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));

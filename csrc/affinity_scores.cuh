@@ -13,6 +13,7 @@ enum class Goal : int { window, loss, gradient };
 struct PairArgs {
   PairGrid grid;
   View<4> query, key;    // or maps in query
+  bool tensor;           // half precision goes through tensor cores
   bool wide;             // rows of query and key may be read 16 bytes at a time
   const float* head;     // [heads + 1]
   const int32_t* labels;

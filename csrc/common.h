@@ -11,7 +11,8 @@ enum class Status : int {
   bad_argument = 1,   // sizes that contradict each other; the Python checks name the argument before it comes to this
   unsupported = 2,    // a combination this build or device cannot run
   launch_failed = 3,  // the CUDA runtime refused a launch; see cuda_error_text()
-  not_resident = 4,   // no room for a cooperative launch: plans no longer count on one, ask and call again
+  not_resident = 4,   // no room for a cooperative launch, or the plan has changed since the scratch memory was asked for: ask and
+                      // call again
 };
 
 inline const char* status_text(Status status) {
@@ -20,7 +21,7 @@ inline const char* status_text(Status status) {
     case Status::bad_argument: return "sizes or strides contradict each other";
     case Status::unsupported: return "not supported by this build or device";
     case Status::launch_failed: return "the CUDA runtime refused the launch";
-    case Status::not_resident: return "the device has no room for a cooperative launch";
+    case Status::not_resident: return "the device has no room for a cooperative launch, or scratch memory is missing";
   }
   return "unknown status";
 }

@@ -66,13 +66,16 @@ int compiled_architecture() {
   return attributes.ptxVersion;  // also of machine code: what it was compiled from
 }
 
-std::string cuda_probe(int device) {
+std::pair<int, std::string> cuda_probe(int device) {
   cudaFuncAttributes attributes;
   int count = 0;
-  if (cuda_failed(cudaGetDeviceCount(&count)) != Status::ok) return cuda_error_text();
-  DeviceGuard guard(device);
-  if (cuda_failed(cudaFuncGetAttributes(&attributes, probe_kernel)) != Status::ok) return cuda_error_text();
-  return "";
+  Status status = cuda_failed(cudaGetDeviceCount(&count));
+  if (status == Status::ok) {
+    DeviceGuard guard(device);
+    status = cuda_failed(cudaFuncGetAttributes(&attributes, probe_kernel));
+  }
+  if (status == Status::ok) return {0, ""};
+  return {int(last_error), cuda_error_text()};
 }
 
 int cuda_driver_version() {
@@ -90,7 +93,10 @@ Status allow_shared_memory(const void* kernel) {
   const int most = device_limits().shared_bytes, device = current_device();
   std::lock_guard<std::mutex> guard(lock);
   if (allowed.count({device, kernel, most})) return Status::ok;
-  const Status status = cuda_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  Status status = cuda_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  cudaFuncAttributes attributes;  // what the kernel has besides may count too
+  if (status != Status::ok && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+    status = cuda_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(attributes.sharedSizeBytes)));
   if (status == Status::ok) allowed.insert({device, kernel, most});
   return status;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "common.h"
 
@@ -33,8 +34,8 @@ class DeviceGuard {
 // and nothing else (shared memory, multiprocessors and cooperative launches are the device's and the driver's to say).
 int compiled_architecture();
 
-// Whether a device can run this module's kernels: the runtime's word why not, or "". Launches nothing.
-std::string cuda_probe(int device);
+// Whether a device can run this module's kernels: the runtime's error code and word why not, or 0 and "". Launches nothing.
+std::pair<int, std::string> cuda_probe(int device);
 // The CUDA versions of the driver and of the runtime in this module, as 13000 for 13.0; 0 where there is none.
 int cuda_driver_version();
 int cuda_runtime_version();

@@ -107,11 +107,13 @@ int64_t diffuse_cuda_workspace(const DiffusionArgs& args, int device) {
   return plan_for_tensor(args, &plan) ? resident_workspace(args, plan) : stream_workspace(args);
 }
 
-Status diffuse_cuda(const DiffusionArgs& args, void* workspace, int device, void* stream) {
+Status diffuse_cuda(const DiffusionArgs& args, void* workspace, int64_t bytes, int device, void* stream) {
   AFA_TRY(check_sizes(args));
   DeviceGuard guard(device);
   ResidentPlan plan;
-  if (plan_for_tensor(args, &plan)) return launch_resident(args, plan, TensorWeights{args.weights}, workspace, stream);
+  const bool resident = plan_for_tensor(args, &plan);
+  if (bytes < (resident ? resident_workspace(args, plan) : stream_workspace(args))) return Status::not_resident;
+  if (resident) return launch_resident(args, plan, TensorWeights{args.weights}, workspace, stream);
   return stream_diffusion(args, false, workspace, stream);
 }
 

@@ -32,7 +32,8 @@ Status diffuse_cpu(const DiffusionArgs& args, void* workspace, int threads);
 // The same on a GPU: every pointer but offsets is the device's, class_mask too. Asynchronous on the stream, nothing allocated,
 // capturable in a CUDA graph.
 int64_t diffuse_cuda_workspace(const DiffusionArgs& args, int device);
-Status diffuse_cuda(const DiffusionArgs& args, void* workspace, int device, void* stream);
+// The plan is made at each call. If it is another than when the workspace was asked for, whose size is `bytes`: not_resident.
+Status diffuse_cuda(const DiffusionArgs& args, void* workspace, int64_t bytes, int device, void* stream);
 
 // How an operator hands its own weights to the diffusion: `prepare` sees every row of image b once, then, after a barrier,
 // `fill` writes the weights of row y as [T][row] floats (row = the padded row length, columns past the width set to 0).

@@ -284,6 +284,9 @@ struct Prepared {
   bool as_wished() const {
     return resident || diffusion.transpose || diffusion.num_iter < 1 || !plan_is_asked_for("resident");
   }
+  int64_t workspace() const {
+    return resident ? resident_workspace(diffusion, plan) : weight_bytes() + stream_workspace(diffusion);
+  }
   int64_t weight_bytes() const {
     const View<4>& weights = diffusion.weights;
     const int64_t each = weights.dtype == DType::f16 ? 2 : 4;
@@ -294,12 +297,11 @@ struct Prepared {
 int64_t par_cuda_workspace(const ParArgs& args, const DiffusionArgs& diffusion, bool half_weights, int device) {
   if (check_images(args) != Status::ok) return 0;
   DeviceGuard guard(device);
-  const Prepared prepared(args, diffusion, half_weights);
-  if (prepared.resident) return resident_workspace(prepared.diffusion, prepared.plan);
-  return prepared.weight_bytes() + stream_workspace(prepared.diffusion);
+  return Prepared(args, diffusion, half_weights).workspace();
 }
 
-Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weights, void* workspace, int device, void* stream) {
+Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weights, void* workspace, int64_t bytes, int device,
+                void* stream) {
   AFA_TRY(check_images(args));
   if (given.num_iter < 0 || given.masks.size[1] < 1) return Status::bad_argument;
   for (int i = 0; i < 4; ++i)
@@ -309,6 +311,7 @@ Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weigh
   DeviceGuard guard(device);
   Prepared prepared(args, given, half_weights);
   if (!prepared.as_wished()) return Status::unsupported;
+  if (bytes < prepared.workspace()) return Status::not_resident;
   if (prepared.resident)
     return launch_resident(prepared.diffusion, prepared.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
   prepared.diffusion.weights.data = workspace;

@@ -189,16 +189,18 @@ int64_t random_walk_cuda_workspace(const WalkArgs& args, const WalkMasks& masks,
   return 4 * weight_floats(taps) + diffuse_cuda_workspace(diffusion_of(taps, masks, nullptr, offsets), device);
 }
 
-Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* workspace, int device, void* stream) {
+Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* workspace, int64_t bytes, int device, void* stream) {
   AFA_TRY(check_window(args, masks.cams));
   const WalkTaps taps(args);
   float* weights = static_cast<float*>(workspace);
+  const int64_t rest = bytes - 4 * weight_floats(taps);  // the diffusion's
+  if (rest < 0) return Status::not_resident;
   if (masks.num_steps > 0) {
     DeviceGuard guard(device);
     AFA_TRY(launch(walk_weights_kernel, walk_shape(taps), stream, taps, weights));
   }
   const std::vector<int32_t> offsets = offsets_of(taps);
-  return diffuse_cuda(diffusion_of(taps, masks, weights, offsets), weights + weight_floats(taps), device, stream);
+  return diffuse_cuda(diffusion_of(taps, masks, weights, offsets), weights + weight_floats(taps), rest, device, stream);
 }
 
 int64_t random_walk_affinity_gradient_cuda_workspace(const WalkArgs& args) {

@@ -37,7 +37,7 @@ Status random_walk_affinity_gradient_cpu(const WalkArgs& args, const View<4>& st
 // The same on a GPU: every pointer is the device's, class_mask too. Asynchronous on the stream, nothing allocated, capturable in a
 // CUDA graph.
 int64_t random_walk_cuda_workspace(const WalkArgs& args, const WalkMasks& masks, int device);
-Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* workspace, int device, void* stream);
+Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* workspace, int64_t bytes, int device, void* stream);
 int64_t random_walk_affinity_gradient_cuda_workspace(const WalkArgs& args);
 Status random_walk_affinity_gradient_cuda(const WalkArgs& args, const View<4>& states, const View<4>& grads,
                                           const View<4>& grad_affinity, void* workspace, int device, void* stream);

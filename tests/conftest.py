@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -76,6 +77,19 @@ def poisoned_allocations():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = previous
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(request):
+    """What a test leaves behind in its process: the number of threads (with more than a worker has cores every barrier
+    waits for a time slice), and code that torch.compile keeps by function, of which the emulator's tests have copies.
+    """
+    if "compile" in request.node.name and "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_half_weights_keep_to_their_budget(rng, device, either, operator):
     dilations, factors = list(SIX), [0.3, 0.3, 0.01] if operator is par else []
     size = native.par_cuda_workspace(view(images), view(masks), dilations, 10, False, True, 0)
     scratch = torch.empty(max(1, size), dtype=torch.uint8)
-    options = 0, 10, False, True, scratch.data_ptr(), 0, 0
+    options = 0, 10, False, True, (scratch.data_ptr(), scratch.numel()), 0, 0
     native.par_cuda(view(images), view(masks), view(out), dilations, factors, *options)
     assert relative_error(out, want) < 2e-3
     assert ((out - want).abs() <= 10 * 2**-11 * want + 1e-6).all()
@@ -257,7 +257,7 @@ def test_index_arithmetic_beyond_32_bits(rng, emulator):
         scratch = torch.zeros(4096, dtype=torch.uint8)
         for transpose in (False, True):
             out[(0, 0, *corner)] = float("nan")
-            options = [-1, -4, 0, 0], 0, 1, False, transpose, scratch.data_ptr(), 0, 0
+            options = [-1, -4, 0, 0], 0, 1, False, transpose, (scratch.data_ptr(), scratch.numel()), 0, 0
             native.diffuse_cuda(view(weights), view(masks), view(out), *options)
             small = weights[(..., *corner)].clone(), masks[(..., *corner)].clone().requires_grad_()
             end = out[(0, 0, *corner)]

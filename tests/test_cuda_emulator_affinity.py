@@ -130,7 +130,7 @@ def test_index_arithmetic_beyond_32_bits(rng, emulator):
         size = native.random_walk_cuda_workspace(view(affinity), view(cams), 0, 1, False, 0)
         assert size > 2**33
         scratch = reserved(size // 4 + 1)
-        options = 0, 2.0, 0.1, 0, 1, False, scratch.data_ptr(), 0, 0
+        options = 0, 2.0, 0.1, 0, 1, False, (scratch.data_ptr(), scratch.nbytes), 0, 0
         native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
     finally:
         emulator.set_blocks()

@@ -130,6 +130,8 @@ def test_a_device_without_code_for_it_falls_to_triton_and_says_why(gpu, monkeypa
     assert _native_module.native_can_run("par", GPU) is None, "asked once for each device"
     monkeypatch.setattr(_native_module, "_probed", {})
     monkeypatch.setattr(_native_module, "build_info", lambda: {"cuda_archs": "80-real;90"})
+    with pytest.warns(RuntimeWarning, match="no kernel image"):
+        _native_module.native_can_run("par", GPU)
     for device in (GPU, torch.device("cuda")):
         reason = _native_module.native_can_run("par", device)
         assert "no kernel image" in reason and "80-real;90" in reason and "AFA_CUDA_ARCHS=75" in reason
@@ -144,7 +146,41 @@ def test_a_device_without_code_for_it_falls_to_triton_and_says_why(gpu, monkeypa
 
 
 def test_a_driver_older_than_the_compiler_is_named(gpu, monkeypatch):
-    gpu.set_device(compiled=0)
-    monkeypatch.setattr(gpu.native, "cuda_versions", lambda: (12040, 13000), raising=False)
+    monkeypatch.setattr(gpu.native, "cuda_probe", lambda index: (35, "CUDA driver version is insufficient"))
+    monkeypatch.setattr(gpu.native, "cuda_versions", lambda: (12040, 13000))
+    with pytest.warns(RuntimeWarning, match="cannot run on device 0: CUDA driver version"):
+        _native_module.native_can_run("par", GPU)
     reason = _native_module.native_can_run("par", GPU)
     assert "CUDA 13.0" in reason and "12.4" in reason and "update the driver" in reason
+
+
+def test_what_is_over_at_the_next_call_is_asked_again(gpu, monkeypatch):
+    answers = [(2, "out of memory"), (0, "")]
+    monkeypatch.setattr(gpu.native, "cuda_probe", lambda index: answers.pop(0))
+    assert _native_module.native_can_run("par", GPU) == "out of memory"
+    assert _native_module.native_can_run("par", GPU) is None
+    assert _native_module.native_can_run("par", GPU) is None and answers == []
+
+
+def test_a_module_older_than_the_python_files_is_no_crash(gpu, monkeypatch):
+    monkeypatch.delattr(gpu.native, "cuda_probe")
+    assert "pip install -e ." in _native_module.native_can_run("par", GPU)
+
+
+@pytest.mark.parametrize("name", ["par", "diffuse", "random_walk"])
+def test_a_plan_that_changes_after_its_memory_was_asked_for(emulator, operators, name, monkeypatch):
+    """Another thread's cooperative launch was refused in between: the streamed plan needs more than there is."""
+    want = operators[name]("reference")
+    with emulated(emulator):
+        original, changes = _native_module.workspace, []
+
+        def allocate(size, device):
+            scratch = original(size, device)
+            if not changes:
+                changes.append(size)
+                emulator.set_device(1, 1000)  # from here on everything is streamed
+            return scratch
+
+        monkeypatch.setattr(_native_module, "workspace", allocate)
+        assert relative_error(operators[name](), want) < 1e-5
+    assert changes

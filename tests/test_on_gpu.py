@@ -139,7 +139,7 @@ def test_numbers_and_photographs_that_were_carried_are_used(machine):
 
 
 def test_backends_prove_themselves_once_and_not_in_every_worker(machine):
-    """A backend that fails is a stage that fails; then the tests are of the kernels, not of what comes in their place."""
+    """A backend that fails is a stage that fails; the tests are of the kernels then, not of what replaces them."""
     machine.does("self_check", "exit 1")
     for stage in ("cuda_tests", "operators"):
         machine.does(stage, f"echo {stage}: AFA_SELF_CHECK=$AFA_SELF_CHECK")

@@ -30,7 +30,7 @@ def test_what_an_earlier_call_left_plays_no_part(rng):
         torch.testing.assert_close(got, random_walk(affinity, cams, 3, backend="reference"))
         return got
 
-    walk(30)
+    walk(60)
     kept = _native_module._scratch.kept
     kept.fill_(255)  # NaN in every type
     walk(7)

@@ -260,7 +260,12 @@ def test_it_can_be_turned_off(said, broken, checks, monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("operation not permitted when stream is capturing")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("par_cuda: CUDA: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("operation not permitted when stream is capturing"),
+    ],
 )
 def test_what_says_nothing_about_the_kernel_is_no_verdict(error, checks, monkeypatch):
     def fail(*_):

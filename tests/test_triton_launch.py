@@ -95,7 +95,7 @@ def gpu(monkeypatch):
         state.waited += 1
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(synchronize=wait))
-    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: wait())
     state.get = lambda tables, *values: tables.get(values, torch.int32, types_device)
     types_device = _Device(device)
     return state

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../common.h"
@@ -30,6 +31,9 @@ inline void check_cuda(Status status, const char* function) {
   check(status, function);
 }
 #endif
+
+// Scratch memory of a kernel that makes its plan at each call: address and bytes.
+typedef std::pair<uint64_t, int64_t> Scratch;
 
 template <class T>
 T* pointer(uint64_t address) {

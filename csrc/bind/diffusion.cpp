@@ -38,11 +38,12 @@ void bind_diffusion(py::module_& module) {
   // class_mask: address of [B][C] bytes on the device, or 0.
   module.def("diffuse_cuda", [](const View<4>& weights, const View<4>& masks, const View<4>& out,
                                 const std::vector<int32_t>& offsets, uint64_t class_mask, int64_t num_iter, bool zero_border,
-                                bool transpose, uint64_t workspace, int device, uint64_t stream) {
+                                bool transpose, const Scratch& workspace, int device, uint64_t stream) {
     py::gil_scoped_release release;
     DiffusionArgs args = diffusion_args(weights, masks, out, offsets, {}, num_iter, zero_border, transpose);
     args.class_mask = pointer<uint8_t>(class_mask);
-    check_cuda(diffuse_cuda(args, pointer<void>(workspace), device, pointer<void>(stream)), "diffuse_cuda");
+    check_cuda(diffuse_cuda(args, pointer<void>(workspace.first), workspace.second, device, pointer<void>(stream)),
+               "diffuse_cuda");
   });
 #endif
 }

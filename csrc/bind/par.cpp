@@ -56,12 +56,13 @@ void bind_par(py::module_& module) {
   // class_mask: address of [B][C] bytes on the device, or 0.
   module.def("par_cuda", [](const View<4>& images, const View<4>& masks, const View<4>& out,
                             const std::vector<int32_t>& dilations, const std::vector<double>& factors, uint64_t class_mask,
-                            int64_t num_iter, bool transpose, bool half_weights, uint64_t workspace, int device,
+                            int64_t num_iter, bool transpose, bool half_weights, const Scratch& workspace, int device,
                             uint64_t stream) {
     py::gil_scoped_release release;
     DiffusionArgs diffusion = mask_args(masks, out, {}, num_iter, transpose);
     diffusion.class_mask = pointer<uint8_t>(class_mask);
-    check_cuda(par_cuda(par_args(images, dilations, factors), diffusion, half_weights, pointer<void>(workspace), device,
+    check_cuda(par_cuda(par_args(images, dilations, factors), diffusion, half_weights, pointer<void>(workspace.first),
+                        workspace.second, device,
                         pointer<void>(stream)),
                "par_cuda");
   });

@@ -53,12 +53,13 @@ void bind_random_walk(py::module_& module) {
   });
   // class_mask: address of [B][C] bytes on the device, or 0.
   module.def("random_walk_cuda", [](const View<4>& affinity, const View<4>& cams, const View<4>& out, int64_t radius, float power,
-                                    float eps, uint64_t class_mask, int64_t num_steps, bool transpose, uint64_t workspace,
+                                    float eps, uint64_t class_mask, int64_t num_steps, bool transpose, const Scratch& workspace,
                                     int device, uint64_t stream) {
     py::gil_scoped_release release;
     WalkMasks masks = walk_masks(cams, out, {}, num_steps, transpose);
     masks.class_mask = pointer<uint8_t>(class_mask);
-    check_cuda(random_walk_cuda(walk_args(affinity, radius, power, eps), masks, pointer<void>(workspace), device,
+    check_cuda(random_walk_cuda(walk_args(affinity, radius, power, eps), masks, pointer<void>(workspace.first),
+                                workspace.second, device,
                                 pointer<void>(stream)),
                "random_walk_cuda");
   });

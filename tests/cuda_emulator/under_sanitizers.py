@@ -38,7 +38,7 @@ def run_par(native, shape: tuple, dilations: list[int], kind: str, transpose: bo
         size = native.par_cuda_workspace(view(images), view(masks), dilations, num_iter, transpose, half, 0)
         scratch = np.full(max(size, 1), 255, np.uint8)
         mask = present.ctypes.data if masked else 0
-        options = mask, num_iter, transpose, half, scratch.ctypes.data, 0, 0
+        options = mask, num_iter, transpose, half, (scratch.ctypes.data, scratch.nbytes), 0, 0
         native.par_cuda(view(images), view(masks), view(out), dilations, factors, *options)
     weights = floats(batch, 8 * len(dilations), height, width, kind=kind)
     native.par_weights_cuda(view(images), view(weights), dilations, factors, 0, 0)
@@ -52,7 +52,7 @@ def run_diffusion(native, shape: tuple, kind: str, transpose: bool) -> None:
             weights, masks, out = floats(batch, 8, height, width, kind=kind), floats(*shape), floats(*shape)
             size = native.diffuse_cuda_workspace(view(weights), view(masks), offsets, num_iter, transpose, 0)
             scratch = np.full(max(size, 1), 255, np.uint8)
-            options = 0, num_iter, zero_border, transpose, scratch.ctypes.data, 0, 0
+            options = 0, num_iter, zero_border, transpose, (scratch.ctypes.data, scratch.nbytes), 0, 0
             native.diffuse_cuda(view(weights), view(masks), view(out), offsets, *options)
 
 
@@ -105,7 +105,8 @@ def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
     for num_steps in (0, 1, 2):
         size = native.random_walk_cuda_workspace(view(affinity), view(cams), radius, num_steps, transpose, 0)
         scratch = scratch_of(size)
-        options = radius, 2.0, 0.1, present.ctypes.data, num_steps, transpose, scratch.ctypes.data, 0, 0
+        place = scratch.ctypes.data, scratch.nbytes
+        options = radius, 2.0, 0.1, present.ctypes.data, num_steps, transpose, place, 0, 0
         native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
     scratch = scratch_of(native.random_walk_affinity_gradient_cuda_workspace(view(affinity), radius))
     options = radius, 2.0, 0.1, scratch.ctypes.data, 0, 0

@@ -230,13 +230,16 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
   if (emulator::settings().pause > 0) std::this_thread::sleep_for(std::chrono::microseconds(emulator::settings().pause));
   return cudaSuccess;
 }
-struct cudaFuncAttributes { int ptxVersion, binaryVersion; };
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+  size_t sharedSizeBytes;
+};
 template <class T>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
   const int compiled = emulator::settings().compiled;
   if (compiled == 0)
     return emulator::set_error("no kernel image is available for execution on the device"), cudaErrorNoKernelImageForDevice;
-  *attributes = {compiled, compiled};
+  *attributes = {compiled, compiled, 0};
   return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
