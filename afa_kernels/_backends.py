@@ -229,10 +229,10 @@ def self_check(
         RuntimeError: within the capture of a CUDA graph or a backward.
     """
     everywhere = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    places = everywhere if device is None else [_self_check.with_index(torch.device(device))]
-    names = sorted(_registry) if operators is None else list(operators)
-    kinds = _self_check.DTYPES if dtypes is None else tuple(dtypes)
-    kernels = NAMES[:2] if backends is None else tuple(backends)
+    places = everywhere if device is None else [_place(device)]
+    names = sorted(_registry) if operators is None else _several(operators)
+    kinds = _self_check.DTYPES if dtypes is None else _several(dtypes)
+    kernels = NAMES[:2] if backends is None else _several(backends)
     for argument, values, known in (
         ("device", places, everywhere),
         ("operators", names, list(_registry)),
@@ -249,6 +249,20 @@ def self_check(
         for operator in names:
             table.extend(_check_operator(operator, place, kinds, kernels, as_needed))
     return table
+
+
+def _place(device: torch.device | str) -> torch.device | str:
+    """A device as its tensors name it; what is none as it is."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        return device
+    return torch.device("cpu") if place.type == "cpu" else _self_check.with_index(place)
+
+
+def _several(values: object) -> tuple:
+    """One name or dtype alone is taken for a sequence of one."""
+    return (values,) if isinstance(values, (str, torch.dtype)) else tuple(values)
 
 
 def _check_operator(

@@ -319,6 +319,8 @@ def test_a_second_look_replaces_the_first(checks, monkeypatch):
     ("arguments", "named"),
     [
         ({"device": "cuda:99"}, "device must be among cpu.*got cuda:99"),
+        ({"device": "nonsense"}, "device must be among cpu.*got nonsense"),
+        ({"operators": "crf"}, "operators must be among .*par.*got crf"),
         ({"operators": ["par", "crf"]}, "operators must be among .*par.*got crf"),
         ({"backends": ["native", "reference"]}, "backends must be among native, triton, got reference"),
         ({"dtypes": [torch.float64]}, "dtypes must be among torch.float32.*got torch.float64"),
