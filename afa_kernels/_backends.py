@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from . import _self_check
+from ._tracing import constant_when_traced
 
 NAMES = ("native", "triton", "reference")
 
@@ -28,7 +29,7 @@ _registry: dict[str, dict[str, Predicate]] = {}
 _defaults: dict[int, str] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _thread() -> int:
     return threading.get_ident()
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch  # before the native module: both then share one OpenMP runtime and one thread pool
 
+from ._tracing import constant_when_traced
+
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -54,7 +56,7 @@ _NO_CODE, _PTX_TOO_NEW, _DRIVER_TOO_OLD = (209, 98), (222,), (35,)
 _probed: dict[int, str | None] = {}  # by device
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _probe(index: int | None) -> str | None:
     """Why a CUDA device cannot run the kernels that were built, or None; asked of the driver once for each device."""
     index = torch.cuda.current_device() if index is None else index

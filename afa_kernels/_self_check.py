@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._tracing import constant_when_traced
+
 # What a result may be off, as the norm of the difference over the norm of the reference. float32: sums of a hundred
 # terms stay under 1e-5, a wrong tap, a race or TF32 (5e-4) does not. Half precision: the reference is not rounded at
 # the end, which alone is up to the unit roundoff 2^-11 or 2^-8, and a kernel may hold one factor (weights, gradients of
@@ -146,13 +148,13 @@ def untimely() -> str | None:
 
 # torch.compile calls these two while it traces and keeps the answers: the backend is part of the compiled graph. It
 # must not see the set, or it would compile anew whenever that grows.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def proven(*key: Any) -> bool:
     """Whether ``(operator, backend, device, first dtype, last dtype, with gradients)`` needs no `verdict` any more."""
     return key in _proven
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def verdict(
     operator: str, backend: str, device: torch.device, first: torch.dtype, last: torch.dtype, gradients: bool
 ) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import afa_kernels
 
-from . import checkpoint, pictures
+from . import checkpoint
 from .config import Config, parse, to_dict, to_yaml
 from .errors import ConfigError
 from .evaluate import evaluate
@@ -192,6 +192,8 @@ class Trainer:
 
     def picture(self, batch: Mapping[str, Any], result: StepResult) -> Any:
         """CAM, pseudo-labels, affinity and prediction of a step, as uint8 [H, W, 3]."""
+        from . import pictures  # matplotlib: a second of every process's start, and only the first one draws
+
         figure = pictures.training_panel(
             batch["image"],
             batch["name"],

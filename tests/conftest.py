@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICE = os.environ.get("AFA_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    import fast_interpreter  # noqa: F401
 
 
 if DEVICE == "cuda":

@@ -160,9 +160,12 @@ def torchrun(*arguments: str) -> str:
 
 def test_a_run_of_two_processes_resumes_to_the_same_losses(tmp_path):
     make_voc(tmp_path / "voc", count=6)
-    settings = {"loader__batch_size": 1, "checkpoint__every": 2}
+    settings = {"loader__batch_size": 1, "checkpoint__every": 2, "eval__every": 4}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    torchrun(*tiny_args(tmp_path / "voc", whole, **settings))
+    said = torchrun(*tiny_args(tmp_path / "voc", whole, **settings))
+    assert "batch 1 x 2 on cpu" in said
+    assert said.count("iter 4/4") == 1, "one of them speaks"
+    assert len(rows(whole / "train.csv")) == 4
 
     resumed.mkdir()
     for name in ("iter_00000002.pt", "train.csv"):
@@ -174,4 +177,5 @@ def test_a_run_of_two_processes_resumes_to_the_same_losses(tmp_path):
     for name, weight in ends[0]["model"].items():
         assert torch.equal(weight, ends[1]["model"][name]), name
     states = [state["torch"] for state in ends[0]["random"]]
+    assert len(states) == 2
     assert not torch.equal(*states), "each process draws its own noise"

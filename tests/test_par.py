@@ -4,6 +4,7 @@ test_par_interface.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -59,10 +60,22 @@ def test_gradient_of_masks_gives_the_published_numbers(golden, backend):
 SHAPES = [(1, 1, 1, 1), (2, 2, 1, 40), (1, 3, 37, 1), (3, 5, 2, 3), (1, 21, 33, 65), (2, 9, 16, 16), (1, 17, 7, 130)]
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("operator", [par, pamr])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dilations", [(1,), (3, 1), SIX, (40,)])
+def every_case():
+    """Operators, shapes and dilations in all combinations; for Triton's interpreter every shape with every set of
+    dilations, by one operator or the other, the 48 taps on three shapes.
+    """
+    rows = list(itertools.product(FAST, (par, pamr), SHAPES, ((1,), (3, 1), SIX, (40,))))
+
+    def taken(backend, operator, shape, dilations):
+        if backend != "triton" or DEVICE != "cpu":
+            return True
+        few = dilations != SIX or SHAPES.index(shape) in (0, 1, 4)
+        return few and (SHAPES.index(shape) + len(dilations) + (operator is pamr)) % 2 == 0
+
+    return [row for row in rows if taken(*row)]
+
+
+@pytest.mark.parametrize(("backend", "operator", "shape", "dilations"), every_case())
 def test_backends_equal_reference(rng, backend, operator, shape, dilations):
     images, masks = inputs(rng, *shape)
     want = operator(images, masks, dilations, 3, backend="reference")

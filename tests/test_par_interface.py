@@ -26,12 +26,14 @@ def test_opcheck(rng, backend):
     present = on_device([[True, False], [True, True]])
     leaf = images.clone().requires_grad_()
     par_factors, pamr_factors = [0.3, 0.3, 0.01], []
-    for x, factors, mask, transpose in (
-        (images, par_factors, None, False),
+    cases = [
         (images, pamr_factors, present, True),
         (leaf, par_factors, None, False),
+        (images, par_factors, None, False),
         (leaf, pamr_factors, None, False),
-    ):
+    ]
+    # Registration is the same for all backends; Triton's interpreter takes ten times as long for it.
+    for x, factors, mask, transpose in cases[: 2 if backend == "triton" and DEVICE == "cpu" else None]:
         torch.library.opcheck(torch.ops.afa.par, (x, grad, [1], 1, factors, mask, transpose, backend))
     for factors in (par_factors, pamr_factors):
         torch.library.opcheck(torch.ops.afa.par_weights, (leaf, [1], factors, backend))

@@ -77,10 +77,9 @@ def test_cases_call_every_kernel(monkeypatch):
 @pytest.mark.parametrize("operator", sorted(_self_check.samples))
 def test_cases_are_passed_by_the_emulated_cuda_kernels(operator):
     """Where the tolerances have to hold: on tensor cores, with weights and gradients in half precision."""
-    for kind in build.kinds():
-        with emulated(build.load(kind)):
-            table = afa_kernels.self_check("cpu", [operator])
-        assert [row for row in table if row.error > row.tolerance / 2] == [] and len(table) == 6
+    with emulated(build.load(build.kinds()[-1])):  # products fused into sums, as on a GPU
+        table = afa_kernels.self_check("cpu", [operator])
+    assert [row for row in table if row.error > row.tolerance / 2] == [] and len(table) == 6
 
 
 def test_a_call_is_checked_once_for_each_dtype_and_direction(checks):

@@ -60,6 +60,8 @@ def _flags() -> list[str]:
     python = sysconfig.get_path("include")
     # Half-precision arrays are read 16 bytes at a time, as on a device.
     flags = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -DAFA_WITH_CUDA=1"
+    # Who is the current thread is asked at every access that is watched.
+    flags += " -ftls-model=initial-exec"
     quiet = "-Wall -Wno-unknown-pragmas -Wno-psabi"
     folders = [HERE / "include", HERE, CSRC]
     libraries = [python, pybind11.get_include()]

@@ -143,8 +143,9 @@ static void fiber_main() {
 
 // A stack, and ThreadSanitizer's fiber, for each thread. Stacks are kept for the next block; memory that no kernel touched costs
 // nothing. Watched for races, the blocks of a launch have fibers of their own as far as there are, or two blocks at one
-// element would look like one thread.
-constexpr size_t kWatchedThreads = 4096;
+// element would look like one thread. Every barrier costs its threads times the fibers that there are, so 11 blocks of 128:
+// what two blocks wrongly share lies a row, an image or a power of two apart.
+constexpr size_t kWatchedThreads = 11 * 128;
 class Places {
  public:
   struct Slot { char* stack; void* fiber; };

@@ -7,6 +7,7 @@ tests'.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -29,12 +30,14 @@ def floats(*shape: int, kind: str = "float32") -> np.ndarray:
     return (values.view(np.uint32) >> 16).astype(np.uint16) if kind == "uint16" else values.astype(kind)
 
 
-def run_par(native, shape: tuple, dilations: list[int], kind: str, transpose: bool, half: bool, masked: bool) -> None:
+def run_par(native, shape: tuple, dilations: list[int], kind: str, transpose: bool, flags: int, steps: tuple) -> None:
+    """``flags``: bit 0 for half-precision weights, bit 1 for a class mask; ``steps``: numbers of iterations."""
+    half, masked = bool(flags & 1), bool(flags & 2)
     batch, channels, height, width = shape
     images, (masks, out) = floats(batch, 3, height, width, kind=kind), (floats(*shape, kind=kind) for _ in range(2))
     present = np.arange(batch * channels, dtype=np.uint8) % 2
     factors = [0.3, 0.3, 0.01] if masked else []
-    for num_iter in (0, 1, 2, 4):
+    for num_iter in steps:
         size = native.par_cuda_workspace(view(images), view(masks), dilations, num_iter, transpose, half, 0)
         scratch = np.full(max(size, 1), 255, np.uint8)
         mask = present.ctypes.data if masked else 0
@@ -44,11 +47,11 @@ def run_par(native, shape: tuple, dilations: list[int], kind: str, transpose: bo
     native.par_weights_cuda(view(images), view(weights), dilations, factors, 0, 0)
 
 
-def run_diffusion(native, shape: tuple, kind: str, transpose: bool) -> None:
+def run_diffusion(native, shape: tuple, kind: str, transpose: bool, borders: tuple, steps: tuple) -> None:
     batch, channels, height, width = shape
     offsets = [0, 0, 1, -2, -3, 1, 0, 5, -40, 7, 3, 60, 2, 0, 0, 8]
-    for zero_border in (False, True):
-        for num_iter in (0, 1, 3):
+    for zero_border in borders:
+        for num_iter in steps:
             weights, masks, out = floats(batch, 8, height, width, kind=kind), floats(*shape), floats(*shape)
             size = native.diffuse_cuda_workspace(view(weights), view(masks), offsets, num_iter, transpose, 0)
             scratch = np.full(max(size, 1), 255, np.uint8)
@@ -119,23 +122,27 @@ def main(sanitizer: str, fault: str | None = None) -> None:
         out = np.zeros(64, np.float32)
         print(f"{fault}: {emulator.fault(fault, out.ctypes.data) or 'unnoticed'}")
         return
-    shapes, grids, kinds = SHAPES, GRIDS, KINDS
-    if sanitizer == "races":  # a fiber for each thread takes its time; sizes of several blocks, each with an edge
-        shapes, grids, kinds = [(1, 9, 19, 33), (2, 4, 16, 32)], [(9, 8, 3)], KINDS[:2]
+    # Accesses: everything. Races, where each thread is a fiber: images of several blocks with an edge in each, and what
+    # does not change which thread touches what by turns.
+    races = sanitizer == "races"
+    shapes = SHAPES[-2:] if races else SHAPES
+    kinds = KINDS[:2] if races else KINDS
     calls = 0
     for order, device in enumerate(DEVICES.values()):
         emulator.set_order(order)
         emulator.set_device(*device)
-        for shape in shapes:
-            for transpose in (False, True):
-                for kind in kinds:
-                    run_diffusion(emulator.native, shape, kind, transpose)
-                    dilations = DILATIONS[calls % 3]
-                    run_par(emulator.native, shape, dilations, kind, transpose, bool(calls % 2), bool(calls // 2 % 2))
-                    calls += 1
-        for grid in grids:
-            for kind in kinds:
+        for shape, transpose, kind in itertools.product(shapes, (False, True), kinds):
+            dilations, turn = DILATIONS[calls % 3], calls % 2 == 1
+            borders, steps = ((turn,), (3,)) if races else ((False, True), (0, 1, 3))
+            run_diffusion(emulator.native, shape, kind, transpose, borders, steps)
+            steps = (1 + 2 * turn,) if races else (0, 1, 2, 4)
+            run_par(emulator.native, shape, dilations, kind, transpose, (calls + calls // 4) % 4, steps)
+            calls += 1
+        for turn, grid in enumerate([(5, 13, 2)] if races else GRIDS):
+            # Rows of 8 numbers are loaded otherwise than rows of 5; both in every type, but not on every grid.
+            for kind in kinds if order == 0 else kinds[turn % len(kinds) :][:1]:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
+            for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
     print(f"clean after {len(emulator.launches())} launches")
 
