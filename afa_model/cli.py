@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-# name -> what it does
+from .errors import AfaError
+
+# name -> what it does; commands/NAME.py has a `main` that takes the rest of the line and may return an exit code
 COMMANDS = {
     "train": "train on a data set in VOC layout, set up by YAML and dotted options",
     "evaluate": "score a checkpoint: CAM, refined CAM, random walk, segmentation",
@@ -16,12 +18,8 @@ COMMANDS = {
     "doctor": "what is installed, which backends run here, and why the others do not",
     "bench": "measure operators, training step or data loading",
 }
-
-# name -> module and the function in it that takes the rest of the line and returns an exit code
-_WHERE = {
-    "evaluate": ("afa_model.commands", "evaluate_main"),
-    "predict": ("afa_model.commands", "predict_main"),
-}
+# name -> words that may follow it
+SUBCOMMANDS = {"bench": ("data",)}
 
 
 def usage() -> str:
@@ -49,6 +47,16 @@ def _with_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+def _tell(argv: Sequence[str], error: AfaError) -> None:
+    """The mistake in one line; of several processes, which all find the same one in what was asked, the first tells."""
+    from .runtime.processes import announced_rank
+
+    if error.exit_code == AfaError.exit_code and announced_rank() > 0:
+        return
+    part = [word for word in argv[1:2] if word in SUBCOMMANDS.get(argv[0], ())]
+    print(f"afa {' '.join([argv[0], *part])}: error: {error}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `afa`; returns the exit code (2 for a mistake in what was asked)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -64,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"afa: error: no command {argv[0]!r} (there are {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
     try:
-        module, function = _WHERE.get(argv[0], (f"afa_model.{argv[0]}", "main"))
-        rest = [_with_underscores(word) for word in argv[1:]]
-        return getattr(importlib.import_module(module), function)(rest) or 0
+        command = importlib.import_module(f"afa_model.commands.{argv[0]}")
+        return command.main([_with_underscores(word) for word in argv[1:]]) or 0
+    except AfaError as error:
+        _tell(argv, error)
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `afa ... | head`: nobody reads on

@@ -29,12 +29,12 @@ from published_step import PublishedStep  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from afa_model.memory import keep_freed_memory  # noqa: E402
-from afa_model.model import AFA  # noqa: E402
-from afa_model.phases import PhaseTimer  # noqa: E402
-from afa_model.processes import autocast  # noqa: E402
-from afa_model.schedule import build_optimizer  # noqa: E402
-from afa_model.step import StepSettings, TrainingStep  # noqa: E402
+from afa_model.networks.afa import AFA  # noqa: E402
+from afa_model.runs.memory import keep_freed_memory  # noqa: E402
+from afa_model.runtime.phases import PhaseTimer  # noqa: E402
+from afa_model.runtime.processes import autocast  # noqa: E402
+from afa_model.training.schedule import build_optimizer  # noqa: E402
+from afa_model.training.step import StepSettings, TrainingStep  # noqa: E402
 
 WAYS = ("published", "fused")
 ITERATION = 10_000  # past aff_iters: everything is computed and has its weight

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 import afa_kernels
 from afa_kernels.affinity_reference import dense_affinity, window_mask
-from afa_model.cams import evaluating
-from afa_model.losses import classification_loss
-from afa_model.model import AFA
-from afa_model.phases import phase
-from afa_model.pseudo_labels import IGNORE
-from afa_model.step import StepResult, StepSettings
+from afa_model.labels.cams import evaluating
+from afa_model.labels.pseudo_labels import IGNORE
+from afa_model.networks.afa import AFA
+from afa_model.runtime.phases import phase
+from afa_model.training.losses import classification_loss
+from afa_model.training.step import StepResult, StepSettings
 
 
 def bilinear(x: Tensor, size: tuple[int, int] | list[int]) -> Tensor:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from voc_factory import COLORS
 
-from afa_model.model import AFAResult, Attended
-from afa_model.transforms import denormalize
+from afa_model.data.transforms import denormalize
+from afa_model.networks.afa import AFAResult, Attended
 
 
 class ColorModel(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from conftest import relative_error
 
 from afa_kernels import window_to_dense
-from afa_model.cams import multi_scale_cam
-from afa_model.model import AFA
+from afa_model.labels.cams import multi_scale_cam
+from afa_model.networks.afa import AFA
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 

@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_run import tiny_args
 from voc_factory import make_voc
 
-from afa_model import bench, cli
+from afa_model import cli
+from afa_model.commands import bench
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import needs_command_line  # noqa: F401
 import pytest
 import yaml
 
-from afa_model.config import (
+from afa_model.config.config import (
     Config,
     ConfigError,
     check,

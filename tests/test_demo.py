@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from afa_model import cli, demo
-from afa_model.config import parse
-from afa_model.predict_maps import LabelSettings
-from afa_model.pseudo_labels import refine_label
-from afa_model.synthetic import SyntheticSettings, synthetic_data
-from afa_model.transforms import denormalize, normalize
+from afa_model import cli
+from afa_model.commands import demo
+from afa_model.config.config import parse
+from afa_model.data.synthetic import SyntheticSettings, synthetic_data
+from afa_model.data.transforms import denormalize, normalize
+from afa_model.labels.label_maps import LabelSettings
+from afa_model.labels.pseudo_labels import refine_label
 
 TINY = SyntheticSettings(train=8, val=4)
 SHORT = ["--schedule.max_iters", "4", "--schedule.warmup_iters", "1", "--step.cam_iters", "1", "--step.aff_iters", "2"]

@@ -18,13 +18,13 @@ from tiny_run import rows, tiny_args
 from torch import nn
 from voc_factory import make_voc
 
-from afa_model import checkpoint
-from afa_model.collective import shown_as_mean, sum_over_processes
-from afa_model.losses import affinity_loss, segmentation_loss
-from afa_model.model import AFA
-from afa_model.processes import Here, data_parallel
-from afa_model.step import StepSettings, TrainingStep
-from afa_model.train import _StepModule
+from afa_model.networks.afa import AFA
+from afa_model.runs import checkpoint
+from afa_model.runs.trainer import _StepModule
+from afa_model.runtime.collectives import shown_as_mean, sum_over_processes
+from afa_model.runtime.processes import Here, data_parallel
+from afa_model.training.losses import affinity_loss, segmentation_loss
+from afa_model.training.step import StepSettings, TrainingStep
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4), "drop_path_rate": 0.0}
 STEPS = 7

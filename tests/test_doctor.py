@@ -10,7 +10,8 @@ from rich.console import Console
 
 import afa_kernels
 from afa_kernels import _native_module, _self_check, random_walk_native
-from afa_model import cli, doctor
+from afa_model import cli
+from afa_model.commands import doctor
 
 
 def test_report_names_versions_machine_and_threads(capsys):

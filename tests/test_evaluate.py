@@ -17,11 +17,11 @@ from conftest import relative_error
 from rich.console import Console
 from voc_factory import make_voc
 
-from afa_model.evaluate import EvaluateSettings, evaluate
-from afa_model.evaluate_scores import EvaluationResult, ScoreKeeper, Scores
-from afa_model.model import AFA
-from afa_model.predict_maps import KINDS, LabelSettings, found_classes, kinds_of, label_maps
-from afa_model.voc import DataSettings, EvaluationSet
+from afa_model.data.datasets import DataSettings, EvaluationSet
+from afa_model.evaluation.evaluate import EvaluateSettings, evaluate
+from afa_model.evaluation.scores import EvaluationResult, ScoreKeeper, Scores
+from afa_model.labels.label_maps import KINDS, LabelSettings, found_classes, kinds_of, label_maps
+from afa_model.networks.afa import AFA
 
 # the test photographs are 48 pixels high: smaller PAR and no enlarging
 SMALL = {

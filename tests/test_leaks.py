@@ -11,11 +11,11 @@ import pytest
 import torch
 from voc_factory import make_voc
 
-from afa_model.model import AFA
-from afa_model.schedule import build_optimizer
-from afa_model.step import StepSettings, TrainingStep
-from afa_model.transforms import AugmentSettings
-from afa_model.voc import DataSettings, TrainingSet, training_loader
+from afa_model.data.datasets import DataSettings, TrainingSet, training_loader
+from afa_model.data.transforms import AugmentSettings
+from afa_model.networks.afa import AFA
+from afa_model.training.schedule import build_optimizer
+from afa_model.training.step import StepSettings, TrainingStep
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from afa_model.logs import RunLog, Table, Window, clock
+from afa_model.runs.logs import RunLog, Table, Window, clock
 
 
 def read(path) -> list[dict[str, str]]:

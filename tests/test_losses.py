@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from afa_model.losses import classification_loss, segmentation_loss
+from afa_model.training.losses import classification_loss, segmentation_loss
 
 
 def test_segmentation_loss_matches_recorded_numbers(golden):

@@ -10,8 +10,8 @@ import torch
 from conftest import relative_error
 from torch import nn
 
-from afa_model.mit import Attention, MixTransformer
-from afa_model.mit_weights import checkpoint_filter_fn, load_mit_weights
+from afa_model.networks.mit import Attention, MixTransformer
+from afa_model.networks.weights import checkpoint_filter_fn, load_mit_weights
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 3), "num_heads": (1, 2, 3, 4)}
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from conftest import DEVICE, relative_error
 
 from afa_kernels import attention_affinity_loss, window_to_dense
-from afa_model.decoder import SegFormerHead
-from afa_model.losses import classification_loss, segmentation_loss
-from afa_model.model import AFA
+from afa_model.networks.afa import AFA
+from afa_model.networks.decoder import SegFormerHead
+from afa_model.training.losses import classification_loss, segmentation_loss
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 

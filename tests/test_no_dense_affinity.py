@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from afa_kernels import use_backend, window_to_dense
-from afa_model.model import AFA
-from afa_model.predict_maps import KINDS, LabelSettings, label_maps
-from afa_model.step import StepSettings, TrainingStep
+from afa_model.labels.label_maps import KINDS, LabelSettings, label_maps
+from afa_model.networks.afa import AFA
+from afa_model.training.step import StepSettings, TrainingStep
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 HEIGHT, WIDTH, SCALES = 80, 112, (1.0, 0.5, 1.5)

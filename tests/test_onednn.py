@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from conftest import relative_error
 from torch import nn
 
-from afa_model import onednn
-from afa_model.onednn import Linear
+from afa_model.networks import onednn
+from afa_model.networks.onednn import Linear
 
 needs_onednn = pytest.mark.skipif(not onednn._AVAILABLE, reason="this torch has no oneDNN")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from afa_model.phases import PhaseTimer, phase
+from afa_model.runtime.phases import PhaseTimer, phase
 
 
 class Device:

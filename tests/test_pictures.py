@@ -9,9 +9,17 @@ import torch
 from PIL import Image
 
 from afa_kernels import window_to_dense
-from afa_model.pictures import cam_tile, head_weights_figure, peak_of, prediction_panel, save, to_array, training_panel
-from afa_model.pictures_overlays import affinity_of_point, cell_of, heat_overlay, label_overlay, photo_of
-from afa_model.voc_files import VOC_CLASSES, voc_palette
+from afa_model.data.files import VOC_CLASSES, voc_palette
+from afa_model.pictures.overlays import affinity_of_point, cell_of, heat_overlay, label_overlay, photo_of
+from afa_model.pictures.panels import (
+    cam_tile,
+    head_weights_figure,
+    peak_of,
+    prediction_panel,
+    save,
+    to_array,
+    training_panel,
+)
 
 HEIGHT, WIDTH, RADIUS = 48, 64, 2
 

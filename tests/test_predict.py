@@ -11,9 +11,9 @@ from color_model import ColorModel
 from PIL import Image
 from voc_factory import make_voc
 
-from afa_model.model import AFA
-from afa_model.predict import PredictSettings, draw_head_weights, photos, predict
-from afa_model.voc_files import VOC_CLASSES, DataError, read_label, voc_palette
+from afa_model.data.files import VOC_CLASSES, DataError, read_label, voc_palette
+from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
+from afa_model.networks.afa import AFA
 
 SMALL = {"long_side": None, "scales": (1.0,), "cam_scales": (1.0, 0.5), "radius": 3, "par_dilations": (1, 2)}
 

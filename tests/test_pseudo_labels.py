@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 from afa_kernels import par
-from afa_model.pseudo_labels import IGNORE, cam_to_label, random_walk_label, refine_label
+from afa_model.labels.pseudo_labels import IGNORE, cam_to_label, random_walk_label, refine_label
 
 BOX = torch.tensor([[0, 40, 6, 52], [5, 37, 0, 56]])
 

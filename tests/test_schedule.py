@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from afa_model.model import AFA
-from afa_model.schedule import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from afa_model.networks.afa import AFA
+from afa_model.training.schedule import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 

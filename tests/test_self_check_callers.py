@@ -275,7 +275,7 @@ def test_up_front_as_needed_goes_down_to_the_first_that_passes(gpus, monkeypatch
     ("cuda", "off", [FLOAT]), ("cuda", "bf16", [FLOAT, torch.bfloat16]), ("cpu", "bf16", None),
 ])  # fmt: skip
 def test_training_on_a_gpu_begins_with_it(device, amp, expected, monkeypatch):
-    from afa_model import train
+    from afa_model.runs import trainer as train
 
     events = []
     here = train.Here(0, 1, torch.device(device))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from afa_model import synthetic_paint
-from afa_model.synthetic import STAMP, SyntheticSettings, cache_folder, scene, synthetic_data
-from afa_model.transforms import AugmentSettings
-from afa_model.voc import DataSettings, EvaluationSet, TrainingSet
-from afa_model.voc_files import DataError, read_label
+from afa_model.data import synthetic_paint
+from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
+from afa_model.data.files import DataError, read_label
+from afa_model.data.synthetic import STAMP, SyntheticSettings, cache_folder, scene, synthetic_data
+from afa_model.data.transforms import AugmentSettings
 
 SMALL = SyntheticSettings(train=6, val=3)
 

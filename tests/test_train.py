@@ -14,12 +14,13 @@ import torch
 from tiny_run import rows, tiny_args
 from voc_factory import make_voc
 
-from afa_model import checkpoint, train
-from afa_model.checkpoint import CheckpointError, CheckpointKeeper
-from afa_model.config import parse
+from afa_model.config.config import parse
+from afa_model.data.files import DataError
 from afa_model.errors import ConfigError
-from afa_model.restore import load_model
-from afa_model.voc_files import DataError
+from afa_model.runs import checkpoint
+from afa_model.runs import trainer as train
+from afa_model.runs.checkpoint import CheckpointError, CheckpointKeeper
+from afa_model.runs.restore import load_model
 
 
 @pytest.fixture(scope="module")

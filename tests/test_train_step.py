@@ -13,13 +13,13 @@ from conftest import ROOT, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa_kernels import use_backend
-from afa_model import acceleration
-from afa_model.acceleration import CompiledNetworks, GraphedFunction
-from afa_model.cams import class_slots, multi_scale_cam, pick, same_in_eval_mode
-from afa_model.model import AFA
-from afa_model.phases import PhaseTimer, phase
-from afa_model.pseudo_labels import IGNORE, labels_of_one_diffusion, propagate, refine_label, refine_propagated
-from afa_model.step import StepSettings, TrainingStep, _name
+from afa_model.labels.cams import class_slots, multi_scale_cam, pick, same_in_eval_mode
+from afa_model.labels.pseudo_labels import IGNORE, labels_of_one_diffusion, propagate, refine_label, refine_propagated
+from afa_model.networks.afa import AFA
+from afa_model.runtime.phases import PhaseTimer, phase
+from afa_model.training import acceleration
+from afa_model.training.acceleration import CompiledNetworks, GraphedFunction
+from afa_model.training.step import StepSettings, TrainingStep, _name
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 ALL = StepSettings(0, 1, radius=2)  # iteration 2 is in the phase where everything is at work
@@ -356,7 +356,7 @@ def test_freed_memory_is_kept():
     """Page faults of filling 64 MB five times over: five times all pages, or once."""
     code = """
 import resource, torch
-from afa_model.memory import keep_freed_memory
+from afa_model.runs.memory import keep_freed_memory
 def faults(times=5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):

@@ -8,9 +8,9 @@ import torch
 from conftest import DEVICE, relative_error
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from afa_model.model import AFA
-from afa_model.schedule import build_optimizer, learning_rate, set_learning_rate
-from afa_model.step import StepSettings, TrainingStep
+from afa_model.networks.afa import AFA
+from afa_model.training.schedule import build_optimizer, learning_rate, set_learning_rate
+from afa_model.training.step import StepSettings, TrainingStep
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 

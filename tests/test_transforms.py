@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from afa_model.transforms import MEAN, STD, AugmentSettings, TrainingTransform, denormalize, normalize
+from afa_model.data.transforms import MEAN, STD, AugmentSettings, TrainingTransform, denormalize, normalize
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:

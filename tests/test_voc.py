@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from voc_factory import make_voc, write_xml
 
-from afa_model.transforms import AugmentSettings
-from afa_model.voc import DataSettings, EvaluationSet, ResumableBatchSampler, TrainingSet, training_loader
-from afa_model.voc_files import (
+from afa_model.data.datasets import DataSettings, EvaluationSet, ResumableBatchSampler, TrainingSet, training_loader
+from afa_model.data.files import (
     COCO_CLASSES,
     VOC_CLASSES,
     DataError,
@@ -24,6 +23,7 @@ from afa_model.voc_files import (
     voc_palette,
     write_label,
 )
+from afa_model.data.transforms import AugmentSettings
 
 SMALL = AugmentSettings(crop=32)
 

@@ -1,0 +1,60 @@
+"""What the commands that take a checkpoint share: their options, and the run's settings as defaults."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ..config import Parser
+from ..errors import AfaError, ConfigError
+from ..runs.restore import Restored, load_model
+
+
+def parser_of(command: str, description: str) -> Parser:
+    """A parser with ``--checkpoint`` and ``--device``."""
+    parser = Parser(prog=command, description=description)
+    told = "a run's folder (its best checkpoint is taken) or a checkpoint"
+    parser.add_argument("--checkpoint", type=str, required=True, help=told)
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is one), cpu or cuda")
+    return parser
+
+
+def _given(argv: Sequence[str]) -> str | None:
+    """The checkpoint, read before all else: the settings of its run are the defaults of the others."""
+    for position, word in enumerate(argv):
+        if word == "--checkpoint" and position + 1 < len(argv):
+            return argv[position + 1]
+        if word.startswith("--checkpoint="):
+            return word.partition("=")[2]
+    return None
+
+
+def restored(argv: Sequence[str]) -> Restored | None:
+    """The model of ``--checkpoint``, on the CPU; None where the line asks for help or names none."""
+    wanted = {"-h", "--help"}.isdisjoint(argv) and _given(argv)
+    return load_model(wanted) if wanted else None
+
+
+def set_defaults(parser: Parser, values: Mapping[str, Any]) -> None:
+    """Those of the values that the parser has a setting for become its defaults."""
+    known = set(parser.known_settings())
+    parser.set_defaults({key: value for key, value in values.items() if key in known})
+
+
+def part(kind: type, options: Namespace) -> Namespace:
+    """Those of the options that are fields of a settings dataclass."""
+    return Namespace(**{name: options[name] for name in kind.__dataclass_fields__})
+
+
+@contextlib.contextmanager
+def mistakes_named() -> Iterator[None]:
+    """A ValueError inside is about what was asked for, and names it."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, AfaError):
+            raise
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,49 @@
+"""What all rooms agree on: the value of ignored pixels, what photographs are normalised by, how maps are resized."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255  # label of pixels that take no part in any score or loss
+
+# of ImageNet, on pixels in 0..1: what the backbones' weights were trained with
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+@functools.lru_cache(maxsize=64)
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """MEAN and STD as [3, 1, 1], copied once: a copy from the host has no place in the capture of a CUDA graph."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))
+
+
+def denormalize(image: Tensor) -> Tensor:
+    """A normalised photograph, float [..., 3, H, W] -> its pixels in 0..1."""
+    mean, std = _statistics(image.device, image.dtype)
+    return (image * std + mean).clamp(0, 1)
+
+
+def require(condition: bool, name: str, expected: str, value: object) -> None:
+    """For the checks that settings make of themselves.
+
+    Raises:
+        ValueError: ``NAME: expected WHAT, got VALUE``.
+    """
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """float [B, C, H, W] -> [B, C, *size], bilinear with ``align_corners=False``, no antialiasing."""
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+
+
+def halve(maps: Tensor) -> Tensor:
+    """To half the height and width, at least 1."""
+    return resize(maps, [max(side // 2, 1) for side in maps.shape[2:]])

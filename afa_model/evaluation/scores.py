@@ -1,0 +1,205 @@
+"""Scores of label maps against masks: mIoU, IoU per class, pixel accuracy; as a table, JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ..conventions import IGNORE
+from ..labels.kinds import KINDS
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a confusion matrix says. All values are in 0..1.
+
+    Attributes:
+        confusion: int64 [K, K], rows the mask's class, columns the predicted one, in pixels.
+        iou: float64 [K], true / (true + missed + wrongly found) per class; NaN for a class that is neither in
+            the masks nor predicted.
+        miou: mean of ``iou`` over the classes that have one.
+        pixel_accuracy: right pixels over all pixels that count.
+        mean_accuracy: mean over the classes in the masks of the share of their pixels that were found.
+    """
+
+    confusion: Tensor
+    iou: Tensor
+    miou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+
+    @classmethod
+    def of(cls, confusion: Tensor) -> Scores:
+        """Scores of a confusion matrix, integers [K, K]."""
+        counts = confusion.detach().cpu().double()
+        right, in_masks, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+        iou = right / (in_masks + predicted - right)  # 0/0 = NaN: nothing to score
+        return cls(
+            confusion=confusion.detach().cpu().long(),
+            iou=iou,
+            miou=float(iou.nanmean()),
+            pixel_accuracy=float(right.sum() / counts.sum()),
+            mean_accuracy=float((right / in_masks).nanmean()),
+        )
+
+    def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """For JSON: numbers rounded to 1e-6, None where there is nothing to score."""
+        return {
+            "miou": _number(self.miou),
+            "pixel_accuracy": _number(self.pixel_accuracy),
+            "mean_accuracy": _number(self.mean_accuracy),
+            "iou": {name: _number(value) for name, value in zip(names, self.iou.tolist())},
+        }
+
+
+class ScoreKeeper:
+    """Adds up confusion matrices for several kinds of label map; sums over processes when asked for the
+    scores.
+
+    Args:
+        kinds: names of the kinds of label map.
+        num_classes: K, the background counted.
+        device: where the counts are kept.
+    """
+
+    def __init__(self, kinds: Sequence[str], num_classes: int, device: str | torch.device = "cpu"):
+        self.num_classes = num_classes
+        self.matrices = {
+            # our own check names the argument; torchmetrics' would read every value back from the device
+            kind: MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False).to(device)
+            for kind in kinds
+        }
+
+    def add(self, kind: str, label: Tensor, mask: Tensor) -> None:
+        """Count one image: ``label`` [H, W] in 0..K-1, ``mask`` [H, W] in 0..K-1 and 255 (not counted)."""
+        if label.shape != mask.shape:
+            raise ValueError(
+                f"label: expected the mask's shape {tuple(mask.shape)}, got {tuple(label.shape)}"
+            )
+        matrix = self.matrices[kind]
+        label, mask = label.to(matrix.device), mask.to(matrix.device)
+        counted = mask != IGNORE
+        for name, values in (("label", label[counted]), ("mask", mask[counted])):
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
+                found = f"{int(values.min())}..{int(values.max())}"
+                raise ValueError(f"{name}: expected classes 0..{self.num_classes - 1}, got {found}")
+        matrix.update(label, mask)
+
+    def scores(self) -> dict[str, Scores]:
+        """The scores of all images on all processes (every process of a group must call this)."""
+        return {kind: Scores.of(matrix.compute()) for kind, matrix in self.matrices.items()}
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of every kind of label map that was asked for.
+
+    Attributes:
+        scores: kind (``cam``, ``refined_cam``, ``random_walk``, ``refined_random_walk``, ``segmentation``) ->
+            Scores.
+        class_names: K names, background first.
+        images: number of images scored, over all processes.
+        seconds: how long it took.
+        about: what was evaluated (checkpoint, split, settings), for the files.
+    """
+
+    scores: Mapping[str, Scores]
+    class_names: tuple[str, ...]
+    images: int
+    seconds: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, kind: str) -> Scores:
+        return self.scores[kind]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: ``{"images", "seconds", "about", "scores": {kind: {"miou", ..., "iou": {class:
+        value}}}}``.
+        """
+        return {
+            "images": self.images,
+            "seconds": round(self.seconds, 3),
+            "about": self.about,
+            "scores": {kind: scores.as_dict(self.class_names) for kind, scores in self.scores.items()},
+        }
+
+    def write_json(self, path: str | Path) -> Path:
+        """Write everything but the confusion matrices."""
+        path = _with_folder(path)
+        path.write_text(json.dumps(self.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+        return path
+
+    def write_csv(self, path: str | Path) -> Path:
+        """Write one row per class, then the means; one column per kind. An empty field: nothing to score."""
+        path = _with_folder(path)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", *self.scores])
+            for row, name in enumerate(self.class_names):
+                writer.writerow([name, *(_field(scores.iou[row]) for scores in self.scores.values())])
+            for name in ("miou", "pixel_accuracy", "mean_accuracy"):
+                writer.writerow([name, *(_field(getattr(scores, name)) for scores in self.scores.values())])
+        return path
+
+    def table(self, per_class: bool = True) -> Table:
+        """A table for the terminal, in percent: IoU of every class that has one, the means below."""
+        table = Table(
+            title=f"IoU in percent, {self.images} image{'s' * (self.images != 1)}",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+        )
+        table.add_column("class", no_wrap=True)
+        for kind in self.scores:
+            table.add_column(KINDS.get(kind, kind), justify="right")
+        if per_class:
+            for row, name in enumerate(self.class_names):
+                values = [float(scores.iou[row]) for scores in self.scores.values()]
+                best = max((value for value in values if value > 0), default=None)
+                if not all(map(math.isnan, values)):
+                    table.add_row(name, *(_percent(value, bold=value == best) for value in values))
+            table.add_section()
+        for title, name in (
+            ("mIoU", "miou"),
+            ("pixel accuracy", "pixel_accuracy"),
+            ("mean accuracy", "mean_accuracy"),
+        ):
+            values = [getattr(scores, name) for scores in self.scores.values()]
+            table.add_row(
+                title, *(_percent(value) for value in values), style="bold" if name == "miou" else None
+            )
+        return table
+
+    def print(self, console: Console | None = None, per_class: bool = True) -> None:
+        """Print the table."""
+        (console or Console()).print(self.table(per_class))
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _field(value: float | Tensor) -> str:
+    return "" if math.isnan(float(value)) else f"{float(value):.6f}"
+
+
+def _percent(value: float, bold: bool = False) -> str:
+    text = "-" if math.isnan(value) else f"{100 * value:.1f}"
+    return f"[bold]{text}[/bold]" if bold else text
+
+
+def _with_folder(path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,1 @@
+"""Backbones, decoder and the AFA model."""

@@ -1,0 +1,147 @@
+"""AFA: a transformer backbone, its class activation maps, segmentation decoder and affinity from attention.
+
+Source: Ru et al., AFA (CVPR 2022), section 3 and Figure 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afa_kernels import window_affinity
+
+from .backbone import Abilities, Pyramid, pyramid
+from .create import create_backbone
+from .decoder import SegFormerHead
+
+
+class AFAResult(NamedTuple):
+    """What ``AFA.forward`` gives. For a CNN only ``cls_logits`` and ``grid`` are there, the rest is None.
+
+    cls_logits  [B, K - 1] image-level scores of the foreground classes, before the sigmoid
+    seg_logits  [B, K, h4, w4] pixel scores at a quarter of the image, background first
+    query, key  [B, heads, h w, d] of the last two blocks of the last stage side by side, unscaled
+    grid        (h, w) of the last stage: ceil(H / 16), ceil(W / 16) with the default stride
+    last_map    [B, dim, h, w] the last stage's output, from which class scores and CAM are made
+    """
+
+    cls_logits: Tensor
+    seg_logits: Tensor | None
+    query: Tensor | None
+    key: Tensor | None
+    grid: tuple[int, int]
+    last_map: Tensor | None = None
+
+
+class Attended(NamedTuple):
+    """What ``AFA.cam_and_attention`` gives: CAM [B, K - 1, h, w] before ReLU, query and key as above."""
+
+    cam: Tensor
+    query: Tensor | None
+    key: Tensor | None
+
+
+class AFA(nn.Module):
+    """AFA with a MiT backbone, or the CAM-only baseline of the paper's Figure 3a with a CNN of timm's.
+
+    Args:
+        backbone: ``mit_b0`` .. ``mit_b5``, or a convolutional timm model such as ``resnet50``. The latter has
+            no attention: it classifies and gives CAMs; ``seg_logits``, ``query`` and ``key`` are None and
+            :meth:`affinity` raises ValueError.
+        num_classes: K, background included (21 for VOC, 81 for COCO).
+        stride: of the four patch embeddings: (4, 2, 2, 1) in AFA, (4, 2, 2, 2) in SegFormer. A CNN takes the
+            product.
+        pooling: ``gmp`` (max, as published) or ``gap`` (average) over the last map, before the classifier.
+        pretrained: False for random weights; a file of ImageNet weights (for MiT in the public or the Hugging
+            Face layout, for a CNN in timm's); True to let timm fetch them.
+        embedding: width of the decoder.
+        decoder_dropout: probability of dropping a whole channel of it.
+        backbone_args: further arguments for ``timm.create_model``, e.g. ``{"drop_path_rate": 0.1}``.
+
+    Raises:
+        ValueError: an argument is out of range, timm has no such backbone, or the weights do not fit it.
+        FileNotFoundError: no file at ``pretrained``.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        stride: Sequence[int] = (4, 2, 2, 1),
+        pooling: str = "gmp",
+        pretrained: bool | str | Path = False,
+        *,
+        embedding: int = 256,
+        decoder_dropout: float = 0.1,
+        backbone_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected 2 or more (background included), got {num_classes}")
+        if pooling not in ("gmp", "gap"):
+            raise ValueError(f"pooling: expected 'gmp' or 'gap', got {pooling!r}")
+        if len(stride) != 4:
+            raise ValueError(f"stride: expected four integers such as (4, 2, 2, 1), got {tuple(stride)}")
+        self.backbone, self.num_classes, self.pooling = backbone, num_classes, pooling
+        self.stride = tuple(int(s) for s in stride)
+        self.encoder = create_backbone(backbone, self.stride, pretrained, dict(backbone_args or {}))
+        abilities = self.abilities = Abilities.of(self.encoder)
+        dim = abilities.widths[-1]
+        self.decoder = self.attn_proj = None
+        if abilities.affinity_heads is not None:
+            self.decoder = SegFormerHead(abilities.widths, num_classes, embedding, decoder_dropout)
+            self.attn_proj = nn.Conv2d(abilities.affinity_heads, 1, 1)
+        self.classifier = nn.Conv2d(dim, num_classes - 1, 1, bias=False)
+
+    @property
+    def has_affinity(self) -> bool:
+        """Whether there is attention to make an affinity of; else the model classifies and gives CAMs only."""
+        return self.attn_proj is not None
+
+    def _encode(self, images: Tensor) -> Pyramid:
+        return pyramid(self.encoder, images)
+
+    def forward(self, images: Tensor, decode: bool = True) -> AFAResult:
+        """images [B, 3, H, W], normalised with ImageNet's mean and deviation -> :class:`AFAResult`.
+
+        ``decode=False`` leaves the decoder out and ``seg_logits`` None.
+        """
+        maps, query, key = self._encode(images)
+        last = maps[-1]
+        pooled = last.amax((2, 3)) if self.pooling == "gmp" else last.mean((2, 3))
+        cls_logits = F.linear(pooled, self.classifier.weight.flatten(1))
+        seg_logits = self.decoder(maps) if decode and self.decoder is not None else None
+        return AFAResult(cls_logits, seg_logits, query, key, (last.shape[2], last.shape[3]), last)
+
+    def cam(self, images: Tensor) -> Tensor:
+        """Class activation maps [B, K - 1, h, w] of the last map, before ReLU; the decoder does not run."""
+        return self.cam_and_attention(images).cam
+
+    def cam_and_attention(self, images: Tensor) -> Attended:
+        """The CAM and the queries and keys of the same pass, for when the affinity is wanted too."""
+        maps, query, key = self._encode(images)
+        return Attended(F.conv2d(maps[-1], self.classifier.weight), query, key)
+
+    def affinity(self, result: AFAResult, radius: int = 8) -> Tensor:
+        """Affinity of each grid pixel with its window: [B, (2 radius + 1)^2, h, w] in 0..1 (section 3.2).
+
+        Taps are row-major in (dy, dx); pairs outside the grid are 0. ValueError where there is no attention.
+        """
+        self.require_attention("affinity")
+        return window_affinity(result.query, result.key, *self.affinity_head(), *result.grid, radius)
+
+    def affinity_head(self) -> tuple[Tensor, Tensor]:
+        """Weight [heads] and bias [1] that turn the scores of all heads into one affinity."""
+        self.require_attention("affinity_head")
+        return self.attn_proj.weight.flatten(), self.attn_proj.bias
+
+    def require_attention(self, what: str) -> None:
+        """ValueError naming ``what`` if the backbone is a CNN."""
+        if not self.has_affinity:
+            raise ValueError(
+                f"{what}: {self.backbone} has no attention and gives CAMs only; take mit_b0 .. mit_b5 instead"
+            )

@@ -1,0 +1,259 @@
+"""Checkpoints that are complete or not there, and let a killed run go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+
+FORMAT = 1
+"""Layout of the file; a checkpoint with a newer one is refused with a clear message."""
+
+BEST = "best.pt"
+_LAST = "iter_*.pt"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    ``iteration`` steps are done: the next one is number ``iteration``, counted from 0, and that is also the
+    position in the data order. ``best`` is the best mIoU (0..100) of the evaluations so far.
+    """
+
+    iteration: int = 0
+    best: float = float("-inf")
+
+
+def random_state() -> dict[str, Any]:
+    """States of the python, numpy, torch CPU and (if it was used) torch CUDA generators of this process.
+
+    Only tensors, numbers, strings and tuples, so that the file loads with ``weights_only=True``.
+    """
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is what we keep)
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The reverse of :func:`random_state`. A CUDA state is dropped where there is no CUDA device."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def kept_random_state():
+    """Whatever happens inside (an evaluation, a picture) leaves the random states of the run as they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def write_atomically(path: str | os.PathLike, value: Any) -> Path:
+    """``torch.save`` to a file beside ``path``, flush, rename: ``path`` is the whole value or untouched.
+
+    Raises:
+        CheckpointError: with the path and the system's reason (disk full, not writable).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(
+            error, (OSError, RuntimeError)
+        ):  # torch's zip writer turns a full disk into the latter
+            raise
+        raise CheckpointError(f"could not write {path}: {_reason(error)}") from error
+    _flush_folder(path.parent)
+    return path
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words where there are any: torch's zip writer raises an error of its own on top."""
+    while not isinstance(error, OSError) and (error.__context__ or error.__cause__) is not None:
+        error = error.__cause__ or error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the file system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of this project (never runs code from the file).
+
+    Raises:
+        CheckpointError: the file is not there, is damaged, or is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # broken bytes make the unpickler raise whatever they lead it to
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or not a checkpoint: {_reason(error)}"
+        ) from error
+    if not isinstance(state, dict) or "model" not in state or "format" not in state:
+        raise CheckpointError(
+            f"checkpoint {path} was not written by `afa train` (backbone weights go to model.pretrained)"
+        )
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has layout {state['format']}, this version reads up to {FORMAT}: update afa"
+        )
+    return state
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The numbered checkpoints of a run, newest first."""
+    return sorted(Path(folder).glob(_LAST), key=lambda path: path.name, reverse=True)
+
+
+def find(folder: str | os.PathLike, resume: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from.
+
+    ``resume`` is ``"never"``, ``"auto"`` (the newest readable one in ``folder``) or a path.
+
+    Returns:
+        The path and what it holds, or None to start afresh.
+
+    Raises:
+        CheckpointError: the path given is not readable, or ``"auto"`` found checkpoints but no readable one.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return Path(resume), read(resume)
+    problems = []
+    for path in checkpoints(folder):
+        try:
+            return path, read(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("no checkpoint to resume from is readable:\n  " + "\n  ".join(problems))
+    return None
+
+
+class CheckpointKeeper:
+    """Writes numbered checkpoints into ``folder``; keeps the newest ``keep_last`` of them, and the best."""
+
+    def __init__(self, folder: str | os.PathLike, keep_last: int = 2):
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        for left in self.folder.glob(".*.pt.*.tmp"):  # by a run that was killed while it wrote
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+    @property
+    def best(self) -> Path:
+        """Where the checkpoint with the best evaluation lies."""
+        return self.folder / BEST
+
+    def save(self, state: dict[str, Any], is_best: bool = False) -> Path:
+        """Write ``state`` as the checkpoint of its iteration; older ones go once it is safe on disk.
+
+        Raises:
+            CheckpointError: nothing was written, and nothing that was there before has changed.
+        """
+        path = self.folder / f"iter_{state['progress']['iteration']:08d}.pt"
+        write_atomically(path, state)
+        if is_best:
+            self._copy(path, self.best)
+        for old in checkpoints(self.folder)[self.keep_last :]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+        return path
+
+    def _copy(self, source: Path, target: Path) -> None:
+        """A hard link costs no space and no time; a file system without them gets a copy."""
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise CheckpointError(f"could not write {target}: {_reason(error)}") from error
+
+
+def pack(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    random_states: list[dict[str, Any]],
+    config: dict[str, Any],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """All a run needs to go on; ``random_states`` has one entry per process, ``config`` is plain data."""
+    return {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": {"iteration": progress.iteration, "best": progress.best},
+        "random": random_states,
+        "config": config,
+        "class_names": list(class_names),
+        "torch": str(torch.__version__),
+    }
+
+
+def unpack(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's weights and optimizer state in place.
+
+    The random states are set by the caller, at the last moment.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model, naming what does not fit.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit this configuration (other model.* or data.num_classes?): {error}"
+        ) from error
+    return Progress(**state["progress"])

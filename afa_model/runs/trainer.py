@@ -1,0 +1,188 @@
+"""What a run is made of: data, model, step and optimizer; one step of it, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, to_dict
+from ..config.renamed import with_new_names
+from ..data.datasets import EvaluationSet, TrainingSet
+from ..data.order import training_loader
+from ..errors import CheckpointError, DataError
+from ..evaluation.evaluate import evaluate
+from ..runtime.collectives import gather_from_all
+from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
+from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
+from ..training.step import StepResult, TrainingStep
+from . import checkpoint
+from .restore import build_model
+
+# What decides the course of a run: changed at a resume, the losses differ from an uninterrupted run's.
+_COURSE = ("seed", "amp", "augment", "loader", "model", "labels", "step", "optim", "schedule")
+
+NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "pos_count", "neg_count")
+
+
+class Trainer:
+    """Data, model, step and optimizer of a run, and how far they have come.
+
+    Attributes:
+        model: the network itself, on its device.
+        learning: the parameters that the optimizer changes.
+        progress: steps done, best score.
+        notes: what a resume found, for the log.
+    """
+
+    def __init__(self, config: Config, here: Here):
+        self.config, self.here = config, here
+        self.data, self.validation = open_data(config)
+        seed_everything(config.seed)  # the same starting weights in every process
+        self.model = self._place(build_model(config, self.data.num_classes))
+        optim = config.optim
+        self.optimizer = build_optimizer(
+            self.model, optim.lr, optim.weight_decay, optim.betas, optim.head_multiplier
+        )
+        groups = self.optimizer.param_groups
+        self.learning = [p for group in groups if group["lr_scale"] > 0 for p in group["params"]]
+        step = TrainingStep(
+            self.model,
+            config.step,
+            config.labels,
+            max_classes=int(self.data.labels.sum(1).max()),
+            compile=config.compile,
+            cuda_graph=config.cuda_graph,
+        )
+        self.step = data_parallel(step, here)
+        self.progress = checkpoint.Progress()
+        self.notes: list[str] = []
+        seed_everything(config.seed + here.rank)  # dropout differs between processes
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        here = self.here
+        if here.world_size > 1 and here.device.type == "cuda":  # torch has no synchronised batch norm on the CPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return model.to(here.device, memory_format=memory_format).train()
+
+    def state(self) -> dict[str, Any]:
+        """The contents of a checkpoint. Every process must call this."""
+        states = gather_from_all(checkpoint.random_state())
+        config = to_dict(self.config)
+        return checkpoint.pack(self.model, self.optimizer, self.progress, states, config, self.data.class_names)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the contents of a checkpoint.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        self.progress = checkpoint.unpack(state, self.model, self.optimizer)
+        states = state["random"]
+        if len(states) == self.here.world_size:
+            checkpoint.set_random_state(states[self.here.rank])
+        else:
+            self.notes.append(
+                f"warning: the checkpoint is from {len(states)} process(es), this run has"
+                f" {self.here.world_size}: it goes on, but not to the same losses"
+            )
+        changed = list(_differences(with_new_names(state["config"]), to_dict(self.config)))
+        if changed:
+            self.notes.append("warning: changed since the checkpoint: " + ", ".join(changed))
+
+    def start(self) -> None:
+        """The data, from the step on that comes next.
+
+        Raises:
+            CheckpointError: the processes stand at different steps.
+        """
+        places = gather_from_all(self.progress.iteration)
+        if len(set(places)) > 1:
+            raise CheckpointError(
+                f"the processes found checkpoints of different steps ({places}): out must be a shared folder"
+            )
+        loader = training_loader(
+            self.data,
+            self.config.loader.batch_size,
+            self.config.seed,
+            rank=self.here.rank,
+            world_size=self.here.world_size,
+            start_iteration=self.progress.iteration,
+            pin_memory=self.here.device.type == "cuda",
+        )
+        with checkpoint.kept_random_state():
+            self.batches = iter(loader)
+
+    def losses(self, everything: bool | None = None) -> tuple[dict[str, Any], StepResult, dict[str, Tensor]]:
+        """First half of a step: a batch, what the step makes of it, and its numbers; gradients are there after it.
+
+        everything: compute also what the phase gives no weight, to be looked at.
+        """
+        batch = to_device(next(self.batches), self.here.device, self.config.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config.amp, self.here.device):
+            result = self.step(batch, self.progress.iteration, everything)
+        result.loss.backward()
+        numbers = {name: getattr(result, name) for name in NUMBERS if getattr(result, name) is not None}
+        norm = nn.utils.get_total_norm([p.grad for p in self.learning if p.grad is not None])
+        return batch, result, {**numbers, "grad_norm": norm}
+
+    def update(self, grad_norm: Tensor) -> float:
+        """Second half: change the weights -> the learning rate it was done with."""
+        optim, schedule = self.config.optim, self.config.schedule
+        rate = learning_rate(
+            self.progress.iteration,
+            schedule.max_iters,
+            optim.lr,
+            schedule.warmup_iters,
+            schedule.warmup_ratio,
+            schedule.power,
+        )
+        set_learning_rate(self.optimizer, rate)
+        if optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.learning, optim.clip_norm, grad_norm)
+        self.optimizer.step()
+        self.progress.iteration += 1
+        return rate
+
+    def evaluate(self) -> dict[str, float]:
+        """mIoU (percent) of every kind of label map on the validation images."""
+        with checkpoint.kept_random_state():
+            result = evaluate(self.model, self.validation, self.config.eval, self.config.labels)
+        return {kind: 100 * scores.miou for kind, scores in result.scores.items()}
+
+
+def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | None]:
+    """Both splits; what is wrong with either is told in one go.
+
+    Raises:
+        DataError: naming every file that is missing or broken.
+    """
+    errors: list[DataError] = []
+    opened: list[Any] = [None, None]
+    for number, make in enumerate(
+        (lambda: TrainingSet(config.data, config.augment), lambda: EvaluationSet(config.data))
+    ):
+        if number == 1 and not config.eval.every:
+            continue
+        try:
+            opened[number] = make()
+        except DataError as error:
+            if str(error) not in map(str, errors):  # a root that is not there is one mistake, not two
+                errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else DataError("\n".join(map(str, errors)))
+    return opened[0], opened[1]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Any:
+    for key in new:
+        if not prefix and key not in _COURSE:
+            continue
+        if isinstance(new[key], Mapping):
+            yield from _differences(old.get(key) or {}, new[key], f"{prefix}{key}.")
+        elif old.get(key) != new[key]:
+            yield f"{prefix}{key} {old.get(key)} -> {new[key]}"

@@ -1,0 +1,38 @@
+"""Long work on the terminal: a bar with what is done, what there is, and the time that is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .processes import place
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+def in_threads(work: Callable[[Item], Outcome], items: Sequence[Item], title: str) -> list[Outcome]:
+    """``[work(item) for item in items]`` on several threads (decoders release the GIL), with a bar."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(progress(pool.map(work, items), title, len(items)))
+
+
+def progress(
+    items: Iterable[Item], title: str, total: int | None = None, show: bool = True
+) -> Iterable[Item]:
+    """Go through ``items`` with a bar on the terminal's error stream: done, total, and the time that is left.
+
+    Of several processes only the first draws it.
+    """
+    show = show and place()[0] == 0
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not (show and console.is_terminal)
+    ) as bar:
+        yield from bar.track(items, total=total, description=title)

@@ -1,0 +1,232 @@
+"""Everything one training step computes, from a batch to its loss (section 3.5 and Figure 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..conventions import IGNORE, denormalize
+from ..labels.cams import multi_scale_cam, same_in_eval_mode
+from ..labels.pseudo_labels import (
+    PseudoLabels,
+    labels_of_one_diffusion,
+    propagate,
+    refine_label,
+    refine_propagated,
+)
+from ..labels.settings import LabelSettings
+from ..labels.slots import ClassSlots
+from ..runtime.collectives import shown_as_mean
+from ..runtime.phases import phase
+from .acceleration import CompiledNetworks, GraphedFunction
+from .losses import affinity_loss, classification_loss, segmentation_loss
+
+
+@dataclass
+class StepSettings:
+    """What a training step depends on; the defaults are the published ones for VOC.
+
+    Up to and including iteration ``cam_iters`` (the first iteration is 0) only the classifier learns. Up to
+    and including ``aff_iters`` the decoder's target is the refined CAM, after it the random-walk label.
+    The affinity's target is the refined CAM throughout.
+
+    Args:
+        cam_iters: last iteration in which the classifier learns alone.
+        aff_iters: last iteration in which the refined CAM is the decoder's target.
+        seg_weight: of the segmentation's loss.
+        aff_weight: of the affinity's loss.
+        shared_refinement: refine both pseudo-labels in one diffusion of the whole padded crop: faster than the
+            published way, which treats the random-walk label image by image inside its box; slightly different near
+            box borders.
+        compute_unused: compute (for logs and pictures) also what the current phase gives no weight.
+    """
+
+    cam_iters: int = 2000
+    aff_iters: int = 6000
+    seg_weight: float = 0.1
+    aff_weight: float = 0.1
+    shared_refinement: bool = False
+    compute_unused: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cam_iters <= self.aff_iters:
+            raise ValueError(
+                "cam_iters, aff_iters: expected 0 <= cam_iters <= aff_iters,"
+                f" got {self.cam_iters} and {self.aff_iters}"
+            )
+
+
+@dataclass
+class StepResult:
+    """One step's numbers. What the step did not compute is None.
+
+    ``loss`` carries the gradient; all else is detached, on the device, and there for logs and pictures. Where
+    several processes train together the losses are means over them and the counts sums.
+
+    loss, cls_loss, seg_loss, aff_loss  scalars; ``loss`` is the weighted sum
+    pos_count, neg_count                pairs in the affinity loss, plus one each (its divisors)
+    seg_logits                          [B, K, h4, w4]
+    labels                              :class:`~afa_model.labels.pseudo_labels.PseudoLabels` of the batch
+    slots                               the classes of each image, which ``labels`` has channels for
+    """
+
+    loss: Tensor
+    cls_loss: Tensor
+    seg_loss: Tensor | None = None
+    aff_loss: Tensor | None = None
+    pos_count: Tensor | None = None
+    neg_count: Tensor | None = None
+    seg_logits: Tensor | None = None
+    labels: PseudoLabels | None = None
+    slots: ClassSlots | None = None
+
+    @property
+    def cam(self) -> Tensor | None:
+        """[B, K - 1, H, W] in 0..1; 0 for classes that were not computed as the image does not show them."""
+        return None if self.labels is None else self.slots.spread(self.labels.cam)
+
+
+class TrainingStep(nn.Module):
+    """``TrainingStep(model)(batch, iteration) -> StepResult``; the caller runs backward.
+
+    It holds the model, and is what DistributedDataParallel wraps.
+
+    model: an :class:`~afa_model.networks.afa.AFA` in train mode. A CAM-only CNN learns from the classification loss
+    alone; the labels made from its CAMs are computed only if asked for.
+
+    labels: how pixel labels are made, the same object as evaluation's.
+
+    max_classes: a number of classes that no image exceeds. On a GPU the work per class is done for so many
+    only, instead of all K - 1; on the CPU the step looks at the batch.
+
+    compile: run backbone and decoder through ``torch.compile``. cuda_graph: on a GPU, make the pseudo-labels
+    (but for a refinement inside boxes, whose shapes vary) in a CUDA graph; crop and batch size must not vary.
+
+    batch: ``image`` [B, 3, H, W] normalised, ``cls_labels`` [B, K - 1] multi-hot, optionally ``img_box``
+    [B, 4] (best left on the CPU, see pseudo_labels.py).
+
+    Every parameter gets a gradient in every phase (zero where it has no part), so that the optimizer's state
+    and DDP need no special case. The loss is finite also where every label is ignored. Nothing here waits for
+    the device.
+
+    Several processes with equal batches, whose gradients are averaged (DDP), train as one process with all
+    their images would: the losses are normalised by the counts of all of them. What remains different is batch
+    norm in the decoder, unless it is synchronised, and the noise of dropout and drop path.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: StepSettings | None = None,
+        labels: LabelSettings | None = None,
+        *,
+        max_classes: int | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings or StepSettings()
+        self.labels = labels or LabelSettings()
+        self.max_classes = max_classes
+        self._networks = CompiledNetworks(model) if compile else None
+        self._graph = GraphedFunction(self._pseudo_labels) if cuda_graph else None
+
+    def forward(self, batch: Mapping[str, Any], iteration: int, everything: bool | None = None) -> StepResult:
+        """One step; the first ``iteration`` is 0. ``everything`` overrides ``compute_unused`` this once."""
+        with self._networks.in_use() if self._networks is not None else nullcontext():
+            return self._step(batch, iteration, everything)
+
+    def _step(self, batch: Mapping[str, Any], iteration: int, everything: bool | None) -> StepResult:
+        s, images = self.settings, batch["image"]
+        everything = s.compute_unused if everything is None else everything
+        pixels = self.model.has_affinity
+        learns = pixels and iteration > s.cam_iters
+        walks = pixels and (everything or iteration > s.aff_iters)
+
+        # Before the CAM passes: under autocast they then find the weights cast already, with their gradients.
+        with phase("forward"):
+            out = self.model(images, decode=learns or everything)
+        labels = slots = None
+        if learns or everything:
+            labels, slots = self._label(batch, walks, out.last_map)
+        with phase("losses"):
+            cls_loss = classification_loss(out.cls_logits, batch["cls_labels"])
+            if not pixels or labels is None:
+                loss, cls_loss = shown_as_mean(cls_loss + self._no_part(), cls_loss)
+                result = StepResult(loss, cls_loss.detach())
+            else:
+                result = self._pixel_losses(out, cls_loss, labels, iteration, learns)
+        result.labels, result.slots = labels, slots
+        return result
+
+    def _pixel_losses(
+        self, out: Any, cls_loss: Tensor, labels: PseudoLabels, iteration: int, learns: bool
+    ) -> StepResult:
+        s = self.settings
+        target = labels.aff_label if iteration > s.aff_iters else labels.refined_label
+        seg_loss = segmentation_loss(out.seg_logits, target, IGNORE, across=True)
+        grid = F.interpolate(labels.refined_label[:, None].float(), out.grid, mode="nearest")[:, 0].long()
+        head = self.model.affinity_head()
+        aff_loss, pos_count, neg_count = affinity_loss(
+            out.query, out.key, *head, grid, self.labels.radius, IGNORE, across=True
+        )
+        loss = cls_loss + float(learns) * (s.seg_weight * seg_loss + s.aff_weight * aff_loss)
+        loss, *parts = shown_as_mean(loss, cls_loss, seg_loss, aff_loss)
+        parts = [part.detach() for part in parts]
+        return StepResult(loss, *parts, pos_count, neg_count, seg_logits=out.seg_logits.detach())
+
+    @torch.no_grad()
+    def _label(self, batch: Mapping[str, Any], walks: bool, last_map: Tensor) -> tuple[PseudoLabels, ClassSlots]:
+        """CAM and pseudo-labels, with ``walks`` also affinity and random-walk label; and the batch's classes."""
+        images, img_box = batch["image"], batch.get("img_box")
+        slots = ClassSlots.of(batch["cls_labels"], self.max_classes)
+        inputs = images, slots.classes, slots.present
+        options = {"count": slots.count, "walks": walks}
+        if self._graph is None:
+            # Exact without drop path only, with which the training pass is not what the CAM needs.
+            known = last_map if same_in_eval_mode(self.model.encoder) else None
+            labels = self._pseudo_labels(*inputs, img_box, known, **options)
+        else:
+            box = None if img_box is None else img_box.to(images.device, non_blocking=True)
+            labels = self._graph(*inputs, box, None, key=walks, **options)
+        if walks and labels.aff_label is None:
+            label = refine_propagated(denormalize(images.float()), labels.walked, slots, self.labels, img_box)
+            labels = labels._replace(aff_label=label)
+        return labels, slots
+
+    def _pseudo_labels(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        present: Tensor,
+        img_box: Tensor | None,
+        last_map: Tensor | None,
+        count: int,
+        walks: bool,
+    ) -> PseudoLabels:
+        """All that a CUDA graph can hold; ``aff_label`` only with shared refinement."""
+        how, slots = self.labels, ClassSlots(classes, present, count)
+        with phase("CAM"):
+            radius = how.radius if walks else None
+            cam, affinity = multi_scale_cam(self.model, images, how.cam_scales, radius, slots, last_map)
+            images01 = denormalize(images.float())
+        walked = aff_label = None
+        if walks:
+            walked = propagate(affinity, cam, slots, how, how.scores)
+        if walks and self.settings.shared_refinement:
+            refined, aff_label = labels_of_one_diffusion(images01, walked, cam, slots, how, how.scores, img_box)
+        else:
+            refined = refine_label(images01, cam, slots, how, how.scores, img_box)
+        return PseudoLabels(cam, refined, affinity, walked, aff_label)
+
+    def _no_part(self) -> Tensor | float:
+        """Zero, with a zero gradient for every parameter of decoder and affinity head."""
+        modules = [m for m in (self.model.decoder, self.model.attn_proj) if m is not None]
+        return sum((0.0 * p.sum() for m in modules for p in m.parameters() if p.requires_grad), 0.0)
