@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,17 +15,13 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-@functools.lru_cache(maxsize=64)
-def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """MEAN and STD as [3, 1, 1], copied once: a copy from the host has no place in the capture of a CUDA graph."""
-    with torch.inference_mode(False):
-        return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))
-
-
 def denormalize(image: Tensor) -> Tensor:
-    """A normalised photograph, float [..., 3, H, W] -> its pixels in 0..1."""
-    mean, std = _statistics(image.device, image.dtype)
-    return (image * std + mean).clamp(0, 1)
+    """A normalised photograph, float [..., 3, H, W] -> its pixels in 0..1.
+
+    By numbers, colour by colour: a tensor of them would be copied to the device, which no CUDA graph can hold.
+    """
+    colours = [plane * deviation + mean for plane, mean, deviation in zip(image.unbind(-3), MEAN, STD)]
+    return torch.stack(colours, -3).clamp_(0, 1)
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:

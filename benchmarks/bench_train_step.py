@@ -29,6 +29,7 @@ from published_step import PublishedStep  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from afa_model.conventions import MEAN, STD  # noqa: E402
 from afa_model.networks.afa import AFA  # noqa: E402
 from afa_model.runs.memory import keep_freed_memory  # noqa: E402
 from afa_model.runtime.phases import PhaseTimer  # noqa: E402
@@ -46,8 +47,8 @@ EXACT, HALF = (1e-3, 1e-3), (5e-2, 5e-2)
 
 def make_batch(batch: int, crop: int, classes: int, device: str) -> dict[str, Any]:
     """Two-coloured pictures of one to three classes each; photographs fill the crop in one direction, as VOC's do."""
-    settings, generator = StepSettings(), torch.Generator().manual_seed(0)
-    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.image_mean, settings.image_std))
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (MEAN, STD))
     coarse = 0.2 * torch.rand(batch, 3, max(crop // 32, 2), max(crop // 32, 2), generator=generator)
     image = F.interpolate(coarse, (crop, crop), mode="bicubic")
     image[:, :, :, crop // 2 :] += torch.rand(batch, 3, 1, 1, generator=generator)  # an object and its surroundings

@@ -1,6 +1,6 @@
 """The training step the way it was published: the yardstick of ``bench_train_step.py``.
 
-Same weights, same results as :class:`afa_model.step.TrainingStep` (the benchmark checks that), other means:
+Same weights, same results as :class:`afa_model.training.step.TrainingStep` (the benchmark checks that), other means:
 
 - every block forms its raw attention maps and keeps them all; those with reduced keys are pooled over the queries
   to a square, and thrown away; the 16 of the last stage are added to their transposes and projected to one
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 import afa_kernels
 from afa_kernels.affinity_reference import dense_affinity, window_mask
+from afa_model.conventions import IGNORE, MEAN, STD
 from afa_model.labels.cams import evaluating
-from afa_model.labels.pseudo_labels import IGNORE
+from afa_model.labels.pseudo_labels import PseudoLabels
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.runtime.phases import phase
 from afa_model.training.losses import classification_loss
@@ -151,14 +153,14 @@ def with_background(cam: Tensor, score: float) -> Tensor:
     return torch.cat([torch.full_like(cam[:, :1], score), cam], 1).softmax(1)
 
 
-def refine(image01: Tensor, stack: Tensor, settings: StepSettings) -> Tensor:
+def refine(image01: Tensor, stack: Tensor, settings: LabelSettings) -> Tensor:
     return afa_kernels.par(
-        image01, stack, settings.par_dilations, settings.par_iters, backend="reference"
+        image01, stack, settings.dilations, settings.num_iter, backend="reference"
     )
 
 
 def refined_labels(
-    images01: Tensor, cam: Tensor, cls_labels: Tensor, boxes: list[list[int]], settings: StepSettings
+    images01: Tensor, cam: Tensor, cls_labels: Tensor, boxes: list[list[int]], settings: LabelSettings
 ) -> Tensor:
     labels = torch.full((len(cam), *cam.shape[2:]), IGNORE, device=cam.device)
     for i, (y0, y1, x0, x1) in enumerate(boxes):
@@ -180,7 +182,7 @@ def transition(affinity: Tensor, window: Tensor, power: float, eps: float) -> Te
 
 
 def walked_stacks(
-    affinity: Tensor, grid: tuple[int, int], cam: Tensor, cls_labels: Tensor, settings: StepSettings
+    affinity: Tensor, grid: tuple[int, int], cam: Tensor, cls_labels: Tensor, settings: LabelSettings
 ) -> list[list[Tensor]]:
     """For each image and score: [1, 1 + classes, h, w] after the random walk."""
     window = window_mask(*grid, settings.radius, affinity.device)
@@ -202,7 +204,7 @@ def walked_labels(
     stacks: list[list[Tensor]],
     cls_labels: Tensor,
     boxes: list[list[int]],
-    settings: StepSettings,
+    settings: LabelSettings,
 ) -> Tensor:
     size = images01.shape[2:]
     labels = torch.full((len(images01), *size), IGNORE, device=images01.device)
@@ -242,38 +244,37 @@ def affinity_loss(affinity: Tensor, labels: Tensor, window: Tensor) -> tuple[Ten
 
 
 class PublishedStep:
-    """Called like :class:`afa_model.step.TrainingStep`; all phases are computed at every iteration."""
+    """Called like :class:`afa_model.training.step.TrainingStep`; all phases are computed at every iteration."""
 
-    def __init__(self, model: AFA, settings: StepSettings | None = None) -> None:
-        self.model, self.settings = model, settings or StepSettings()
+    def __init__(self, model: AFA, settings: StepSettings | None = None, labels: LabelSettings | None = None) -> None:
+        self.model, self.settings, self.labels = model, settings or StepSettings(), labels or LabelSettings()
 
     def __call__(self, batch: Mapping[str, Any], iteration: int) -> StepResult:
-        s, images, cls_labels = self.settings, batch["image"], batch["cls_labels"]
+        s, how, images, cls_labels = self.settings, self.labels, batch["image"], batch["cls_labels"]
         with phase("forward"):
             out = whole_pass(self.model, images)
         with torch.no_grad():
             with phase("CAM"):
-                mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (s.image_mean, s.image_std))
+                mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
                 images01 = images * std + mean
-                cam, affinity, grid = multi_scale_cam(self.model, images, s.cam_scales)
+                cam, affinity, grid = multi_scale_cam(self.model, images, how.cam_scales)
             boxes = batch["img_box"].tolist()
             with phase("random walk"):
-                stacks = walked_stacks(affinity, grid, cam, cls_labels, s)
+                stacks = walked_stacks(affinity, grid, cam, cls_labels, how)
             with phase("PAR"):
-                refined_label = refined_labels(images01, cam, cls_labels, boxes, s)
-                aff_label = walked_labels(images01, stacks, cls_labels, boxes, s)
+                refined_label = refined_labels(images01, cam, cls_labels, boxes, how)
+                aff_label = walked_labels(images01, stacks, cls_labels, boxes, how)
         with phase("losses"):
             cls_loss = classification_loss(out.cls_logits, cls_labels)
             seg_loss = segmentation_loss(out.seg_logits, aff_label if iteration > s.aff_iters else refined_label)
             labels = F.interpolate(refined_label[:, None].float(), out.grid, mode="nearest")[:, 0].long()
-            window = window_mask(*out.grid, s.radius, images.device)
+            window = window_mask(*out.grid, how.radius, images.device)
             aff_loss, pos_count, neg_count = affinity_loss(out.affinity, labels, window)
             learns = float(iteration > s.cam_iters)
             loss = cls_loss + learns * (s.seg_weight * seg_loss + s.aff_weight * aff_loss)
         return StepResult(
             loss,
             *(part.detach() for part in (cls_loss, seg_loss, aff_loss, pos_count, neg_count)),
-            refined_label=refined_label,
-            aff_label=aff_label,
             seg_logits=out.seg_logits.detach(),
+            labels=PseudoLabels(cam, refined_label, affinity, None, aff_label),
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from voc_factory import COLORS
 
-from afa_model.data.transforms import denormalize
+from afa_model.conventions import denormalize
 from afa_model.networks.afa import AFAResult, Attended
 
 
@@ -16,7 +16,7 @@ class ColorModel(nn.Module):
     colours.
     """
 
-    cam_only, backbone, num_classes = False, "colors", 21
+    has_affinity, backbone, num_classes = True, "colors", 21
 
     def __init__(self) -> None:
         super().__init__()

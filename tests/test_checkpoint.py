@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from afa_model.errors import CheckpointError
 from afa_model.runs import checkpoint
-from afa_model.runs.checkpoint import CheckpointError, CheckpointKeeper, Progress
+from afa_model.runs.checkpoint import CheckpointKeeper, Progress
 
 
 def state_at(iteration: int, size: int = 4) -> dict:

@@ -8,9 +8,8 @@ import needs_command_line  # noqa: F401
 import pytest
 import yaml
 
-from afa_model.config.config import (
+from afa_model.config import (
     Config,
-    ConfigError,
     check,
     find_config,
     from_dict,
@@ -19,6 +18,7 @@ from afa_model.config.config import (
     to_dict,
     to_yaml,
 )
+from afa_model.errors import ConfigError
 
 
 def test_dotted_options_override_yaml(tmp_path):
@@ -65,9 +65,9 @@ def test_published_values():
         assert config.augment.scale == (0.5, 2.0)
         assert config.loader.batch_size == 2
         assert config.model.stride == (4, 2, 2, 1)
-        assert (config.step.seg_weight, config.step.aff_weight, config.step.radius) == (0.1, 0.1, 8)
-        assert (config.step.high_score, config.step.low_score) == (0.55, 0.35)
-        assert config.step.cam_scales == (1.0, 0.5, 1.5)
+        assert (config.step.seg_weight, config.step.aff_weight, config.labels.radius) == (0.1, 0.1, 8)
+        assert (config.labels.high_score, config.labels.low_score) == (0.55, 0.35)
+        assert config.labels.cam_scales == (1.0, 0.5, 1.5)
         assert (config.eval.long_side, config.eval.scales) == (512, (1.0, 0.5, 0.75))
 
 
@@ -133,8 +133,10 @@ def test_mistakes_in_yaml_are_named(tmp_path, text, key):
         "step.cam_iters=-1",
         "step.aff_iters=20001",
         "step.aff_iters=1999",
-        "step.cam_scales=[]",
-        "step.cam_scales=[1, 0]",
+        "labels.cam_scales=[]",
+        "labels.cam_scales=[1, 0]",
+        "labels.refinement=magic",
+        "labels.low_score=0.6",
         "loader.batch_size=0",
         "data.num_workers=-1",
         "model.stride=[4, 2, 2, 0]",

@@ -14,11 +14,14 @@ from PIL import Image
 
 from afa_model import cli
 from afa_model.commands import demo
-from afa_model.config.config import parse
+from afa_model.config import parse
+from afa_model.conventions import denormalize
 from afa_model.data.synthetic import SyntheticSettings, synthetic_data
-from afa_model.data.transforms import denormalize, normalize
-from afa_model.labels.label_maps import LabelSettings
+from afa_model.data.transforms import normalize
 from afa_model.labels.pseudo_labels import refine_label
+from afa_model.labels.refinement import REFINEMENTS
+from afa_model.labels.settings import LabelSettings
+from afa_model.labels.slots import ClassSlots
 
 TINY = SyntheticSettings(train=8, val=4)
 SHORT = ["--schedule.max_iters", "4", "--schedule.warmup_iters", "1", "--step.cam_iters", "1", "--step.aff_iters", "2"]
@@ -93,7 +96,7 @@ def test_a_complete_run_is_scored_again_without_training(run):
 
 def test_the_command(run, capsys, monkeypatch):
     config, result = run
-    monkeypatch.setattr("afa_model.demo.SyntheticSettings", lambda: TINY)
+    monkeypatch.setattr("afa_model.commands.demo.SyntheticSettings", lambda: TINY)
     line = ["demo", "--out", config.out, "--data.root", config.data.root, *SHORT]
     assert cli.main(line) == 0
     out = capsys.readouterr().out
@@ -121,12 +124,11 @@ def test_pamr_label_differs_from_the_par_label_by_the_operator_alone(monkeypatch
     image = normalize(photo)
     cam = torch.rand(5, 48, 64, generator=torch.Generator().manual_seed(2))
     present = torch.tensor([0.0, 1, 0, 1, 0])
-    settings = LabelSettings(long_side=None, bkg_score=0.6, par_dilations=(1, 2, 4), par_iterations=5)
-    refined = refine_label(
-        denormalize(image)[None], cam[None], present[None], None, 0.6, 0.6, settings.par_dilations, 5
-    )[0]
+    settings = LabelSettings(bkg_score=0.6, dilations=(1, 2, 4), num_iter=5)
+    slots = ClassSlots.of(present[None])
+    refined = refine_label(denormalize(image)[None], slots.pick(cam[None]), slots, settings, (0.6,))[0]
     assert (demo.pamr_label(image, cam, present, settings) != refined).any()
-    monkeypatch.setattr("afa_model.demo.pamr", par)
+    monkeypatch.setitem(REFINEMENTS, "pamr", par)
     assert torch.equal(demo.pamr_label(image, cam, present, settings), refined)
 
 

@@ -18,9 +18,9 @@ from tiny_run import rows, tiny_args
 from torch import nn
 from voc_factory import make_voc
 
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.runs import checkpoint
-from afa_model.runs.trainer import _StepModule
 from afa_model.runtime.collectives import shown_as_mean, sum_over_processes
 from afa_model.runtime.processes import Here, data_parallel
 from afa_model.training.losses import affinity_loss, segmentation_loss
@@ -46,7 +46,7 @@ def train_steps(here: Here) -> dict:
     torch.manual_seed(0)
     model = AFA("mit_b0", 5, embedding=16, decoder_dropout=0.0, backbone_args=TINY).train()
     model.decoder.linear_fuse.bn.eval()  # its batch would be half as large
-    step = data_parallel(_StepModule(model, TrainingStep(model, StepSettings(1, 3, radius=2))), here)
+    step = data_parallel(TrainingStep(model, StepSettings(1, 3), LabelSettings(radius=2)), here)
     optimizer = torch.optim.SGD(model.parameters(), 0.03)  # Adam would blow up the rounding of gradients near 0
     numbers = []
     for i in range(STEPS):
@@ -152,7 +152,7 @@ def test_synchronised_batch_norm_keeps_the_checkpoint():
 def torchrun(*arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["-m", "afa_model.train", *arguments]
+    command += ["-m", "afa_model", "train", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -20,7 +20,9 @@ from voc_factory import make_voc
 from afa_model.data.datasets import DataSettings, EvaluationSet
 from afa_model.evaluation.evaluate import EvaluateSettings, evaluate
 from afa_model.evaluation.scores import EvaluationResult, ScoreKeeper, Scores
-from afa_model.labels.label_maps import KINDS, LabelSettings, found_classes, kinds_of, label_maps
+from afa_model.labels.kinds import KINDS, kinds_of
+from afa_model.labels.label_maps import MapSettings, found_classes, label_maps
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 
 # the test photographs are 48 pixels high: smaller PAR and no enlarging
@@ -29,8 +31,9 @@ SMALL = {
     "scales": (1.0, 0.5),
     "cam_scales": (1.0, 0.5),
     "radius": 3,
-    "par_dilations": (1, 2),
+    "dilations": (1, 2),
 }
+SIZES, HOW = MapSettings(None, (1.0, 0.5)), LabelSettings(cam_scales=(1.0, 0.5), radius=3, dilations=(1, 2))
 
 
 @pytest.fixture
@@ -187,8 +190,7 @@ def test_two_processes_count_every_image_once(data, tmp_path):
 def test_sizes_are_those_of_the_photograph(data):
     image = data[3]["image"]
     for long_side in (None, 40, 100):
-        settings = LabelSettings(**{**SMALL, "long_side": long_side})
-        maps = label_maps(ColorModel(), image, settings, data[3]["cls_labels"])
+        maps = label_maps(ColorModel(), image, MapSettings(long_side, (1.0, 0.5)), HOW, data[3]["cls_labels"])
         assert maps.cam.shape == (20, *image.shape[1:]) and 0 <= maps.cam.min() <= maps.cam.max() <= 1
         assert set(maps.labels) == set(KINDS)
         for label in maps.labels.values():
@@ -199,7 +201,7 @@ def test_sizes_are_those_of_the_photograph(data):
 def test_without_labels_the_classifier_decides(data):
     for index in range(4):
         sample = data[index]
-        maps = label_maps(ColorModel(), sample["image"], LabelSettings(**SMALL))
+        maps = label_maps(ColorModel(), sample["image"], SIZES, HOW)
         assert torch.equal(maps.cls_labels, sample["cls_labels"])
         assert maps.present == (sample["cls_labels"].nonzero().flatten() + 1).tolist()
 
@@ -210,7 +212,7 @@ def test_found_classes_are_those_above_half_or_the_likeliest():
 
 
 def test_an_image_without_classes_is_all_background(data):
-    maps = label_maps(ColorModel(), data[0]["image"], LabelSettings(**SMALL), torch.zeros(20))
+    maps = label_maps(ColorModel(), data[0]["image"], SIZES, HOW, torch.zeros(20))
     assert all((maps.labels[kind] == 0).all() for kind in KINDS if kind != "segmentation")
 
 
@@ -218,8 +220,8 @@ def test_segmentation_is_the_maximum_over_scales_and_flips(data):
     torch.manual_seed(0)
     model = AFA("mit_b0", 21).eval()
     image = data[0]["image"]
-    settings = LabelSettings(long_side=None, scales=(1.0, 0.75))
-    got = label_maps(model, image, settings, data[0]["cls_labels"], ("segmentation",)).labels["segmentation"]
+    asked = MapSettings(None, (1.0, 0.75)), HOW, data[0]["cls_labels"], ("segmentation",)
+    got = label_maps(model, image, *asked).labels["segmentation"]
     views = []
     size = image.shape[1:]
     with torch.no_grad():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from voc_factory import make_voc
 
-from afa_model.data.datasets import DataSettings, TrainingSet, training_loader
+from afa_model.data.datasets import DataSettings, TrainingSet
+from afa_model.data.order import training_loader
 from afa_model.data.transforms import AugmentSettings
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.training.schedule import build_optimizer
 from afa_model.training.step import StepSettings, TrainingStep
@@ -54,7 +56,7 @@ def test_loading_three_epochs_keeps_nothing(tmp_path):
 def test_steps_keep_no_tensors():
     torch.manual_seed(0)
     model = AFA("mit_b0", 5, embedding=16, backbone_args=TINY).train()
-    step, optimizer = TrainingStep(model, StepSettings(0, 1, radius=2)), build_optimizer(model)
+    step, optimizer = TrainingStep(model, StepSettings(0, 1), LabelSettings(radius=2)), build_optimizer(model)
     example = {"image": torch.randn(2, 3, 64, 64), "cls_labels": torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])}
 
     def tensors_after(steps: range) -> int:

@@ -179,7 +179,7 @@ def test_resnet50_gives_cams_only(stride):
         result = model(images)
         cam = model.cam(images)
     factor = 16 * stride[3]
-    assert model.cam_only
+    assert not model.has_affinity
     assert result.cls_logits.shape == (1, 4)
     assert (result.seg_logits, result.query, result.key) == (None, None, None)
     assert result.grid == cam.shape[2:] == (-(-65 // factor), 96 // factor)

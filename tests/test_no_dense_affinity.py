@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from afa_kernels import use_backend, window_to_dense
-from afa_model.labels.label_maps import KINDS, LabelSettings, label_maps
+from afa_model.labels.kinds import KINDS
+from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.training.step import StepSettings, TrainingStep
 
@@ -63,12 +65,13 @@ def batch() -> dict:
     }
 
 
-def settings() -> StepSettings:
-    return StepSettings(0, 1, radius=2, cam_scales=SCALES)  # iteration 2 is in the phase where everything is at work
+def settings() -> tuple[StepSettings, LabelSettings]:
+    """Iteration 2 is in the phase where everything is at work."""
+    return StepSettings(0, 1), LabelSettings(radius=2, cam_scales=SCALES)
 
 
 def test_training_step_forms_no_pairs():
-    step = TrainingStep(tiny(), settings())
+    step = TrainingStep(tiny(), *settings())
     with use_backend("native"), Pairs() as pairs:
         result = step(batch(), 2)
         result.loss.backward()
@@ -77,10 +80,10 @@ def test_training_step_forms_no_pairs():
 
 
 def test_evaluation_forms_no_pairs():
-    how = LabelSettings(long_side=None, scales=SCALES, cam_scales=SCALES, radius=2, par_dilations=(1, 2))
+    sizes, how = MapSettings(None, SCALES), LabelSettings(cam_scales=SCALES, radius=2, dilations=(1, 2))
     image, present = batch()["image"][0], batch()["cls_labels"][0]
     with use_backend("native"), Pairs() as pairs:
-        maps = label_maps(tiny(), image, how, present)
+        maps = label_maps(tiny(), image, sizes, how, present)
     assert tuple(maps.labels) == tuple(KINDS) and maps.affinity.shape == (25, 8, 11)
     assert not pairs.found
 
@@ -88,7 +91,7 @@ def test_evaluation_forms_no_pairs():
 def test_pairs_would_be_found(monkeypatch):
     """The same step the published way forms them, and so does one call of `window_to_dense`."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    step = importlib.import_module("published_step").PublishedStep(tiny(), settings())
+    step = importlib.import_module("published_step").PublishedStep(tiny(), *settings())
     sys.modules.pop("published_step")
     with Pairs() as pairs:
         step(batch(), 2).loss.backward()

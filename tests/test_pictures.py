@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from afa_kernels import window_to_dense
-from afa_model.data.files import VOC_CLASSES, voc_palette
+from afa_model.data.classes import VOC_CLASSES, voc_palette
 from afa_model.pictures.overlays import affinity_of_point, cell_of, heat_overlay, label_overlay, photo_of
 from afa_model.pictures.panels import (
     cam_tile,

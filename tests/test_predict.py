@@ -11,11 +11,15 @@ from color_model import ColorModel
 from PIL import Image
 from voc_factory import make_voc
 
-from afa_model.data.files import VOC_CLASSES, DataError, read_label, voc_palette
+from afa_model.data.classes import VOC_CLASSES, voc_palette
+from afa_model.data.files import read_label
+from afa_model.errors import DataError
 from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 
-SMALL = {"long_side": None, "scales": (1.0,), "cam_scales": (1.0, 0.5), "radius": 3, "par_dilations": (1, 2)}
+SMALL = {"long_side": None, "scales": (1.0,)}
+HOW = LabelSettings(cam_scales=(1.0, 0.5), radius=3, dilations=(1, 2))
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def root(tmp_path):
 def run(root, images=None, **changes):
     images = [root / "JPEGImages"] if images is None else images
     return predict(
-        ColorModel().train(), images, root / "out", VOC_CLASSES, PredictSettings(**{**SMALL, **changes})
+        ColorModel().train(), images, root / "out", VOC_CLASSES, PredictSettings(**{**SMALL, **changes}), HOW
     )
 
 
@@ -109,7 +113,7 @@ def test_no_file_is_overwritten_by_another(root):
     model, folder = ColorModel(), root / "png" / "JPEGImages"
     before = (folder / "2007_000000.png").read_bytes()
     with pytest.raises(DataError, match="overwrite"):
-        predict(model, [folder], folder, VOC_CLASSES, PredictSettings(**SMALL))
+        predict(model, [folder], folder, VOC_CLASSES, PredictSettings(**SMALL), HOW)
     assert (folder / "2007_000000.png").read_bytes() == before
 
 

@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 from afa_kernels import par
-from afa_model.labels.pseudo_labels import IGNORE, cam_to_label, random_walk_label, refine_label
+from afa_model.conventions import IGNORE
+from afa_model.labels.pseudo_labels import cam_to_label, random_walk_label, refine_label
+from afa_model.labels.settings import LabelSettings
+from afa_model.labels.slots import ClassSlots
 
+HOW = LabelSettings(radius=2)
+BOTH = HOW.scores
 BOX = torch.tensor([[0, 40, 6, 52], [5, 37, 0, 56]])
 
 
@@ -36,16 +41,17 @@ def disagreement(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def test_plain_labels_match_recorded_numbers(recorded):
-    cam, cls_labels, box = recorded["cams"], recorded["cls_labels"], recorded["img_box"]
-    assert disagreement(cam_to_label(cam, cls_labels, bkg_score=0.45), recorded["label_plain"]) < 1e-3
-    got = cam_to_label(cam, cls_labels, box, ignore_mid=True, high=0.55, low=0.35)
+    slots, box = ClassSlots.of(recorded["cls_labels"]), recorded["img_box"]
+    cam = slots.pick(recorded["cams"])
+    assert disagreement(cam_to_label(cam, slots, (0.45,)), recorded["label_plain"]) < 1e-3
+    got = cam_to_label(cam, slots, (0.35, 0.55), box)
     assert disagreement(got, recorded["label_with_ignore"]) < 1e-3
 
 
 def test_refined_label_matches_recorded_numbers(recorded):
-    got = refine_label(
-        recorded["images"], recorded["cams"], recorded["cls_labels"], recorded["img_box"], high=0.55, low=0.35
-    )
+    slots = ClassSlots.of(recorded["cls_labels"])
+    cam = slots.pick(recorded["cams"])
+    got = refine_label(recorded["images"], cam, slots, HOW, (0.35, 0.55), recorded["img_box"])
     assert disagreement(got, recorded["refined_label"]) < 1e-3
 
 
@@ -61,13 +67,21 @@ def test_refinement_inside_the_box_matches_recorded_numbers(recorded):
         assert (got - part).norm() < 1e-5 * part.norm()
 
 
-def labels_of(case, box=BOX, **scores):
+def labels_of(case, box=BOX, scores=BOTH):
     images, cam, cls_labels, affinity = case
+    slots = ClassSlots.of(cls_labels)
+    cam = slots.pick(cam)
+    common = cam, slots, HOW, scores, box
     return {
-        "refined": refine_label(images, cam, cls_labels, box, **scores),
-        "walked": random_walk_label(images, affinity, cam, cls_labels, box, radius=2, **scores),
-        "unrefined": random_walk_label(images, affinity, cam, cls_labels, box, 2, refine=False, **scores),
+        "refined": refine_label(images, *common),
+        "walked": random_walk_label(images, affinity, *common),
+        "unrefined": random_walk_label(images, affinity, *common, refined=False),
     }
+
+
+def walked_label(images, affinity, cam, cls_labels, box=None, scores=BOTH, **options):
+    slots = ClassSlots.of(cls_labels)
+    return random_walk_label(images, affinity, slots.pick(cam), slots, HOW, scores, box, **options)
 
 
 def test_labels_hold_present_classes_inside_the_box_only(case):
@@ -84,9 +98,9 @@ def test_labels_hold_present_classes_inside_the_box_only(case):
 
 def test_two_scores_agree_with_one_at_a_time(case):
     """Foreground is what the high score leaves, background what the low one does; the rest is open."""
-    both = labels_of(case, high=0.5, low=0.3)
-    high = labels_of(case, high=0.5, low=0.5)
-    low = labels_of(case, high=0.3, low=0.3)
+    both = labels_of(case, scores=(0.3, 0.5))
+    high = labels_of(case, scores=(0.5,))
+    low = labels_of(case, scores=(0.3,))
     for kind, label in both.items():
         want = torch.where(high[kind] > 0, high[kind], torch.where(low[kind] > 0, IGNORE, 0))
         inside = high[kind] != IGNORE
@@ -106,12 +120,12 @@ def test_labels_of_a_batch_are_labels_of_its_images(case):
 
 def test_padding_has_no_say_in_the_random_walk_refinement(case):
     images, cam, cls_labels, affinity = case
-    want = random_walk_label(images, affinity, cam, cls_labels, BOX, 2)
+    want = walked_label(images, affinity, cam, cls_labels, BOX)
     painted = images.clone()
     for i, (y0, y1, x0, x1) in enumerate(BOX.tolist()):
         painted[i] = 0.5
         painted[i, :, y0:y1, x0:x1] = images[i, :, y0:y1, x0:x1]
-    assert torch.equal(random_walk_label(painted, affinity, cam, cls_labels, BOX, 2), want)
+    assert torch.equal(walked_label(painted, affinity, cam, cls_labels, BOX), want)
 
 
 def test_walk_along_no_affinity_keeps_the_cam(case):
@@ -119,8 +133,8 @@ def test_walk_along_no_affinity_keeps_the_cam(case):
     itself = torch.zeros_like(affinity)
     itself[:, 12] = 1  # the centre of the 5 x 5 window
     small = F.interpolate(cam, (5, 7), mode="bilinear")
-    got = random_walk_label(images, itself, small, cls_labels, None, 2, 0.4, 0.4, refine=False)
-    assert torch.equal(got, cam_to_label(small, cls_labels, bkg_score=0.4))
+    got, slots = walked_label(images, itself, small, cls_labels, None, (0.4,), refined=False), ClassSlots.of(cls_labels)
+    assert torch.equal(got, cam_to_label(slots.pick(small), slots, (0.4,)))
 
 
 def test_image_without_any_class_is_background(case):
@@ -139,12 +153,41 @@ def test_integer_and_bool_class_labels_do(case):
 
 def test_wrong_arguments_are_named(case):
     images, cam, cls_labels, affinity = case
-    with pytest.raises(ValueError, match="cls_labels"):
-        refine_label(images, cam, cls_labels[:, :3])
+    slots = ClassSlots.of(cls_labels)
+    with pytest.raises(ValueError, match="cam: expected"):
+        refine_label(images, cam, slots, HOW, BOTH)
     with pytest.raises(ValueError, match="img_box"):
-        cam_to_label(cam, cls_labels, BOX[:1])
-    with pytest.raises(ValueError, match="low, high"):
-        random_walk_label(images, affinity, cam, cls_labels, BOX, 2, high=0.3, low=0.5)
+        cam_to_label(slots.pick(cam), slots, BOTH, BOX[:1])
+    for scores in ((0.5, 0.3), (), (-0.1,), (0.1, 0.2, 0.3)):
+        with pytest.raises(ValueError, match="scores"):
+            random_walk_label(images, affinity, slots.pick(cam), slots, HOW, scores, BOX)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cam_scales": ()}, {"cam_scales": (1.0, 0.0)}, {"radius": -1}, {"walk_power": 0.0}, {"walk_eps": -0.1},
+        {"refinement": "crf2"}, {"dilations": ()}, {"dilations": (0,)}, {"num_iter": -1}, {"bkg_score": -0.1},
+        {"high_score": 0.2}, {"low_score": -0.1},
+    ],
+)  # fmt: skip
+def test_settings_check_themselves(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LabelSettings(**wrong)
+
+
+def test_refinement_is_chosen_by_name(case):
+    """PAMR is not PAR, and without a refinement the CAM's own maxima are left."""
+    images, cam, cls_labels, _ = case
+    slots = ClassSlots.of(cls_labels)
+    cam = slots.pick(cam)
+    by_name = {
+        name: refine_label(images, cam, slots, LabelSettings(refinement=name, dilations=(1, 2)), (0.45,))
+        for name in ("par", "pamr", "none")
+    }
+    assert not torch.equal(by_name["par"], by_name["pamr"]) and not torch.equal(by_name["par"], by_name["none"])
+    idle = refine_label(images, cam, slots, LabelSettings(num_iter=0), (0.45,))
+    assert torch.equal(by_name["none"], idle)
 
 
 def test_boxes_of_one_size_at_different_places(case):
@@ -152,9 +195,9 @@ def test_boxes_of_one_size_at_different_places(case):
     images, cam, cls_labels, affinity = (torch.cat([tensor, tensor.flip(-1)]) for tensor in case)
     cls_labels = torch.cat([case[2]] * 2)
     boxes = torch.tensor([[0, 30, 6, 52], [10, 40, 3, 49], [0, 40, 0, 56], [5, 5, 0, 56]])
-    label = random_walk_label(images, affinity, cam, cls_labels, boxes, 2)
+    label = walked_label(images, affinity, cam, cls_labels, boxes)
     for i in range(4):
         one = slice(i, i + 1)
-        alone = random_walk_label(images[one], affinity[one], cam[one], cls_labels[one], boxes[one], 2)
+        alone = walked_label(images[one], affinity[one], cam[one], cls_labels[one], boxes[one])
         assert disagreement(label[one], alone) < 1e-3
     assert (label[3] == IGNORE).all()

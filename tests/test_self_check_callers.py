@@ -275,7 +275,7 @@ def test_up_front_as_needed_goes_down_to_the_first_that_passes(gpus, monkeypatch
     ("cuda", "off", [FLOAT]), ("cuda", "bf16", [FLOAT, torch.bfloat16]), ("cpu", "bf16", None),
 ])  # fmt: skip
 def test_training_on_a_gpu_begins_with_it(device, amp, expected, monkeypatch):
-    from afa_model.runs import trainer as train
+    from afa_model.runs import loop as train
 
     events = []
     here = train.Here(0, 1, torch.device(device))
@@ -284,9 +284,12 @@ def test_training_on_a_gpu_begins_with_it(device, amp, expected, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: config.amp == "bf16")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     monkeypatch.setattr(train, "processes", lambda name: contextlib.nullcontext(here))
-    monkeypatch.setattr(train, "Trainer", lambda *_: SimpleNamespace(progress=SimpleNamespace(iteration=0)))
+    trainer = SimpleNamespace(progress=SimpleNamespace(iteration=0), start=lambda: None)
+    monkeypatch.setattr(train, "Trainer", lambda *_: trainer)
     monkeypatch.setattr(train, "RunLog", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(train, "_run", lambda *_: events.append("run"))
+    monkeypatch.setattr(train, "_prepare_folder", lambda *_: None)
+    monkeypatch.setattr(train, "Interrupt", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "_Loop", lambda *_: SimpleNamespace(run=lambda: events.append("run")))
     monkeypatch.setattr(afa_kernels, "self_check", lambda *args, **options: events.append((*args, options)))
     train.train(config)
     if expected is None:

@@ -11,9 +11,10 @@ import torch
 
 from afa_model.data import synthetic_paint
 from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
-from afa_model.data.files import DataError, read_label
+from afa_model.data.files import read_label
 from afa_model.data.synthetic import STAMP, SyntheticSettings, cache_folder, scene, synthetic_data
 from afa_model.data.transforms import AugmentSettings
+from afa_model.errors import DataError
 
 SMALL = SyntheticSettings(train=6, val=3)
 
@@ -58,7 +59,7 @@ def test_layout_is_read_by_the_loaders(small_root):
     training = TrainingSet(settings, AugmentSettings(crop=64))
     validation = EvaluationSet(settings)
     assert (len(training), len(validation)) == (6, 3)
-    assert training.class_names == ("background", *synthetic_paint.KINDS)
+    assert training.class_names == ("background", *synthetic_paint.SPECIES)
     assert training.label_source == "file"
     assert training[0]["image"].shape == (3, 64, 64)
     for index in range(3):
@@ -66,7 +67,7 @@ def test_layout_is_read_by_the_loaders(small_root):
         assert sample["mask"].shape == sample["image"].shape[1:]
     for index, name in enumerate(training.names):
         mask = read_label(small_root / "SegmentationClassAug" / f"{name}.png")
-        present = torch.zeros(len(synthetic_paint.KINDS))
+        present = torch.zeros(len(synthetic_paint.SPECIES))
         present[mask[mask > 0].unique() - 1] = 1
         assert torch.equal(present, training.labels[index])
 
@@ -86,10 +87,10 @@ def test_statistics_of_the_pictures():
 def test_pictures_of_any_size(size):
     picture, mask = synthetic_paint.paint_scene(np.random.RandomState(3), *size)
     assert picture.shape == (*size, 3) and picture.dtype == np.uint8
-    assert mask.shape == size and mask.max() <= len(synthetic_paint.KINDS)
+    assert mask.shape == size and mask.max() <= len(synthetic_paint.SPECIES)
 
 
-@pytest.mark.parametrize("kind", synthetic_paint.KINDS)
+@pytest.mark.parametrize("kind", synthetic_paint.SPECIES)
 def test_heads_tell_kinds_apart_and_bodies_do_not(kind):
     """With everybody in the same coat, the head's colours are still the kind's own."""
     v, u = np.mgrid[-0.7:0.7:141j, -0.7:0.7:141j]
@@ -132,7 +133,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return scene(settings, number)
 
-    monkeypatch.setattr("afa_model.synthetic.scene", killed)
+    monkeypatch.setattr("afa_model.data.synthetic.scene", killed)
     with pytest.raises(KeyboardInterrupt):
         synthetic_data(settings, root, show_progress=False)
     assert not root.exists() and not list(tmp_path.iterdir())

@@ -14,12 +14,10 @@ import torch
 from tiny_run import rows, tiny_args
 from voc_factory import make_voc
 
-from afa_model.config.config import parse
-from afa_model.data.files import DataError
-from afa_model.errors import ConfigError
-from afa_model.runs import checkpoint
-from afa_model.runs import trainer as train
-from afa_model.runs.checkpoint import CheckpointError, CheckpointKeeper
+from afa_model.config import parse
+from afa_model.errors import CheckpointError, ConfigError, DataError, TrainingError
+from afa_model.runs import checkpoint, loop
+from afa_model.runs.checkpoint import CheckpointKeeper
 from afa_model.runs.restore import load_model
 
 
@@ -30,13 +28,21 @@ def root(tmp_path_factory):
     return folder
 
 
-def run(root, out, **changes) -> train.Summary:
-    return train.train(parse(tiny_args(root, out, **changes)))
+def run(root, out, **changes) -> loop.Summary:
+    return loop.train(parse(tiny_args(root, out, **changes)))
 
 
 def in_another_process(arguments: list[str], before: str = "") -> subprocess.CompletedProcess:
     """``afa train`` as its own process, after the Python code ``before``."""
-    code = f"import sys\nfrom afa_model import checkpoint, train\n{before}\nsys.exit(train.main(sys.argv[1:]))"
+    code = "\n".join(
+        [
+            "import sys",
+            "from afa_model import cli",
+            "from afa_model.runs import checkpoint, loop",
+            before,
+            "sys.exit(cli.main(['train', *sys.argv[1:]]))",
+        ]
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
@@ -121,13 +127,13 @@ def test_sigterm_saves_and_resume_goes_on(root, tmp_path):
     out = tmp_path / "run"
     stop = """
 import os, signal
-real = train.Trainer.train_step
-def step(self, *rest):
+real = loop.Trainer.update
+def update(self, *rest):
     result = real(self, *rest)
     if self.progress.iteration == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return result
-train.Trainer.train_step = step
+loop.Trainer.update = update
 """
     arguments = tiny_args(root, out, checkpoint__every=100)
     stopped = in_another_process(arguments, stop)
@@ -171,7 +177,7 @@ def test_resume_refuses_another_model(root, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(root, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(
-        train.TrainingError, match=r"step \d: not finite: loss .*images 2007_.*the batch is in"
+        TrainingError, match=r"step \d: not finite: loss .*images 2007_.*the batch is in"
     ) as error:
         run(root, out, optim__lr=1e30, schedule__warmup_iters=0, checkpoint__every=1)
     (saved,) = out.glob("not_finite_*.pt")
@@ -187,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(root, tmp_path):
 
 def test_labels_that_are_all_ignored_give_a_finite_loss(root, tmp_path):
     # no pixel is background under the low score 0, none is foreground under the high score 1.1
-    run(root, tmp_path / "run", step__low_score=0, step__high_score=1.1)
+    run(root, tmp_path / "run", labels__low_score=0, labels__high_score=1.1)
     steps = rows(tmp_path / "run" / "train.csv")
     assert all(math.isfinite(float(row["loss"])) for row in steps)
     assert [float(row["seg_loss"]) for row in steps[1:]] == [0, 0, 0]

@@ -13,16 +13,19 @@ from conftest import ROOT, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa_kernels import use_backend
-from afa_model.labels.cams import class_slots, multi_scale_cam, pick, same_in_eval_mode
-from afa_model.labels.pseudo_labels import IGNORE, labels_of_one_diffusion, propagate, refine_label, refine_propagated
+from afa_model.conventions import IGNORE
+from afa_model.labels.cams import multi_scale_cam, same_in_eval_mode
+from afa_model.labels.pseudo_labels import labels_of_one_diffusion, propagate, refine_label, refine_propagated
+from afa_model.labels.settings import LabelSettings
+from afa_model.labels.slots import ClassSlots
 from afa_model.networks.afa import AFA
 from afa_model.runtime.phases import PhaseTimer, phase
 from afa_model.training import acceleration
 from afa_model.training.acceleration import CompiledNetworks, GraphedFunction
-from afa_model.training.step import StepSettings, TrainingStep, _name
+from afa_model.training.step import StepSettings, TrainingStep
 
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
-ALL = StepSettings(0, 1, radius=2)  # iteration 2 is in the phase where everything is at work
+ALL = StepSettings(0, 1), LabelSettings(radius=2)  # iteration 2 is in the phase where everything is at work
 
 
 def tiny(drop: float = 0.0, classes: int = 5) -> AFA:
@@ -59,7 +62,7 @@ def test_same_numbers_as_the_published_way(monkeypatch, iteration):
     model = tiny(drop=0.2)
     example = batch(96)
     got, want = ({}, {})
-    for step, found in ((TrainingStep(model, ALL), got), (PublishedStep(model, ALL), want)):
+    for step, found in ((TrainingStep(model, *ALL), got), (PublishedStep(model, *ALL), want)):
         torch.manual_seed(1)  # the same drop path
         model.zero_grad()
         result = step(example, iteration)
@@ -79,51 +82,59 @@ def test_same_numbers_as_the_published_way(monkeypatch, iteration):
 
 def test_slots_hold_each_images_classes_in_order():
     labels = torch.tensor([[0.0, 1, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
-    classes, present = class_slots(labels)
-    assert classes[:, :2].tolist()[0] == [1, 3] and classes[1, 0] == 4
-    assert present.tolist() == [[True, True], [True, False], [False, False]]
-    assert class_slots(labels[2:])[0].shape == (1, 1), "an image without classes still has a slot"
+    slots = ClassSlots.of(labels)
+    assert slots.classes[:, :2].tolist()[0] == [1, 3] and slots.classes[1, 0] == 4
+    assert slots.present.tolist() == [[True, True], [True, False], [False, False]]
+    assert ClassSlots.of(labels[2:]).classes.shape == (1, 1), "an image without classes still has a slot"
     maps = torch.arange(15.0).view(3, 5, 1, 1)
-    assert pick(maps, classes)[0].flatten().tolist() == [1, 3]
-    everything, present = class_slots(torch.ones(2, 3, dtype=torch.int64))
-    assert everything.tolist() == [[0, 1, 2]] * 2 and present.all()
+    assert slots.pick(maps)[0].flatten().tolist() == [1, 3]
+    assert slots.spread(slots.pick(maps))[0].flatten().tolist() == [0, 1, 0, 3, 0]
+    everything = ClassSlots.of(torch.ones(2, 3, dtype=torch.int64))
+    assert everything.classes.tolist() == [[0, 1, 2]] * 2 and everything.present.all() and everything.everything
+    some = slots.rows([2, 0])
+    assert torch.equal(some.present, slots.present[[2, 0]]) and torch.equal(some.classes, slots.classes[[2, 0]])
+    for wrong in (labels[0], labels[:0]):
+        with pytest.raises(ValueError, match="cls_labels"):
+            ClassSlots.of(wrong)
+    with pytest.raises(ValueError, match="maps"):
+        slots.pick(maps[:, :2])
 
 
 def test_slots_on_a_gpu_follow_the_limit_without_looking():
     with FakeTensorMode(), torch.device("cuda"):
         labels = torch.ones(2, 20)
-        assert class_slots(labels)[0].shape == (2, 20)
-        assert class_slots(labels, 6)[0].shape == (2, 6)
-        assert class_slots(labels, 99)[0].shape == (2, 20)
+        assert ClassSlots.of(labels).present.shape == (2, 20)
+        assert ClassSlots.of(labels, 6).present.shape == (2, 6)
+        assert ClassSlots.of(labels, 99).present.shape == (2, 20)
 
 
 def test_cam_of_slots_is_that_of_all_classes():
     model, example = tiny(), batch()
-    classes, _ = class_slots(example["cls_labels"])
+    slots = ClassSlots.of(example["cls_labels"])
     whole = multi_scale_cam(model, example["image"]).cam
-    assert torch.equal(multi_scale_cam(model, example["image"], classes=classes).cam, pick(whole, classes))
+    assert torch.equal(multi_scale_cam(model, example["image"], slots=slots).cam, slots.pick(whole))
 
 
 def test_step_gives_the_cam_of_every_class_shown():
-    result = TrainingStep(tiny(), ALL)(batch(), 2)
+    result = TrainingStep(tiny(), *ALL)(batch(), 2)
     whole = multi_scale_cam(tiny(), batch()["image"]).cam
     assert result.cam.shape == whole.shape
     for image, classes in ((0, [0, 3]), (1, [1])):
         assert relative_error(result.cam[image, classes], whole[image, classes]) < 1e-5
-        assert result.class_cam.shape[1] == 2
+        assert result.labels.cam.shape[1] == 2
 
 
 def test_slot_numbers_become_class_numbers():
-    classes = torch.tensor([[3, 7], [0, 5]])
-    slots = torch.tensor([[[0, 1, 2, IGNORE]], [[2, 1, 0, 0]]])
-    assert _name(slots, classes).tolist() == [[[0, 4, 8, IGNORE]], [[6, 1, 0, 0]]]
+    slots = ClassSlots(torch.tensor([[3, 7], [0, 5]]), torch.ones(2, 2, dtype=torch.bool), 8)
+    labels = torch.tensor([[[0, 1, 2, IGNORE]], [[2, 1, 0, 0]]])
+    assert slots.name(labels).tolist() == [[[0, 4, 8, IGNORE]], [[6, 1, 0, 0]]]
 
 
 def test_labels_carry_class_numbers():
     model = tiny(classes=40)
     labels = torch.zeros(2, 39)
     labels[0, 38] = labels[1, 2] = 1
-    result = TrainingStep(model, ALL)({**batch(), "cls_labels": labels}, 2)
+    result = TrainingStep(model, *ALL)({**batch(), "cls_labels": labels}, 2)
     assert set(result.refined_label[0].unique().tolist()) <= {0, 39, IGNORE}
     assert set(result.aff_label[1].unique().tolist()) <= {0, 3, IGNORE}
 
@@ -145,30 +156,31 @@ def test_scale_one_is_taken_from_the_training_pass_where_that_is_exact(monkeypat
     monkeypatch.setattr(AFA, "_encode", lambda self, x: seen.append(len(x) * x.shape[2]) or real(self, x))
     for drop, second in ((0.0, 2 * 64), (0.2, 4 * 64)):
         seen.clear()
-        result = TrainingStep(tiny(drop), ALL)(batch(), 2)
+        result = TrainingStep(tiny(drop), *ALL)(batch(), 2)
         assert seen == [2 * 64, second, 4 * 32, 4 * 96]
-        separate = multi_scale_cam(tiny(drop), batch()["image"], classes=result.classes).cam
-        assert relative_error(result.class_cam, separate) < 1e-5
+        separate = multi_scale_cam(tiny(drop), batch()["image"], slots=result.slots).cam
+        assert relative_error(result.labels.cam, separate) < 1e-5
 
 
 # --- one diffusion for both labels ---
 
 
-@pytest.mark.parametrize("scores", [{}, {"high": 0.45, "low": 0.45}])
+@pytest.mark.parametrize("scores", [(0.35, 0.55), (0.45,)])
 def test_shared_refinement_is_the_same_where_photographs_fill_the_crop(rng, scores):
-    images, cam = torch.rand(2, 3, 40, 56, generator=rng), torch.rand(2, 4, 40, 56, generator=rng)
-    labels, affinity = batch()["cls_labels"], torch.rand(2, 25, 5, 7, generator=rng)
-    walked = propagate(affinity, cam, labels, 2, **scores)
-    refined, walked_label = labels_of_one_diffusion(images, walked, cam, labels, None, **scores)
-    assert torch.equal(refined, refine_label(images, cam, labels, **scores))
-    assert torch.equal(walked_label, refine_propagated(images, walked, labels))
+    slots, how = ClassSlots.of(batch()["cls_labels"]), LabelSettings(radius=2)
+    images, cam = torch.rand(2, 3, 40, 56, generator=rng), torch.rand(2, 2, 40, 56, generator=rng)
+    affinity = torch.rand(2, 25, 5, 7, generator=rng)
+    walked = propagate(affinity, cam, slots, how, scores)
+    refined, walked_label = labels_of_one_diffusion(images, walked, cam, slots, how, scores)
+    assert torch.equal(refined, refine_label(images, cam, slots, how, scores))
+    assert torch.equal(walked_label, refine_propagated(images, walked, slots, how))
 
 
 def test_shared_refinement_in_a_step():
     for box in (None, batch()["img_box"]):
         example = {**batch(), "img_box": box}
-        plain = TrainingStep(tiny(), ALL)(example, 2)
-        shared = TrainingStep(tiny(), StepSettings(0, 1, radius=2, shared_refinement=True))(example, 2)
+        plain = TrainingStep(tiny(), *ALL)(example, 2)
+        shared = TrainingStep(tiny(), StepSettings(0, 1, shared_refinement=True), ALL[1])(example, 2)
         assert torch.equal(shared.refined_label, plain.refined_label)
         differing = (shared.aff_label != plain.aff_label).double().mean()
         assert differing == 0 if box is None else differing < 0.1
@@ -185,12 +197,13 @@ def test_shared_refinement_in_a_step():
 @pytest.mark.parametrize("shared", [False, True])
 def test_pseudo_labels_never_read_a_value_back(shared):
     """On fake CUDA tensors that would raise; what a CUDA graph holds has all its tensors on the GPU."""
-    settings = StepSettings(0, 1, radius=2, shared_refinement=shared)
+    settings = StepSettings(0, 1, shared_refinement=shared)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        step = TrainingStep(tiny(), settings, max_classes=2)
-        step._mean, step._std = step._mean.cuda(), step._std.cuda()
+        step = TrainingStep(tiny(), settings, ALL[1])
         box = torch.tensor([[0, 64, 3, 59], [7, 64, 0, 64]])
-        labels = step._pseudo_labels(torch.randn(2, 3, 64, 64), torch.ones(2, 4), box, None, walks=True)
+        slots = ClassSlots.of(torch.ones(2, 4), 2)
+        inputs = torch.randn(2, 3, 64, 64), slots.classes, slots.present, box, None
+        labels = step._pseudo_labels(*inputs, count=4, walks=True)
         assert labels.cam.shape == (2, 2, 64, 64)
         assert (labels.aff_label is not None) is shared
 
@@ -229,11 +242,11 @@ def test_graphed_function_replays_for_known_shapes_and_gives_copies(pretend_cuda
 
 
 def test_step_with_a_graph_follows_the_weights(pretend_cuda):
-    graphed, plain = (TrainingStep(tiny(), ALL, cuda_graph=on) for on in (True, False))
+    graphed, plain = (TrainingStep(tiny(), *ALL, cuda_graph=on) for on in (True, False))
     for step in (graphed, plain):
         with torch.no_grad():
             step(batch(seed=1), 2)
-            step.bare.classifier.weight.mul_(-1)  # in place, as an optimizer does
+            step.model.classifier.weight.mul_(-1)  # in place, as an optimizer does
     got, want = (step(batch(), 2) for step in (graphed, plain))
     for name in ("refined_label", "aff_label", "cam", "affinity", "loss"):
         assert relative_error(getattr(got, name), getattr(want, name)) < 1e-4, name
@@ -241,8 +254,8 @@ def test_step_with_a_graph_follows_the_weights(pretend_cuda):
 
 
 def test_graphs_are_for_gpus():
-    step = TrainingStep(tiny(), ALL, cuda_graph=True)
-    assert torch.equal(step(batch(), 2).refined_label, TrainingStep(tiny(), ALL)(batch(), 2).refined_label)
+    step = TrainingStep(tiny(), *ALL, cuda_graph=True)
+    assert torch.equal(step(batch(), 2).refined_label, TrainingStep(tiny(), *ALL)(batch(), 2).refined_label)
     assert not step._graph._graphs
 
 
@@ -267,7 +280,7 @@ def test_compiled_step_trains_alike(monkeypatch):
     results = []
     for compiled in (True, False):
         model = tiny()
-        result = TrainingStep(model, ALL, compile=compiled)(batch(), 2)
+        result = TrainingStep(model, *ALL, compile=compiled)(batch(), 2)
         result.loss.backward()
         results.append({name: value.grad for name, value in model.named_parameters()} | {"loss": result.loss})
     torch._dynamo.reset()
@@ -276,9 +289,9 @@ def test_compiled_step_trains_alike(monkeypatch):
 
 def test_bfloat16_step_stays_near_float32():
     """The tolerance stated for half precision: 5 % of losses, 5 % of pixels."""
-    want = TrainingStep(tiny(), ALL)(batch(96), 2)
+    want = TrainingStep(tiny(), *ALL)(batch(96), 2)
     with torch.autocast("cpu", torch.bfloat16):
-        got = TrainingStep(tiny(), ALL)(batch(96), 2)
+        got = TrainingStep(tiny(), *ALL)(batch(96), 2)
     for name in ("loss", "cls_loss", "seg_loss", "aff_loss"):
         assert float(getattr(got, name)) == pytest.approx(float(getattr(want, name)), rel=0.05), name
     for name in ("refined_label", "aff_label"):
@@ -286,10 +299,10 @@ def test_bfloat16_step_stays_near_float32():
 
 
 def test_channels_last_changes_nothing():
-    want = TrainingStep(tiny(), ALL)(batch(), 2)
+    want = TrainingStep(tiny(), *ALL)(batch(), 2)
     example = batch()
     example["image"] = example["image"].contiguous(memory_format=torch.channels_last)
-    got = TrainingStep(tiny().to(memory_format=torch.channels_last), ALL)(example, 2)
+    got = TrainingStep(tiny().to(memory_format=torch.channels_last), *ALL)(example, 2)
     assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-4)
     assert (got.aff_label != want.aff_label).double().mean() < 1e-3
 
@@ -299,11 +312,11 @@ def test_channels_last_changes_nothing():
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("amp", [False, True])
 def test_cuda_graph_gives_the_eager_labels(shared, amp):
-    settings = StepSettings(0, 1, radius=2, shared_refinement=shared)
+    settings = StepSettings(0, 1, shared_refinement=shared), ALL[1]
     results = []
     for graph in (True, False):
         model = tiny().cuda()
-        step = TrainingStep(model, settings, max_classes=2, cuda_graph=graph)
+        step = TrainingStep(model, *settings, max_classes=2, cuda_graph=graph)
         for seed in (1, 0):
             example = {name: value.cuda() for name, value in batch(seed=seed).items()}
             example["img_box"] = example["img_box"].cpu()
@@ -321,9 +334,9 @@ def test_cuda_graph_gives_the_eager_labels(shared, amp):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_step_gives_the_numbers_of_the_cpu():
-    want = TrainingStep(tiny(), ALL)(batch(96), 2)
+    want = TrainingStep(tiny(), *ALL)(batch(96), 2)
     example = {name: value.cuda() for name, value in batch(96).items()} | {"img_box": batch(96)["img_box"]}
-    got = TrainingStep(tiny().cuda(), ALL, max_classes=2)(example, 2)
+    got = TrainingStep(tiny().cuda(), *ALL, max_classes=2)(example, 2)
     for name in ("loss", "cls_loss", "seg_loss", "aff_loss"):
         assert float(getattr(got, name)) == pytest.approx(float(getattr(want, name)), rel=2e-3), name
     for name in ("refined_label", "aff_label"):
@@ -335,7 +348,7 @@ def test_cuda_step_gives_the_numbers_of_the_cpu():
 
 def test_phases_of_a_step_are_timed():
     timer = PhaseTimer()
-    step = TrainingStep(tiny(), ALL)
+    step = TrainingStep(tiny(), *ALL)
     with timer:
         step(batch(), 2)
     seconds = timer.seconds()
@@ -374,8 +387,8 @@ print(able, plain, faults())
 
 
 def test_reference_backend_gives_the_same_step():
-    want = TrainingStep(tiny(), ALL)(batch(), 2)
+    want = TrainingStep(tiny(), *ALL)(batch(), 2)
     with use_backend("reference"):
-        got = TrainingStep(tiny(), ALL)(batch(), 2)
+        got = TrainingStep(tiny(), *ALL)(batch(), 2)
     assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-4)
     assert (got.aff_label != want.aff_label).double().mean() < 1e-3

@@ -8,10 +8,13 @@ import torch
 from conftest import DEVICE, relative_error
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from afa_model.conventions import MEAN, STD
+from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.training.schedule import build_optimizer, learning_rate, set_learning_rate
 from afa_model.training.step import StepSettings, TrainingStep
 
+NEAR = LabelSettings(radius=2)
 TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
 
 
@@ -40,13 +43,12 @@ def test_recorded_run_is_replayed(golden):
     settings = StepSettings(
         cam_iters=int(run["cam_iters"]),
         aff_iters=int(run["aff_iters"]),
-        radius=int(run["radius"]),
         compute_unused=True,
     )
-    step = TrainingStep(model.to(DEVICE), settings)
+    step = TrainingStep(model.to(DEVICE), settings, LabelSettings(radius=int(run["radius"])))
     base, total = float(run["base_lr"]), int(run["steps"])
     optimizer = build_optimizer(model, base, float(run["weight_decay"]))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (settings.image_mean, settings.image_std))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     finite = np.isfinite(run["seg_loss"])
     assert 0 < finite.sum() < total
 
@@ -92,7 +94,7 @@ def test_recorded_run_is_replayed(golden):
 
 
 def test_phases_compute_what_they_use():
-    step = TrainingStep(tiny(), StepSettings(cam_iters=1, aff_iters=3, radius=2))
+    step = TrainingStep(tiny(), StepSettings(cam_iters=1, aff_iters=3), NEAR)
     for iteration in (0, 1):
         result = step(batch(), iteration)
         assert torch.equal(result.loss.detach(), result.cls_loss)
@@ -105,7 +107,7 @@ def test_phases_compute_what_they_use():
         assert result.aff_label is result.affinity is None
     result = step(batch(), 4)
     assert result.aff_label.shape == (2, 64, 64) and result.affinity.shape == (2, 25, 6, 6)
-    rest = [t for n, t in vars(result).items() if n != "loss" and isinstance(t, torch.Tensor)]
+    rest = [t for t in (*vars(result).values(), *result.labels) if isinstance(t, torch.Tensor) and t is not result.loss]
     assert len(rest) >= 10 and not any(t.requires_grad for t in rest)
     logged = step(batch(), 0, everything=True)
     assert logged.aff_label is not None and logged.seg_loss is not None
@@ -117,7 +119,7 @@ def test_computing_more_does_not_change_the_training():
     finals = []
     for everything in (False, True):
         model = tiny()
-        step = TrainingStep(model, StepSettings(1, 2, radius=2, compute_unused=everything))
+        step = TrainingStep(model, StepSettings(1, 2, compute_unused=everything), NEAR)
         optimizer = build_optimizer(model, 1e-3)
         for i in range(5):
             optimizer.zero_grad()
@@ -132,7 +134,7 @@ def test_computing_more_does_not_change_the_training():
 
 def test_all_ignored_labels_give_a_finite_loss_and_gradient():
     model = tiny()
-    step = TrainingStep(model, StepSettings(0, 1, radius=2))
+    step = TrainingStep(model, StepSettings(0, 1), NEAR)
     for iteration in (1, 2):
         model.zero_grad()
         result = step(batch(img_box=torch.zeros(2, 4, dtype=torch.long)), iteration)
@@ -144,7 +146,7 @@ def test_all_ignored_labels_give_a_finite_loss_and_gradient():
 
 
 def test_batch_without_box_or_without_classes():
-    step = TrainingStep(tiny(), StepSettings(0, 1, radius=2))
+    step = TrainingStep(tiny(), StepSettings(0, 1), NEAR)
     without_box = {name: value for name, value in batch().items() if name != "img_box"}
     assert step(without_box, 2).loss.isfinite()
     result = step(batch(cls_labels=torch.zeros(2, 4)), 2)
@@ -153,7 +155,7 @@ def test_batch_without_box_or_without_classes():
 
 def test_odd_sizes_and_bfloat16_autocast():
     model = tiny()
-    step = TrainingStep(model, StepSettings(0, 1, radius=2))
+    step = TrainingStep(model, StepSettings(0, 1), NEAR)
     box = torch.tensor([[0, 61, 3, 75], [7, 60, 0, 75]])
     odd = batch(img_box=box, image=torch.randn(2, 3, 61, 75))
     exact = step(odd, 2)
@@ -168,7 +170,7 @@ def test_odd_sizes_and_bfloat16_autocast():
 
 def test_drop_path_is_for_the_training_pass_only():
     model = tiny(drop=0.3)
-    step = TrainingStep(model, StepSettings(0, 1, radius=2))
+    step = TrainingStep(model, StepSettings(0, 1), NEAR)
     first, second = step(batch(), 2), step(batch(), 2)
     assert torch.equal(first.refined_label, second.refined_label)
     assert not torch.equal(first.seg_logits, second.seg_logits)
@@ -190,7 +192,7 @@ def test_nothing_waits_for_the_device():
     """On fake CUDA tensors, which have no values, reading one back is an error; the step needs none."""
     box = batch()["img_box"]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        step = TrainingStep(tiny(), StepSettings(0, 1, radius=2))
+        step = TrainingStep(tiny(), StepSettings(0, 1), NEAR)
         fake = {"image": torch.randn(2, 3, 64, 64), "cls_labels": torch.ones(2, 4), "img_box": box}
         for iteration in (0, 1, 2):
             result = step(fake, iteration)
@@ -201,8 +203,9 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"cam_iters": 5, "aff_iters": 4}, {"low_score": 0.6, "high_score": 0.5}]
+    ("kind", "settings"),
+    [(StepSettings, {"cam_iters": 5, "aff_iters": 4}), (LabelSettings, {"low_score": 0.6, "high_score": 0.5})],
 )
-def test_contradictory_settings_are_named(settings):
+def test_contradictory_settings_are_named(kind, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        StepSettings(**settings)
+        kind(**settings)

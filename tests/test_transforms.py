@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from afa_model.data.transforms import MEAN, STD, AugmentSettings, TrainingTransform, denormalize, normalize
+from afa_model.conventions import MEAN, STD, denormalize
+from afa_model.data.transforms import AugmentSettings, TrainingTransform, normalize
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:

@@ -11,19 +11,12 @@ import torch
 from PIL import Image
 from voc_factory import make_voc, write_xml
 
-from afa_model.data.datasets import DataSettings, EvaluationSet, ResumableBatchSampler, TrainingSet, training_loader
-from afa_model.data.files import (
-    COCO_CLASSES,
-    VOC_CLASSES,
-    DataError,
-    class_names,
-    read_label,
-    read_photo,
-    read_split,
-    voc_palette,
-    write_label,
-)
+from afa_model.data.classes import COCO_CLASSES, VOC_CLASSES, class_names, voc_palette
+from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
+from afa_model.data.files import read_label, read_photo, read_split, write_label
+from afa_model.data.order import ResumableBatchSampler, training_loader
 from afa_model.data.transforms import AugmentSettings
+from afa_model.errors import DataError
 
 SMALL = AugmentSettings(crop=32)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from afa_model.data.files import VOC_CLASSES, write_label
+from afa_model.data.classes import VOC_CLASSES
+from afa_model.data.files import write_label
 
 # one plain colour per class, far apart, so that a test model can recognise them
 COLORS = {0: (40, 40, 40), 1: (220, 30, 30), 8: (30, 200, 40), 15: (40, 60, 230)}

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path

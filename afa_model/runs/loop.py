@@ -206,16 +206,15 @@ def _picture(batch: Mapping[str, Any], result: StepResult, class_names: tuple[st
     """CAM, pseudo-labels, affinity and prediction of a step, as uint8 [H, W, 3]."""
     from ..pictures import panels  # matplotlib: a second of every process's start, and only the first one draws
 
-    labels = result.labels
     figure = panels.training_panel(
         batch["image"],
         batch["name"],
         batch["cls_labels"],
         class_names,
         cam=result.cam,
-        affinity=None if labels is None else labels.affinity,
-        refined_label=None if labels is None else labels.refined_label,
-        aff_label=None if labels is None else labels.aff_label,
+        affinity=result.affinity,
+        refined_label=result.refined_label,
+        aff_label=result.aff_label,
         seg_logits=result.seg_logits,
         title=f"step {done}",
     )

@@ -69,8 +69,9 @@ def parameter_groups(model: nn.Module, head_multiplier: float = 10.0) -> list[di
     heads           x ``head_multiplier``: classifier and affinity head
     decoder         x ``head_multiplier``
 
-    Empty groups (the decoder of a CNN baseline) are left out.
+    Empty groups (the decoder of a CNN baseline) are left out. A wrapped model (DataParallel's ``module``) is taken too.
     """
+    model = getattr(model, "module", model)
     norms = {
         id(parameter)
         for module in model.encoder.modules()

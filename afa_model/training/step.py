@@ -87,6 +87,21 @@ class StepResult:
     slots: ClassSlots | None = None
 
     @property
+    def refined_label(self) -> Tensor | None:
+        """[B, H, W] int64: the CAM after refinement."""
+        return self.labels and self.labels.refined_label
+
+    @property
+    def aff_label(self) -> Tensor | None:
+        """[B, H, W] int64: the CAM after random walk and refinement."""
+        return self.labels and self.labels.aff_label
+
+    @property
+    def affinity(self) -> Tensor | None:
+        """[B, (2r + 1)^2, h, w] of the largest CAM scale."""
+        return self.labels and self.labels.affinity
+
+    @property
     def cam(self) -> Tensor | None:
         """[B, K - 1, H, W] in 0..1; 0 for classes that were not computed as the image does not show them."""
         return None if self.labels is None else self.slots.spread(self.labels.cam)

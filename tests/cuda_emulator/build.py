@@ -29,7 +29,7 @@ THREAD_SANITIZER = HERE.parent / "thread_sanitizer" / "openmp.cpp"
 CONTRACTED = ["-O2", "-ffp-contract=fast", "-mfma"]
 ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 THREAD = ["-g", "-fsanitize=thread"]
-# A call less at every use of a thread's own variables, which the sanitizers watch; takes a process that loads little else.
+# A call less at every use of a thread's own variables, in processes that load little else.
 FAST_LOCALS = "-ftls-model=initial-exec"
 
 
