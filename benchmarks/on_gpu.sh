@@ -149,7 +149,7 @@ if [ "$half" = first ]; then
 else
   modules=(afa_kernels/_native*.so)
   if [ -e "${modules[0]}" ] && [ -z "$(find csrc CMakeLists.txt setup.py -newer "${modules[0]}")" ] &&
-    "$python" -c "from afa_kernels import _native_module as m; exit(m.native is None or '$device' == 'cuda' and not m.native.cuda)"; then
+    "$python" -c "from afa_kernels.core import native_module as m; exit(m.native is None or '$device' == 'cuda' and not m.native.cuda)"; then
     leave_out build "built already"
   else
     stage build 130 "${build[@]}"

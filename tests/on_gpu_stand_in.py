@@ -16,7 +16,7 @@ all=$*
 case "$all" in
   *--machine*) echo '{"device": "GPU of 80 GB", "torch": "2", "python": "3", "driver": "1"}'; exit ;;
   *on_gpu_report.py* | *device_tests.py*) name=report ;;
-  *_native_module*) name=built ;;
+  *native_module*) name=built ;;
   *afa_kernels.self_check*) name=self_check ;;
   -c*) name=${all##* } ;;
   *" pip "*) name=build ;;

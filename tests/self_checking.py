@@ -12,7 +12,9 @@ import warnings
 import pytest
 import torch
 
-from afa_kernels import _self_check, random_walk, random_walk_native
+from afa_kernels import random_walk
+from afa_kernels.core import self_check
+from afa_kernels.ops.random_walk import native as random_walk_native
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32
@@ -20,8 +22,8 @@ FLOAT = torch.float32
 
 @pytest.fixture(name="nothing_is_known")
 def nothing_is_known_fixture(monkeypatch):
-    monkeypatch.setattr(_self_check, "_proven", set())
-    monkeypatch.setattr(_self_check, "_failures", {})
+    monkeypatch.setattr(self_check, "_proven", set())
+    monkeypatch.setattr(self_check, "_failures", {})
     monkeypatch.delenv("AFA_SELF_CHECK", raising=False)
     monkeypatch.delenv("AFA_BACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -30,14 +32,14 @@ def nothing_is_known_fixture(monkeypatch):
 @pytest.fixture(name="checks")
 def checks_fixture(monkeypatch):
     """The CPU's native backend has to prove itself; the checks that were made gather in the list."""
-    made, compare = [], _self_check._compare
+    made, compare = [], self_check._compare
 
     def counted(found, *key):
         made.append(key)
         compare(found, *key)
 
-    monkeypatch.setattr(_self_check, "concerns", lambda backend, device: True)
-    monkeypatch.setattr(_self_check, "_compare", counted)
+    monkeypatch.setattr(self_check, "concerns", lambda backend, device: True)
+    monkeypatch.setattr(self_check, "_compare", counted)
     return made
 
 

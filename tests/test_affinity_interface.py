@@ -9,7 +9,7 @@ from conftest import DEVICE, available, relative_error
 
 import afa_kernels
 from afa_kernels import use_backend
-from afa_kernels.affinity_losses import check_labels
+from afa_kernels.ops.affinity.losses import check_labels
 
 BACKENDS = available("attention_affinity_loss")
 

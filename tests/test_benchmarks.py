@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import available, relative_error
 
-from afa_kernels import affinity_native
+from afa_kernels.ops.affinity import native as affinity_native
 
 pytest_plugins = ["benchmark_modules"]  # the fixture bench
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import afa_kernels
-from afa_kernels import _self_check
+from afa_kernels.core import self_check
 
 pytestmark = [
     pytest.mark.cuda,
@@ -210,22 +210,22 @@ def test_resident_par_takes_two_buffers_and_its_output():
 @pytest.fixture
 def nothing_is_known(monkeypatch):
     """As in a new process; the checks that are made gather in the list."""
-    made, compare = [], _self_check._compare
+    made, compare = [], self_check._compare
 
     def counted(found, *key):
         made.append(key)
         compare(found, *key)
 
-    monkeypatch.setattr(_self_check, "_proven", set())
-    monkeypatch.setattr(_self_check, "_failures", {})
-    monkeypatch.setattr(_self_check, "_compare", counted)
+    monkeypatch.setattr(self_check, "_proven", set())
+    monkeypatch.setattr(self_check, "_failures", {})
+    monkeypatch.setattr(self_check, "_compare", counted)
     monkeypatch.delenv("AFA_SELF_CHECK", raising=False)
     monkeypatch.delenv("AFA_BACKEND", raising=False)
     return made
 
 
 @pytest.mark.parametrize("backend", ["native", pytest.param("triton", marks=pytest.mark.slow)])  # compiles for long
-@pytest.mark.parametrize("operator", sorted(_self_check.samples))
+@pytest.mark.parametrize("operator", sorted(self_check.samples))
 def test_every_row_of_the_self_check_passes(operator, backend, nothing_is_known):
     able = any(row[:4] == (operator, backend, "cuda", True) for row in afa_kernels.backends())
     table = afa_kernels.self_check("cuda", [operator], backends=[backend])

@@ -16,7 +16,8 @@ from conftest import DEVICE, relative_error
 from cuda_emulator import build
 from cuda_emulator.operators import emulated
 
-from afa_kernels import _native_module, diffuse, pamr, par, par_weights
+from afa_kernels import diffuse, pamr, par, par_weights
+from afa_kernels.core import native_module
 
 pytestmark = [
     pytest.mark.cuda_emulator,
@@ -141,7 +142,7 @@ def test_half_weights_keep_to_their_budget(rng, device, either, operator):
     images, masks = torch.rand(1, 3, 25, 31, generator=rng), torch.rand(1, 4, 25, 31, generator=rng).bfloat16()
     want = operator(images, masks.float(), SIX, 10, backend="reference")
     out = torch.empty(masks.shape)  # float32, so that only the weights are rounded
-    view, native = _native_module.view, either.native
+    view, native = native_module.view, either.native
     dilations, factors = list(SIX), [0.3, 0.3, 0.01] if operator is par else []
     size = native.par_cuda_workspace(view(images), view(masks), dilations, 10, False, True, 0)
     scratch = torch.empty(max(1, size), dtype=torch.uint8)
@@ -247,7 +248,7 @@ def reserved(*shape: int) -> torch.Tensor:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")
 def test_index_arithmetic_beyond_32_bits(rng, emulator):
     """1 x 1 x 40000 x 60000: the last block alone runs, at the far end of reserved memory that nobody fills."""
-    height, width, native, view = 40_000, 60_000, emulator.native, _native_module.view
+    height, width, native, view = 40_000, 60_000, emulator.native, native_module.view
     shape = 1, 1, height, width
     weights, masks, out = reserved(1, 2, height, width), reserved(*shape), reserved(*shape)
     corner = slice(height - 64, height), slice(width - 256, width)

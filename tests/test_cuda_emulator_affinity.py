@@ -14,14 +14,8 @@ from cuda_emulator import build
 from cuda_emulator.operators import emulated
 from test_cuda_emulator import reserved
 
-from afa_kernels import (
-    _native_module,
-    affinity_from_maps,
-    affinity_loss,
-    attention_affinity_loss,
-    random_walk,
-    window_affinity,
-)
+from afa_kernels import affinity_from_maps, affinity_loss, attention_affinity_loss, random_walk, window_affinity
+from afa_kernels.core import native_module
 
 pytestmark = [
     pytest.mark.cuda_emulator,
@@ -114,7 +108,7 @@ def test_code_without_tensor_cores_gives_the_same_numbers(emulator, dtype):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")
 def test_index_arithmetic_beyond_32_bits(rng, emulator):
     """Arrays of more than 2^31 elements that nobody fills; the last block alone runs, at their far end."""
-    native, view, head = emulator.native, _native_module.view, torch.tensor([0.5, -0.25])
+    native, view, head = emulator.native, native_module.view, torch.tensor([0.5, -0.25])
     pixels, end = 48_000, 8
     maps, window = reserved(1, 1, pixels, pixels), torch.empty(1, 1, 1, pixels)
     assert maps.numel() > 2**31

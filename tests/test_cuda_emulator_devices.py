@@ -12,7 +12,8 @@ from conftest import DEVICE, relative_error
 from cuda_emulator import build
 from cuda_emulator.operators import emulated
 
-from afa_kernels import _backends, _native_module, diffuse, par, random_walk
+from afa_kernels import diffuse, par, random_walk
+from afa_kernels.core import backends, native_module
 
 pytestmark = [
     pytest.mark.cuda_emulator,
@@ -115,8 +116,8 @@ def test_two_host_threads_with_different_plans_of_one_kernel(emulator):
 @pytest.fixture
 def gpu(emulator, monkeypatch):
     """As if there were a GPU, whose driver is the emulator; nothing is launched."""
-    monkeypatch.setattr(_native_module, "native", emulator.native)
-    monkeypatch.setattr(_native_module, "_probed", {})
+    monkeypatch.setattr(native_module, "native", emulator.native)
+    monkeypatch.setattr(native_module, "_probed", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
@@ -125,46 +126,46 @@ def gpu(emulator, monkeypatch):
 
 
 def test_a_device_without_code_for_it_falls_to_triton_and_says_why(gpu, monkeypatch):
-    assert _native_module.native_can_run("par", GPU) is None
+    assert native_module.native_can_run("par", GPU) is None
     gpu.set_device(compiled=0)
-    assert _native_module.native_can_run("par", GPU) is None, "asked once for each device"
-    monkeypatch.setattr(_native_module, "_probed", {})
-    monkeypatch.setattr(_native_module, "build_info", lambda: {"cuda_archs": "80-real;90"})
+    assert native_module.native_can_run("par", GPU) is None, "asked once for each device"
+    monkeypatch.setattr(native_module, "_probed", {})
+    monkeypatch.setattr(native_module, "build_info", lambda: {"cuda_archs": "80-real;90"})
     with pytest.warns(RuntimeWarning, match="no kernel image"):
-        _native_module.native_can_run("par", GPU)
+        native_module.native_can_run("par", GPU)
     for device in (GPU, torch.device("cuda")):
-        reason = _native_module.native_can_run("par", device)
+        reason = native_module.native_can_run("par", device)
         assert "no kernel image" in reason and "80-real;90" in reason and "AFA_CUDA_ARCHS=75" in reason
-    row = next(row for row in _backends.backends() if row[:3] == ("par", "native", "cuda"))
+    row = next(row for row in backends.backends() if row[:3] == ("par", "native", "cuda"))
     assert not row.available and row.reason == reason
-    monkeypatch.setitem(_backends._registry["par"], "triton", lambda device, *tensors: None)
+    monkeypatch.setitem(backends._registry["par"], "triton", lambda device, *tensors: None)
     monkeypatch.setenv("AFA_SELF_CHECK", "0")
     tensor = type("OnGpu", (), {"device": GPU, "dtype": torch.float32, "requires_grad": False})()
-    assert _backends.choose("par", None, tensor) == "triton"
+    assert backends.choose("par", None, tensor) == "triton"
     with pytest.raises(ValueError, match="no kernel image"):
-        _backends.choose("par", "native", tensor)
+        backends.choose("par", "native", tensor)
 
 
 def test_a_driver_older_than_the_compiler_is_named(gpu, monkeypatch):
     monkeypatch.setattr(gpu.native, "cuda_probe", lambda index: (35, "CUDA driver version is insufficient"))
     monkeypatch.setattr(gpu.native, "cuda_versions", lambda: (12040, 13000))
     with pytest.warns(RuntimeWarning, match="cannot run on device 0: CUDA driver version"):
-        _native_module.native_can_run("par", GPU)
-    reason = _native_module.native_can_run("par", GPU)
+        native_module.native_can_run("par", GPU)
+    reason = native_module.native_can_run("par", GPU)
     assert "CUDA 13.0" in reason and "12.4" in reason and "update the driver" in reason
 
 
 def test_what_is_over_at_the_next_call_is_asked_again(gpu, monkeypatch):
     answers = [(2, "out of memory"), (0, "")]
     monkeypatch.setattr(gpu.native, "cuda_probe", lambda index: answers.pop(0))
-    assert _native_module.native_can_run("par", GPU) == "out of memory"
-    assert _native_module.native_can_run("par", GPU) is None
-    assert _native_module.native_can_run("par", GPU) is None and answers == []
+    assert native_module.native_can_run("par", GPU) == "out of memory"
+    assert native_module.native_can_run("par", GPU) is None
+    assert native_module.native_can_run("par", GPU) is None and answers == []
 
 
 def test_a_module_older_than_the_python_files_is_no_crash(gpu, monkeypatch):
     monkeypatch.delattr(gpu.native, "cuda_probe")
-    assert "pip install -e ." in _native_module.native_can_run("par", GPU)
+    assert "pip install -e ." in native_module.native_can_run("par", GPU)
 
 
 @pytest.mark.parametrize("name", ["par", "diffuse", "random_walk"])
@@ -172,7 +173,7 @@ def test_a_plan_that_changes_after_its_memory_was_asked_for(emulator, operators,
     """Another thread's cooperative launch was refused in between: the streamed plan needs more than there is."""
     want = operators[name]("reference")
     with emulated(emulator):
-        original, changes = _native_module.workspace, []
+        original, changes = native_module.workspace, []
 
         def allocate(size, device):
             scratch = original(size, device)
@@ -181,6 +182,6 @@ def test_a_plan_that_changes_after_its_memory_was_asked_for(emulator, operators,
                 emulator.set_device(1, 1000)  # from here on everything is streamed
             return scratch
 
-        monkeypatch.setattr(_native_module, "workspace", allocate)
+        monkeypatch.setattr(native_module, "workspace", allocate)
         assert relative_error(operators[name](), want) < 1e-5
     assert changes

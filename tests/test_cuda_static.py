@@ -17,7 +17,7 @@ from cuda_emulator.build import CSRC
 from cuda_tools import NVCC, build_backend, disassembler
 
 import afa_kernels
-from afa_kernels import _native_module
+from afa_kernels.core import native_module
 
 # Threads of a multiprocessor by architecture: Turing, Ampere, Ada, Hopper, Blackwell. 65536 registers they all have.
 THREADS = {"75": 1024, "80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048, "120": 1536}
@@ -27,7 +27,7 @@ TOOL = disassembler()
 pytestmark = [
     pytest.mark.skipif(TOOL is None, reason="no cuobjdump: install the CUDA toolkit's, or Triton"),
     pytest.mark.skipif(
-        _native_module.native is None or not _native_module.native.cuda, reason="built without the CUDA kernels"
+        native_module.native is None or not native_module.native.cuda, reason="built without the CUDA kernels"
     ),
 ]
 
@@ -68,7 +68,7 @@ def resources(binary: Path) -> list[Kernel]:
 def module() -> Path:
     if afa_kernels.build_info()["sources"] != build_backend.sources_digest():
         pytest.fail("csrc has changed since the module was built: pip install -e .")
-    return Path(_native_module.native.__file__)
+    return Path(native_module.native.__file__)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ import torch
 from rich.console import Console
 
 import afa_kernels
-from afa_kernels import _native_module, _self_check, random_walk_native
+from afa_kernels.core import native_module as _native_module
+from afa_kernels.core import self_check as _self_check
+from afa_kernels.ops.random_walk import native as random_walk_native
 from afa_model import cli, doctor
 
 

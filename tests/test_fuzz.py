@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import afa_kernels
-from afa_kernels import _native_module
-from afa_kernels.diffusion_reference import shifted
-from afa_kernels.par_reference import tap_offsets
+from afa_kernels.core import native_module
+from afa_kernels.ops.diffusion.reference import shifted
+from afa_kernels.ops.par.reference import tap_offsets
 
 pytestmark = [without_limit]
 
@@ -168,7 +168,7 @@ def modules() -> list[str]:
 
 
 def entry_points(module: str):
-    return _native_module.native if module == "native" else build.load().native
+    return native_module.native if module == "native" else build.load().native
 
 
 @pytest.mark.parametrize("module", modules())

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import afa_kernels
-from afa_kernels import _native_module, affinity_reference, random_walk_reference
+from afa_kernels.core import native_module
+from afa_kernels.ops.affinity import reference as affinity_reference
 
 pytestmark = [without_limit]
 
@@ -44,7 +45,7 @@ def walk_sizes(affinity, cams, grad, radius, power, steps, eps, present):
     column = F.fold(powered.detach().flatten(2), affinity.shape[2:], kernel_size=2 * radius + 1, padding=radius) + eps
     column.requires_grad_()
     cams = cams.double().abs().requires_grad_()
-    offsets, weights, out, most = random_walk_reference.window_offsets(radius), powered / column, cams, [powered.max()]
+    offsets, weights, out, most = affinity_reference.window_offsets(radius), powered / column, cams, [powered.max()]
     for _ in range(steps):  # divided by the columns' sums before or after
         most.append(powered.max() * out.max())
         out = afa_kernels.diffuse(weights, out, offsets, 1, "zero", present, backend="reference")
@@ -255,7 +256,7 @@ def test_workspace_sizes_are_64_bit(data):
     height, width = draw.integer("h", 1, 40_000), draw.integer("w", 1, 60_000)
     heads, depth, radius = draw.integer("heads", 1, 64), draw.integer("d", 1, 64), draw.integer("radius", 0, 16)
     channels, power = draw.integer("C", 1, 200), draw.choice("power", [1.0, 2.0, 2.5])
-    native = _native_module.native
+    native = native_module.native
 
     def sizes(height: int, channels: int) -> list[int]:
         pixels, side = height * width, 2 * radius + 1

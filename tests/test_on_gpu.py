@@ -253,7 +253,7 @@ def test_a_gpu_without_a_checker_is_no_success(machine):
 
 def test_every_kernel_has_the_name_that_the_checkers_watch_for():
     """A kernel outside namespace afa would be checked by nobody."""
-    native = afa_kernels._native_module.native
+    native = afa_kernels.core.native_module.native
     if native is None or not native.cuda:
         pytest.skip("no CUDA kernels were built")
     mangled = set(re.findall(rb"_Z[\w.$]+", Path(native.__file__).read_bytes()))

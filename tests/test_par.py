@@ -125,7 +125,7 @@ def test_every_instruction_set_gives_the_reference(isa):
     """The instruction set is chosen once per process, so each runs in one of its own."""
     program = """
 import torch, afa_kernels
-from afa_kernels._native_module import native
+from afa_kernels.core.native_module import native
 from every_operator import everything
 images, masks = torch.rand(2, 3, 21, 45), torch.rand(2, 7, 21, 45)
 grad = torch.rand(2, 7, 21, 45)
@@ -150,7 +150,7 @@ print(native.cpu_isa())
     env = {**os.environ, "AFA_CPU_ISA": isa, "AFA_TEST_DEVICE": "cpu", "PYTHONPATH": folders}
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    from afa_kernels._native_module import native
+    from afa_kernels.core.native_module import native
 
     ranks = ["baseline", "avx2", "avx512"]
     assert run.stdout.strip() == ranks[min(ranks.index(isa), ranks.index(native.cpu_isa()))]

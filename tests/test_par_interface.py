@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import pickletools
 import threading
 
 import pytest
 import torch
-from conftest import DEVICE, available
+from conftest import DEVICE, ROOT, available
 from par_cases import inputs, on_device
 
 import afa_kernels
-from afa_kernels import PAMR, PAR, _backends, pamr, par, par_reference
+from afa_kernels import PAMR, PAR, pamr, par
+from afa_kernels.core import backends
+from afa_kernels.ops.par import reference as par_reference
 
 BACKENDS = available("par")
 FAST = BACKENDS[1:]
@@ -103,9 +107,9 @@ def test_use_backend_reaches_compiled_code_and_this_thread_only(rng):
     with afa_kernels.use_backend("reference"):
         with afa_kernels.use_backend("native"):
             pass
-        assert _backends.choose("par", None, images) == "reference"
+        assert backends.choose("par", None, images) == "reference"
         found = []
-        thread = threading.Thread(target=lambda: found.append(_backends.choose("par", None, images)))
+        thread = threading.Thread(target=lambda: found.append(backends.choose("par", None, images)))
         thread.start(), thread.join()
         assert found == ["native"]
         assert torch.equal(compiled(images, masks), par(images, masks, (1,), 1, backend="reference"))
@@ -181,3 +185,24 @@ def test_published_kernels_pick_the_neighbours(rng):
     image = torch.rand(1, 1, 7, 7, generator=rng)
     picked = torch.nn.functional.conv2d(image, PAR([1], 1).kernel)
     assert torch.equal(picked, par_reference.shifted(image, par_reference.tap_offsets([1]))[:, 0, :, 1:-1, 1:-1])
+
+
+def test_pickles_of_whole_modules_name_public_classes_only():
+    strings = [text for _, text, _ in pickletools.genops(pickle.dumps([PAR([1], 1), PAMR()])) if isinstance(text, str)]
+    ours = [(text, name) for text, name in zip(strings, strings[1:]) if text.startswith("afa_kernels")]
+    assert ours == [("afa_kernels", "PAR")] and "PAMR" in strings  # the text "afa_kernels" is written once
+    for name in afa_kernels.__all__:
+        assert getattr(getattr(afa_kernels, name), "__qualname__", name) == name
+        if isinstance(getattr(afa_kernels, name), type):
+            assert getattr(afa_kernels, name).__module__ == "afa_kernels"
+
+
+def test_pickles_of_whole_modules_written_before_still_load(rng):
+    """golden/modules.pkl: [PAR([1, 2], 3), PAMR(2, [1])], written when they lived in afa_kernels/par_modules.py."""
+    recorded = (ROOT / "tests" / "golden" / "modules.pkl").read_bytes()
+    assert b"afa_kernels.par_modules" in recorded and b"_Kernel" in recorded
+    images, masks = inputs(rng, 1, 2, 9, 10)
+    for old, new in zip(pickle.loads(recorded), (PAR([1, 2], 3), PAMR(2, [1]))):
+        assert type(old) is type(new) and list(old.state_dict()) == list(new.state_dict())
+        assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())
+        assert torch.equal(old(images, masks), new(images, masks))

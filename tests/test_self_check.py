@@ -23,10 +23,13 @@ from self_checking import (  # noqa: F401 (fixtures)
 )
 
 import afa_kernels
-from afa_kernels import _backends, _native_module, _self_check, affinity_native, random_walk, random_walk_native
+from afa_kernels import random_walk
+from afa_kernels.core import backends, native_module, self_check
+from afa_kernels.ops.affinity import native as affinity_native
+from afa_kernels.ops.random_walk import native as random_walk_native
 
 pytestmark = [
-    pytest.mark.skipif(_native_module.native is None, reason="no native module"),
+    pytest.mark.skipif(native_module.native is None, reason="no native module"),
     pytest.mark.usefixtures("nothing_is_known"),
 ]
 
@@ -52,18 +55,18 @@ def test_cases_differentiate_every_input_and_go_where_kernels_have_gone_wrong():
     def draw(*shape):
         return torch.rand(shape)
 
-    for operator, samples in _self_check.samples.items():
+    for operator, samples in self_check.samples.items():
         made = samples(draw)
         floats = {name for sample in made for name, value in {**sample.tensors, **sample.options}.items()
                   if isinstance(value, torch.Tensor) and value.is_floating_point()}  # fmt: skip
         assert floats == {name for sample in made for name in sample.gradients}, operator
-    flat, mixed = _self_check.odd_image(draw, 8, 19)
+    flat, mixed = self_check.odd_image(draw, 8, 19)
     for region, value in ((flat, flat[:, :1, :1]), (mixed[:, :4, :9], 0.3), (mixed[:, 4:, 9:], 1.0)):
         assert ((region != torch.as_tensor(value)).sum((1, 2)) == 1).all()
 
 
 def test_cases_call_every_kernel(monkeypatch):
-    native, called = _native_module.native, set()
+    native, called = native_module.native, set()
     kernels = {name for name in dir(native) if name.endswith("_cpu") and name != "openmp_cpu"}
     for name in kernels:
         kernel = getattr(native, name)
@@ -74,7 +77,7 @@ def test_cases_call_every_kernel(monkeypatch):
 
 @pytest.mark.cuda_emulator
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("operator", sorted(_self_check.samples))
+@pytest.mark.parametrize("operator", sorted(self_check.samples))
 def test_cases_are_passed_by_the_emulated_cuda_kernels(operator):
     """Where the tolerances have to hold: on tensor cores, with weights and gradients in half precision."""
     with emulated(build.load(build.kinds()[-1])):  # products fused into sums, as on a GPU
@@ -121,23 +124,23 @@ def test_a_gradient_for_the_head_alone_asks_for_the_backward(checks, monkeypatch
         "attention_affinity_loss": lambda *head: afa_kernels.attention_affinity_loss(query, query, *head, labels, 1),
     }.items():
         for arguments, asked in (((bias, bias), False), ((head, bias), True), ((bias, head), True)):
-            _self_check._proven.clear()
+            self_check._proven.clear()
             call(*arguments)
             assert [(key[0], key[-1]) for key in checks] == [(name, asked)]
             checks.clear()
 
 
 def test_the_cpu_need_not_prove_itself(monkeypatch):
-    monkeypatch.setattr(_self_check, "_compare", None)
+    monkeypatch.setattr(self_check, "_compare", None)
     break_kernel(monkeypatch, random_walk_native, "random_walk", lambda out: out * 1.01)
     with silence():
         assert relative_error(walk(), walk("reference")) > 5e-3
-    assert _self_check.proven("random_walk", "native", CPU, FLOAT, FLOAT, False)  # nothing is asked again
+    assert self_check.proven("random_walk", "native", CPU, FLOAT, FLOAT, False)  # nothing is asked again
 
 
 def test_a_gpu_has_to():
-    assert all(_self_check.concerns(backend, torch.device("cuda", 1)) for backend in ("native", "triton"))
-    assert not _self_check.concerns("native", CPU)
+    assert all(self_check.concerns(backend, torch.device("cuda", 1)) for backend in ("native", "triton"))
+    assert not self_check.concerns("native", CPU)
 
 
 # --- a kernel that is wrong -------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def test_a_wrong_gradient_shows_when_gradients_are_asked_for_and_counts_for_all(
     break_kernel(monkeypatch, random_walk_native, "random_walk_affinity_gradient", lambda out: out * 1.01)
     with silence():
         walk()
-        assert _backends.choose("random_walk", None, *walk_inputs()) == "native"
+        assert backends.choose("random_walk", None, *walk_inputs()) == "native"
     reason = r"float32 backward differs from the reference by 0\.01 \(allowed 0\.0001\), the gradient of affinity in"
     with pytest.warns(RuntimeWarning, match=reason):
         affinity, cams = walk_inputs(gradients=True)
@@ -185,9 +188,9 @@ def test_a_wrong_gradient_shows_when_gradients_are_asked_for_and_counts_for_all(
     random_walk(*again, 1, backend="reference").sum().backward()
     assert torch.equal(affinity.grad, again[0].grad)
     with silence():
-        assert _backends.choose("random_walk", None, *walk_inputs()) == "reference"
+        assert backends.choose("random_walk", None, *walk_inputs()) == "reference"
     monkeypatch.setattr(random_walk_native, "random_walk_affinity_gradient", gradient)
-    assert _backends.choose("random_walk", None, *walk_inputs()) == "reference"  # one verdict for the process
+    assert backends.choose("random_walk", None, *walk_inputs()) == "reference"  # one verdict for the process
 
 
 def test_a_wrong_forward_shows_also_where_its_gradient_is_right(checks, monkeypatch):
@@ -220,7 +223,7 @@ def test_a_count_has_to_be_exact(checks, monkeypatch):
     kernel = affinity_native.affinity_loss
     monkeypatch.setattr(affinity_native, "affinity_loss", one_more)
     for dtype in (FLOAT, torch.bfloat16):
-        _self_check._failures.clear()
+        self_check._failures.clear()
         with pytest.warns(RuntimeWarning, match="forward differs from the reference by .*, result 2 of affinity_loss"):
             afa_kernels.affinity_loss(torch.rand(1, 9, 2, 3).to(dtype), torch.zeros(1, 2, 3, dtype=torch.long), 1)
 
@@ -238,8 +241,8 @@ def test_a_wrong_dtype_rules_out_the_right_ones(monkeypatch, checks):
     with pytest.warns(RuntimeWarning):
         table = afa_kernels.self_check("cpu", ["random_walk"])
     assert {row.dtype for row in table if not row.ok} == {"float32"}
-    assert _self_check.failure("random_walk", "native", CPU).startswith("self check failed: float32 forward ")
-    assert _backends.choose("random_walk", None, *walk_inputs(torch.bfloat16)) == "reference"
+    assert self_check.failure("random_walk", "native", CPU).startswith("self check failed: float32 forward ")
+    assert backends.choose("random_walk", None, *walk_inputs(torch.bfloat16)) == "reference"
 
 
 @pytest.mark.parametrize("said", ["0", "off", "False", "NO"])
@@ -252,7 +255,7 @@ def test_it_can_be_turned_off(said, broken, checks, monkeypatch):
     with pytest.warns(RuntimeWarning):
         walk()
     monkeypatch.setenv("AFA_SELF_CHECK", said)
-    assert _backends.choose("random_walk", None, *walk_inputs()) == "native"
+    assert backends.choose("random_walk", None, *walk_inputs()) == "native"
     assert all(row.available for row in afa_kernels.backends() if row[1:3] == ("native", "cpu"))
     assert not afa_kernels.self_check("cpu", ["random_walk"], as_needed=True)
 
@@ -274,7 +277,7 @@ def test_what_says_nothing_about_the_kernel_is_no_verdict(error, checks, monkeyp
     monkeypatch.setattr(random_walk_native, "random_walk", fail)
     with silence():
         for _ in range(2):
-            assert _backends.choose("random_walk", None, *walk_inputs()) == "native"
+            assert backends.choose("random_walk", None, *walk_inputs()) == "native"
         assert len(checks) == 2
         monkeypatch.setattr(random_walk_native, "random_walk", kernel)
         walk(), walk()
@@ -304,14 +307,14 @@ def test_a_second_look_replaces_the_first(checks, monkeypatch):
     monkeypatch.setattr(random_walk_native, "random_walk", kernel)
     with silence():
         assert all(row.ok for row in afa_kernels.self_check("cpu", ["random_walk"]))
-        assert _backends.choose("random_walk", None, *walk_inputs()) == "native"
+        assert backends.choose("random_walk", None, *walk_inputs()) == "native"
         checks.clear()
         walk(), walk(gradients=True), walk(dtype=torch.bfloat16)
     assert not checks
     break_kernel(monkeypatch, random_walk_native, "random_walk", lambda out: out * 1.01)
     with pytest.warns(RuntimeWarning):
         afa_kernels.self_check("cpu", ["random_walk"], [FLOAT])
-    assert _backends.choose("random_walk", None, *walk_inputs(torch.bfloat16)) == "reference"
+    assert backends.choose("random_walk", None, *walk_inputs(torch.bfloat16)) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def test_what_is_not_known_is_named(arguments, named):
 
 
 def test_where_only_the_reference_runs_there_is_nothing_to_check(monkeypatch):
-    monkeypatch.setitem(_backends._registry, "par", {"native": lambda *_: "none", "triton": lambda *_: "none"})
+    monkeypatch.setitem(backends._registry, "par", {"native": lambda *_: "none", "triton": lambda *_: "none"})
     assert str(afa_kernels.self_check("cpu", ["par"])) == "nothing to check: only the reference can run"
 
 

@@ -24,10 +24,12 @@ from self_checking import (  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import afa_kernels
-from afa_kernels import _backends, _native_module, _self_check, random_walk, random_walk_native
+from afa_kernels import random_walk
+from afa_kernels.core import backends, native_module, self_check
+from afa_kernels.ops.random_walk import native as random_walk_native
 
 pytestmark = [
-    pytest.mark.skipif(_native_module.native is None, reason="no native module"),
+    pytest.mark.skipif(native_module.native is None, reason="no native module"),
     pytest.mark.usefixtures("nothing_is_known"),
 ]
 
@@ -70,8 +72,8 @@ CALLERS = {
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_what_holds_for_the_caller_does_not_reach_the_check(caller, gradients, checks, monkeypatch):
-    inputs, samples, drawn = walk_inputs(gradients=gradients), _self_check.samples["random_walk"], []
-    monkeypatch.setitem(_self_check.samples, "random_walk", lambda draw: drawn.append(draw(1)) or samples(draw))
+    inputs, samples, drawn = walk_inputs(gradients=gradients), self_check.samples["random_walk"], []
+    monkeypatch.setitem(self_check.samples, "random_walk", lambda draw: drawn.append(draw(1)) or samples(draw))
     if caller == "deterministic":
         torch.use_deterministic_algorithms(True)
     state = torch.get_rng_state()
@@ -81,7 +83,7 @@ def test_what_holds_for_the_caller_does_not_reach_the_check(caller, gradients, c
     assert torch.equal(torch.get_rng_state(), state)
     asked = gradients and caller not in ("inference mode", "no grad")
     assert [key[-1] for key in checks] == [asked]
-    assert _self_check.proven("random_walk", "native", CPU, FLOAT, FLOAT, asked)
+    assert self_check.proven("random_walk", "native", CPU, FLOAT, FLOAT, asked)
     assert [(tensor.dtype, tensor.device) for tensor in drawn] == [(FLOAT, CPU)]
 
 
@@ -156,7 +158,7 @@ def test_compiled_code_says_so_where_a_backend_is_forced(broken):
 
 
 def test_two_threads_make_one_check_and_both_wait_for_it(broken, checks, monkeypatch):
-    counted, threads, answers = _self_check._compare, 4, []
+    counted, threads, answers = self_check._compare, 4, []
     barrier = threading.Barrier(threads)
 
     def slow(found, *key):
@@ -165,9 +167,9 @@ def test_two_threads_make_one_check_and_both_wait_for_it(broken, checks, monkeyp
 
     def first_call():
         barrier.wait()
-        answers.append(_backends.choose("random_walk", None, *walk_inputs()))
+        answers.append(backends.choose("random_walk", None, *walk_inputs()))
 
-    monkeypatch.setattr(_self_check, "_compare", slow)
+    monkeypatch.setattr(self_check, "_compare", slow)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         running = [threading.Thread(target=first_call) for _ in range(threads)]
@@ -194,10 +196,10 @@ def gpus(monkeypatch):
         reason = wrong.get((backend, device.index))
         found[:] = 0.0, 1e-4, reason, True
 
-    monkeypatch.setattr(_self_check, "_compare", compare)
+    monkeypatch.setattr(self_check, "_compare", compare)
     able = dict.fromkeys(("native", "triton"), lambda device, *tensors: None)
-    monkeypatch.setattr(_backends, "_registry", {"toy": able})
-    monkeypatch.setitem(_self_check.samples, "toy", lambda draw: [])
+    monkeypatch.setattr(backends, "_registry", {"toy": able})
+    monkeypatch.setitem(self_check.samples, "toy", lambda draw: [])
     return wrong
 
 
@@ -214,7 +216,7 @@ def test_a_gpu_is_checked_on_a_stream_of_its_own_and_unwatched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a new stream of {device}")
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "stream", current)
-    with pytest.raises(KeyError), _self_check._on(gpu):
+    with pytest.raises(KeyError), self_check._on(gpu):
         assert events == [gpu, "a new stream of cuda:1"] and watched == [2, 0]
         raise KeyError
     assert watched == [2, 0, 2]
@@ -223,23 +225,23 @@ def test_a_gpu_is_checked_on_a_stream_of_its_own_and_unwatched(monkeypatch):
 def test_the_next_backend_is_taken_on_that_device(gpus):
     gpus["native", 0] = "float32 forward is not finite"
     with pytest.warns(RuntimeWarning, match="native backend of toy is not used on cuda:0: self check failed"):
-        assert _backends.choose("toy", None, on_gpu(0)) == "triton"
+        assert backends.choose("toy", None, on_gpu(0)) == "triton"
     with silence():
-        assert _backends.choose("toy", None, on_gpu(0)) == "triton"
-        assert _backends.choose("toy", None, on_gpu(1)) == "native"
+        assert backends.choose("toy", None, on_gpu(0)) == "triton"
+        assert backends.choose("toy", None, on_gpu(1)) == "native"
     gpus["triton", 0] = "RuntimeError: Triton Error [CUDA]: device kernel image is invalid"
     with pytest.warns(RuntimeWarning, match="triton backend of toy is not used on cuda:0"):
-        assert _backends.choose("toy", None, on_gpu(0, requires_grad=True)) == "reference"
+        assert backends.choose("toy", None, on_gpu(0, requires_grad=True)) == "reference"
     with silence():
-        assert _backends.choose("toy", None, on_gpu(0)) == "reference"
-        assert _backends.choose("toy", None, on_gpu(1)) == "native"
+        assert backends.choose("toy", None, on_gpu(0)) == "reference"
+        assert backends.choose("toy", None, on_gpu(1)) == "native"
 
 
 def test_the_row_of_cuda_speaks_of_the_current_device(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpus["native", 1] = "float32 forward is not finite"
     with pytest.warns(RuntimeWarning):
-        _backends.choose("toy", None, on_gpu(1))
+        backends.choose("toy", None, on_gpu(1))
     for index, reason in ((0, ""), (1, "self check failed: float32 forward is not finite")):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: index)  # noqa: B023
         (row,) = (row for row in afa_kernels.backends() if row[:3] == ("toy", "native", "cuda"))
@@ -261,10 +263,10 @@ def test_up_front_as_needed_goes_down_to_the_first_that_passes(gpus, monkeypatch
         found = check(0)
     assert len(caught) == 1 and [row[0] for row in found] == ["native", "native", "triton", "triton"]
     with silence():
-        assert check(0) == [] and _backends.choose("toy", None, on_gpu(0)) == "triton"
+        assert check(0) == [] and backends.choose("toy", None, on_gpu(0)) == "triton"
         assert afa_kernels.self_check("cpu", as_needed=True) == []
         monkeypatch.setenv("AFA_BACKEND", "triton")
-        _self_check._proven.clear()
+        self_check._proven.clear()
         assert {row[0] for row in check(1)} == {"triton"}
 
 

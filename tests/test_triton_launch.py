@@ -15,16 +15,17 @@ import afa_kernels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 if importlib.util.find_spec("triton") is not None:
-    from afa_kernels import _triton_launch
+    from afa_kernels.core import triton_launch
 
 
 @pytest.fixture
 def tables(monkeypatch):
     """Tables of this test alone, in every module that asks for one."""
-    from afa_kernels import diffusion_triton, par_triton
+    from afa_kernels.ops.diffusion import triton_impl as diffusion_triton
+    from afa_kernels.ops.par import triton_impl as par_triton
 
-    fresh = _triton_launch._Tables()
-    for module in (_triton_launch, diffusion_triton, par_triton):
+    fresh = triton_launch._Tables()
+    for module in (triton_launch, diffusion_triton, par_triton):
         monkeypatch.setattr(module, "table", fresh.get)
     return fresh
 
@@ -48,7 +49,7 @@ def test_every_launch_has_the_device_of_its_tensors(monkeypatch):
         launches.append(current[-1:] == [torch.device("cpu")])
         return launch(self, *args, **kwargs)
 
-    monkeypatch.setattr(_triton_launch, "_current", guard)
+    monkeypatch.setattr(triton_launch, "_current", guard)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
     with afa_kernels.use_backend("triton"):
         smallest()
@@ -87,7 +88,7 @@ def gpu(monkeypatch):
     for name in ("tensor", "empty"):
         make = getattr(torch, name)
         monkeypatch.setattr(
-            _triton_launch.torch, name, lambda *args, make=make, device, **options: make(*args, **options)
+            triton_launch.torch, name, lambda *args, make=make, device, **options: make(*args, **options)
         )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
 
@@ -118,7 +119,7 @@ def test_a_capture_uses_what_its_warm_up_left_and_copies_nothing(gpu, tables, mo
 
 
 def test_tables_make_room_but_for_those_of_a_graph(gpu, tables, monkeypatch):
-    monkeypatch.setattr(_triton_launch, "MOST_TABLES", 3)
+    monkeypatch.setattr(triton_launch, "MOST_TABLES", 3)
     kept = gpu.get(tables, 0)
     gpu.capturing = True
     gpu.get(tables, 0)

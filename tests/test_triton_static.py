@@ -35,7 +35,7 @@ def compiled(*arguments: str) -> list[dict]:
 @pytest.mark.parametrize("capability", ["80", "90", pytest.param("120", marks=pytest.mark.slow)])
 def test_every_kernel_compiles_fits_and_stays_in_registers(capability):
     kernels = compiled(capability, *["--all"] * (capability == "90"))
-    sources = "\n".join(path.read_text() for path in Path(ROOT, "afa_kernels").glob("*_triton*.py"))
+    sources = "\n".join(path.read_text() for path in Path(ROOT, "afa_kernels", "ops").rglob("triton_*.py"))
     launched = set(re.findall(r"\b(_\w+)\[.*?\]\(", sources))
     assert launched and launched == {kernel["name"] for kernel in kernels}
     assert [kernel for kernel in kernels if kernel["shared"] > SHARED[capability]] == []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import afa_kernels
-from afa_kernels import _native_module
+from afa_kernels.core import native_module
 
 from .build import Emulator
 
@@ -16,9 +16,9 @@ from .build import Emulator
 @contextmanager
 def emulated(emulator: Emulator, order: int = 0) -> Iterator[Emulator]:
     """Within the block the native backend runs the CUDA sources, emulated, threads and blocks in this order."""
-    original = _native_module.native
+    original = native_module.native
     emulator.set_order(order)
-    with mock.patch.multiple(_native_module, on_cuda=lambda tensor: True, cuda_stream=lambda device: (0, 0)):
+    with mock.patch.multiple(native_module, on_cuda=lambda tensor: True, cuda_stream=lambda device: (0, 0)):
         patches = [
             mock.patch.object(module, "native", emulator.native)
             for name, module in list(sys.modules.items())

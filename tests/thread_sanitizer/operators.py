@@ -20,7 +20,7 @@ if __name__ == "__main__" and sys.argv[2:] == ["race"]:  # PyTorch takes ten sec
 import torch
 from every_operator import everything
 
-from afa_kernels import _native_module
+from afa_kernels.core import native_module
 
 
 def load(library: str):
@@ -43,7 +43,7 @@ class Recorded:
 
 def main(library: str) -> None:
     torch.set_num_threads(1)
-    module, original = load(library), _native_module.native
+    module, original = load(library), native_module.native
     recorded = Recorded(module)
     for name, loaded in list(sys.modules.items()):
         if name.startswith("afa_kernels") and getattr(loaded, "native", None) is original:

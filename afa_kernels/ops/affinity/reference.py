@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import torch
 
+from ..diffusion.reference import shifted
+
+
+def window_offsets(radius: int) -> list[tuple[int, int]]:
+    """(dy, dx) of every tap of the window, row-major."""
+    steps = range(-radius, radius + 1)
+    return [(dy, dx) for dy in steps for dx in steps]
+
 
 def window_neighbours(
     height: int, width: int, radius: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The pixel that each tap of each pixel reaches, [taps, N] int64, and whether it exists, [taps, N] bool.
 
-    Taps run row-major over (dy, dx) from (-radius, -radius). Outside the image the index is N, one past the
-    last pixel.
+    Taps run row-major over (dy, dx) from (-radius, -radius); a pixel that does not exist has index 0.
     """
-    step = torch.arange(-radius, radius + 1, device=device)
-    y = torch.arange(height, device=device) + step[:, None]  # [side, h]
-    x = torch.arange(width, device=device) + step[:, None]  # [side, w]
-    inside = ((y >= 0) & (y < height))[:, None, :, None] & ((x >= 0) & (x < width))[None, :, None, :]
-    index = torch.where(inside, y[:, None, :, None] * width + x[None, :, None, :], height * width)
-    taps = (2 * radius + 1) ** 2
-    return index.reshape(taps, -1), inside.reshape(taps, -1)
+    numbered = torch.arange(1, height * width + 1, device=device).view(1, 1, height, width)
+    reached = shifted(numbered, window_offsets(radius), "zero").flatten(3)[0, 0]  # 0 is outside
+    return (reached - 1).clamp(min=0), reached > 0
 
 
 def window_mask(height: int, width: int, radius: int, device: torch.device | None = None) -> torch.Tensor:
@@ -41,20 +44,8 @@ def window_mask(height: int, width: int, radius: int, device: torch.device | Non
 def dense_to_window(dense: torch.Tensor, height: int, width: int, radius: int) -> torch.Tensor:
     """[B, N, N] -> [B, taps, h, w]; 0 where the neighbour is outside the image."""
     index, inside = window_neighbours(height, width, radius, dense.device)
-    index = torch.where(inside, index, 0).t().expand(dense.shape[0], -1, -1)  # [B, N, taps]
-    window = dense.gather(2, index).transpose(1, 2)
-    return torch.where(inside, window, 0).unflatten(2, (height, width))
-
-
-def window_to_dense(affinity: torch.Tensor, radius: int) -> torch.Tensor:
-    """[B, taps, h, w] -> [B, N, N]; 0 outside the window."""
-    batch, _, height, width = affinity.shape
-    count = height * width
-    index, _ = window_neighbours(height, width, radius, affinity.device)
-    # A column more than there are pixels takes what points outside the image.
-    dense = affinity.new_zeros(batch, count, count + 1)
-    dense = dense.scatter(2, index.t().expand(batch, -1, -1), affinity.flatten(2).transpose(1, 2))
-    return dense[:, :, :count].contiguous()
+    own = torch.arange(height * width, device=dense.device)
+    return torch.where(inside, dense[:, own, index], 0).unflatten(2, (height, width))
 
 
 def dense_affinity(maps: torch.Tensor, head_weight: torch.Tensor, head_bias: torch.Tensor) -> torch.Tensor:
@@ -118,7 +109,7 @@ def affinity_loss(
     batch, _, height, width = affinity.shape
     index, inside = window_neighbours(height, width, radius, affinity.device)
     own = labels.reshape(batch, 1, -1)
-    other = own[:, 0, torch.where(inside, index, 0)]  # [B, taps, N]
+    other = own[:, 0, index]  # [B, taps, N]
     dtype = torch.promote_types(affinity.dtype, torch.float32)
     return _loss(affinity.to(dtype).flatten(2), own, other, inside)
 

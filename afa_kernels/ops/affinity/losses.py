@@ -11,21 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, affinity_reference
-from ._checks import check_int, check_same_device, check_tensor
-from ._self_check import Draw, Sample
-from .affinity import (
-    HEAD,
-    INTEGERS,
-    check_head,
-    check_query_key,
-    check_window,
-    fake_gradients,
-    gradients,
-    implementation,
-    register,
-    sample_attention,
-)
+from ...core import backends
+from ...core.checks import INTEGERS, check_int, check_same_device, check_tensor, check_window
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample
+from . import reference
+from .functional import HEAD, check_head, check_query_key, fake_gradients, gradients, sample_attention
 
 # --- checks -----------------------------------------------------------------------------------------------
 
@@ -85,9 +76,9 @@ def affinity_loss(
     check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=batch, h=height, w=width)
     check_same_device(affinity, "affinity", labels=labels)
     labels = check_labels(labels, ignore_index)
-    chosen = _backends.choose("affinity_loss", backend, affinity)
+    chosen = backends.choose("affinity_loss", backend, affinity)
     if chosen == "reference":
-        return affinity_reference.affinity_loss(affinity, labels, radius)
+        return reference.affinity_loss(affinity, labels, radius)
     return torch.ops.afa.affinity_loss(affinity, labels, radius, chosen)
 
 
@@ -123,11 +114,11 @@ def attention_affinity_loss(
     check_same_device(query, "query", labels=labels)
     head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
     labels = check_labels(labels, ignore_index)
-    chosen = _backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
+    chosen = backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
     inputs = query, key, head_weight, head_bias, labels, radius
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            return affinity_reference.attention_affinity_loss(*inputs)
+            return reference.attention_affinity_loss(*inputs)
     return torch.ops.afa.attention_affinity_loss(*inputs, chosen)
 
 
@@ -143,7 +134,7 @@ def _fake_loss(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _affinity_loss(
     affinity: Tensor, labels: Tensor, radius: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(backend).affinity_loss(affinity, labels, radius)
+    return implementation(__package__, backend).affinity_loss(affinity, labels, radius)
 
 
 @_affinity_loss.register_fake
@@ -161,7 +152,8 @@ def _attention_affinity_loss(
     radius: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(backend).attention_affinity_loss(query, key, head_weight, head_bias, labels, radius)
+    kernels = implementation(__package__, backend)
+    return kernels.attention_affinity_loss(query, key, head_weight, head_bias, labels, radius)
 
 
 @_attention_affinity_loss.register_fake
@@ -182,7 +174,7 @@ def _affinity_loss_gradient(
     radius: int,
     backend: str,
 ) -> Tensor:
-    kernels = implementation(backend)
+    kernels = implementation(__package__, backend)
     return kernels.affinity_loss_backward(affinity, labels, grad, pos_count, neg_count, radius)
 
 
@@ -217,7 +209,7 @@ def _attention_affinity_loss_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, wanted
-    return implementation(backend).attention_affinity_loss_backward(*inputs)
+    return implementation(__package__, backend).attention_affinity_loss_backward(*inputs)
 
 
 @_attention_affinity_loss_gradients.register_fake
@@ -257,5 +249,5 @@ def _attention_samples(draw: Draw) -> list[Sample]:
     return [Sample(attention_affinity_loss, tensors, options, (*tensors, *HEAD))]
 
 
-register("affinity_loss", _loss_samples)
-register("attention_affinity_loss", _attention_samples)
+backends.register("affinity_loss", _loss_samples)
+backends.register("attention_affinity_loss", _attention_samples)

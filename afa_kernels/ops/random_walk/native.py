@@ -1,12 +1,12 @@
-"""The native kernels of the random walk, called: what `random_walk` registers as its ``native`` backend."""
+"""The native kernels of the random walk, called: the ``native`` backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _native_module
-from ._native_module import address, native, run_planned, view, workspace
+from ...core import native_module
+from ...core.native_module import address, native, run_planned, view, workspace
 
 
 def random_walk(
@@ -21,8 +21,8 @@ def random_walk(
 ) -> Tensor:
     out = torch.empty(cams.shape, dtype=cams.dtype, device=cams.device)
     tensors = view(affinity), view(cams)
-    if _native_module.on_cuda(cams):
-        place = _native_module.cuda_stream(cams.device)
+    if native_module.on_cuda(cams):
+        place = native_module.cuda_stream(cams.device)
         kept = None if class_mask is None else class_mask.contiguous()
         options = radius, power, eps, address(kept), num_steps, transpose
         run_planned(
@@ -44,8 +44,8 @@ def random_walk_affinity_gradient(
 ) -> Tensor:
     out = torch.empty(affinity.shape, dtype=affinity.dtype, device=affinity.device)
     tensors = view(affinity), view(states)
-    if _native_module.on_cuda(affinity):
-        place = _native_module.cuda_stream(affinity.device)
+    if native_module.on_cuda(affinity):
+        place = native_module.cuda_stream(affinity.device)
         size = native.random_walk_affinity_gradient_cuda_workspace(view(affinity), radius)
         scratch = workspace(size, affinity.device)
         options = radius, power, eps, scratch.data_ptr()

@@ -1,4 +1,4 @@
-"""The Triton kernels of the affinity; `affinity_triton` launches them.
+"""The Triton kernels of the affinity; `triton_impl` launches them.
 
 The grid of pixels is cut into tiles of 8 x 8, and the band into pairs of tiles: a tile, and one of its neighbours
 below or to the right. `_pairs` multiplies the 64 x 64 scores of one pair, both orders at once, and finishes them in

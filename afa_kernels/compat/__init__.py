@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .par_modules import PAMR, PAR
+from ..ops.par import PAMR, PAR
 
 
 class Replacement(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch  # before the native module: both then share one OpenMP runtime and one thread pool
 
-from ._tracing import constant_when_traced
+from .tracing import constant_when_traced
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -103,7 +103,7 @@ def cuda_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
 
 
 def native_can_run(operator: str, device: torch.device, *tensors: torch.Tensor) -> str | None:
-    """Why the native backend cannot run an operator on a device, or None: the predicate most operators register."""
+    """Why the native backend cannot run an operator on a device, or None."""
     if device.type == "cpu":
         reason = cpu_reason(*tensors)
     elif device.type == "cuda":
@@ -154,6 +154,11 @@ def workspace(size: int, device: torch.device) -> torch.Tensor:
     if kept is None or kept.numel() < size:
         kept = _scratch.kept = torch.empty(size, dtype=torch.uint8)
     return kept
+
+
+def forget_scratch() -> None:
+    """Frees what this thread has kept."""
+    _scratch.__dict__.clear()
 
 
 def run_planned(device: torch.device, size: Callable[[], int], run: Callable[[tuple[int, int]], None]) -> None:

@@ -12,12 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backends, _native_module, random_walk_native, random_walk_reference
-from ._checks import FLOATS, check_class_mask, check_float, check_int, check_same_device, check_tensor
-from ._self_check import Draw, Sample
-from .affinity import INTEGERS, check_window
+from ...core import backends
+from ...core.checks import (
+    FLOATS,
+    INTEGERS,
+    check_class_mask,
+    check_float,
+    check_int,
+    check_same_device,
+    check_tensor,
+    check_window,
+)
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample
+from . import reference
 
 # --- checks -------------------------------------------------------------------------------------------------
 
@@ -67,11 +78,11 @@ def random_walk(
     radius, power, eps = _check(affinity, cams, radius, power, eps)
     num_steps = check_int(num_steps, "num_steps", 0)
     check_class_mask(class_mask, cams, "cams")
-    chosen = _backends.choose("random_walk", backend, affinity, cams)
+    chosen = backends.choose("random_walk", backend, affinity, cams)
     inputs = affinity, cams, radius, power, num_steps, eps, class_mask
     if chosen == "reference":
         with torch.autocast(cams.device.type, enabled=False):
-            return random_walk_reference.random_walk(*inputs)
+            return reference.random_walk(*inputs)
     return torch.ops.afa.random_walk(*inputs, False, chosen)
 
 
@@ -114,7 +125,7 @@ def random_walk_with_background(
     scores = [check_float(value, "score") for value in (score if several else [score])]
     if not scores:
         raise ValueError("score must be a number or a sequence of at least one number, got an empty sequence")
-    probabilities, present = random_walk_reference.background_softmax(cams, cls_labels, scores)
+    probabilities, present = _with_background(cams, cls_labels, scores)
     walked = random_walk(
         affinity,
         probabilities.flatten(1, 2),
@@ -129,16 +140,21 @@ def random_walk_with_background(
     return walked if several else walked[0]
 
 
+def _with_background(
+    cams: Tensor, cls_labels: Tensor, scores: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, S, K+1, h, w] over background and present classes; who is present, [B, S, K+1]."""
+    batch, classes, height, width = cams.shape
+    cams = cams.to(torch.promote_types(cams.dtype, torch.float32))
+    background = torch.stack([torch.full_like(cams[:, 0], float(score)) for score in scores], dim=1)
+    logits = torch.cat([background[:, :, None], cams[:, None].expand(-1, len(scores), -1, -1, -1)], dim=2)
+    present = F.pad(cls_labels > 0, (1, 0), value=True)
+    absent = ~present[:, None, :, None, None]
+    probabilities = torch.softmax(logits.masked_fill(absent, -torch.inf), dim=2)
+    return probabilities, present[:, None].expand(-1, len(scores), -1)
+
+
 # --- forward and its adjoint ------------------------------------------------------------------------------
-
-
-def _implementation(backend: str):
-    """The module that has the kernels: all of them know the functions the operators call."""
-    if backend == "triton":
-        from . import random_walk_triton
-
-        return random_walk_triton
-    return random_walk_native
 
 
 @torch.library.custom_op("afa::random_walk", mutates_args=())
@@ -154,7 +170,7 @@ def _random_walk(
     backend: str,
 ) -> Tensor:
     inputs = affinity, cams, radius, power, num_steps, eps, class_mask, transpose
-    return _implementation(backend).random_walk(*inputs)
+    return implementation(__package__, backend).random_walk(*inputs)
 
 
 @_random_walk.register_fake
@@ -180,7 +196,7 @@ def _affinity_gradient(
     """The gradient of <end, T^num_steps start>: step s sees T^(s-1) start and hands on T'^(num_steps-s) end."""
     if num_steps == 0:
         return torch.zeros(affinity.shape, dtype=affinity.dtype, device=affinity.device)
-    kernels = _implementation(backend)
+    kernels = implementation(__package__, backend)
     states, grads = [start.float()], [end.float()]
     if class_mask is not None:
         states[0] = torch.where(class_mask[:, :, None, None], states[0], 0)
@@ -222,10 +238,6 @@ def _backward(ctx, grad):
 _random_walk.register_autograd(_backward, setup_context=_save)
 
 
-def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
-    return _native_module.native_can_run("random_walk", device, *tensors)
-
-
 def _samples(draw: Draw) -> list[Sample]:
     tensors = {"affinity": draw(2, 49, 9, 11), "cams": draw(2, 3, 9, 11)}
     steps = {"radius": 3, "num_steps": 2, "class_mask": draw(2, 3) > 0.3}
@@ -233,4 +245,4 @@ def _samples(draw: Draw) -> list[Sample]:
     return [Sample(random_walk, tensors, options, ("affinity", "cams")) for options in (steps, cubed)]
 
 
-_backends.register("random_walk", _samples, native=_native_reason, triton=_backends.triton_reason)
+backends.register("random_walk", _samples)

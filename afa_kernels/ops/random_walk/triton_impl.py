@@ -1,7 +1,7 @@
-"""The random walk in Triton: what `random_walk` registers as its ``triton`` backend.
+"""The random walk in Triton: the ``triton`` backend.
 
 `_inverse_sums` adds up the columns of A^p that end at each pixel, `_weights` writes T, and the steps are
-`diffusion_triton`'s with zero border. The gradient of the affinity takes two launches of the same shape: `_slopes`
+the diffusion's with zero border. The gradient of the affinity takes two launches of the same shape: `_slopes`
 forms dL/dT and each pixel's dL/dD, `_affinity_gradient` brings them together. Floor: A read twice, T written once.
 """
 
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import diffusion_triton
-from ._triton_launch import interpreted, on_device
-from .random_walk_reference import window_offsets
+from ...core.taps import window_offsets
+from ...core.triton_launch import interpreted, on_device
+from ..diffusion import triton_impl as diffusion
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def random_walk(
     transpose: bool,
 ) -> Tensor:
     weights = _Walk(affinity, radius, power, eps).weights
-    return diffusion_triton.diffuse(weights, cams, window_offsets(radius), num_steps, "zero", class_mask, transpose)
+    return diffusion.diffuse(weights, cams, window_offsets(radius), num_steps, "zero", class_mask, transpose)
 
 
 @on_device

@@ -1,12 +1,12 @@
-"""The native kernels of the affinity, called: the ``native`` backend of `affinity` and `affinity_losses`."""
+"""The native kernels of the affinity, called: the ``native`` backend of `functional` and `losses`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _native_module
-from ._native_module import native, view, workspace
+from ...core import native_module
+from ...core.native_module import native, view, workspace
 
 UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a gradient nobody asked for
 
@@ -60,8 +60,8 @@ def window_affinity(
 ) -> Tensor:
     out = query.new_empty(query.shape[0], (2 * radius + 1) ** 2, height, width)
     grid = height, width, radius
-    if _native_module.on_cuda(query):
-        head, place = _device_head(head_weight, head_bias), _native_module.cuda_stream(query.device)
+    if native_module.on_cuda(query):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
         native.window_affinity_cuda(view(query), view(key), head.data_ptr(), grid, view(out), *place)
         return out
     threads = torch.get_num_threads()
@@ -75,8 +75,8 @@ def attention_affinity_loss(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = (*labels.shape[1:], radius)
-    if _native_module.on_cuda(query):
-        head, place = _device_head(head_weight, head_bias), _native_module.cuda_stream(query.device)
+    if native_module.on_cuda(query):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
         scratch = workspace(native.attention_cuda_workspace(view(query), view(key), grid), query.device)
         results, addresses = _results(query)
         options = labels.data_ptr(), addresses, scratch.data_ptr(), *place
@@ -101,8 +101,8 @@ def _attention_backward(
     """The backward of ``operator``; source says where the gradient of the affinities comes from."""
     grad_query, query_view = _like(query, wanted[0])
     grad_key, key_view = _like(key, wanted[1])
-    if _native_module.on_cuda(query):
-        head, place = _device_head(head_weight, head_bias), _native_module.cuda_stream(query.device)
+    if native_module.on_cuda(query):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
         grad_head = torch.empty_like(head)
         size = native.attention_backward_cuda_workspace(view(query), view(key), grid, place[0])
         scratch = workspace(size, query.device)
@@ -146,7 +146,7 @@ def attention_affinity_loss_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = grad.float()
-    if _native_module.on_cuda(query):
+    if native_module.on_cuda(query):
         slopes = (tuple(tensor.data_ptr() for tensor in (grad, pos_count, neg_count)),)
     else:
         slopes = _slopes(grad, pos_count, neg_count)
@@ -162,8 +162,8 @@ def affinity_from_maps(
 ) -> Tensor:
     out = maps.new_empty(maps.shape[0], (2 * radius + 1) ** 2, height, width)
     grid = height, width, radius
-    if _native_module.on_cuda(maps):
-        head, place = _device_head(head_weight, head_bias), _native_module.cuda_stream(maps.device)
+    if native_module.on_cuda(maps):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
         native.affinity_from_maps_cuda(view(maps), head.data_ptr(), grid, view(out), *place)
         return out
     threads = torch.get_num_threads()
@@ -184,8 +184,8 @@ def affinity_from_maps_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = (*window.shape[2:], radius)
     grad_maps, maps_view = _like(maps, wanted[0])
-    if _native_module.on_cuda(maps):
-        head, place = _device_head(head_weight, head_bias), _native_module.cuda_stream(maps.device)
+    if native_module.on_cuda(maps):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
         grad_head = torch.empty_like(head)
         grad_maps.zero_()  # the kernel writes what lies in the window
         scratch = workspace(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid), maps.device)
@@ -205,8 +205,8 @@ def affinity_from_maps_backward(
 
 
 def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    if _native_module.on_cuda(affinity):
-        place = _native_module.cuda_stream(affinity.device)
+    if native_module.on_cuda(affinity):
+        place = native_module.cuda_stream(affinity.device)
         scratch = workspace(native.affinity_loss_cuda_workspace(view(affinity)), affinity.device)
         results, addresses = _results(affinity)
         options = labels.data_ptr(), radius, addresses, scratch.data_ptr()
@@ -219,9 +219,9 @@ def affinity_loss_backward(
     affinity: Tensor, labels: Tensor, grad: Tensor, pos_count: Tensor, neg_count: Tensor, radius: int
 ) -> Tensor:
     out, grad = torch.empty_like(affinity), grad.float()
-    if _native_module.on_cuda(affinity):
+    if native_module.on_cuda(affinity):
         slopes = tuple(tensor.data_ptr() for tensor in (grad, pos_count, neg_count))
-        place = _native_module.cuda_stream(affinity.device)
+        place = native_module.cuda_stream(affinity.device)
         native.affinity_loss_backward_cuda(view(out), labels.data_ptr(), radius, slopes, *place)
         return out
     slopes = _slopes(grad, pos_count, neg_count)

@@ -1,6 +1,6 @@
 """The first call on a device proves itself: a backend runs a small case there, which is compared with the reference.
 
-`verdict` answers, for the backends that `_backends.choose` is about to take, from a set of what has been proven; what
+`verdict` answers, for the backends that `backends.choose` is about to take, from a set of what has been proven; what
 has not is run now. A deviation or an exception rules the backend out on that device, for all dtypes, with one warning.
 
 The check has a thread of its own. Grad mode, inference mode, autocast, the default device, fake tensors, what
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._tracing import constant_when_traced
+from .tracing import constant_when_traced
 
 # What a result may be off, as the norm of the difference over the norm of the reference. float32: sums of a hundred
 # terms stay under 1e-5, a wrong tap, a race or TF32 (5e-4) does not. Half precision: the reference is not rounded at
@@ -111,6 +111,8 @@ class CheckTable(list):
             lines.append("  ".join([*parts, said]))
         return "\n".join(lines)
 
+
+CheckRow.__module__ = CheckTable.__module__ = "afa_kernels"  # where they are public
 
 # --- what is known ----------------------------------------------------------------------------------------------------
 

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import torch
 
-from .diffusion_reference import diffuse, shifted
-
-NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+from ..diffusion.reference import diffuse, shifted
 
 
 def tap_offsets(dilations: list[int]) -> list[tuple[int, int]]:
     """(dy, dx) of every tap: for each dilation the 8 neighbours, row-major, centre left out."""
-    return [(dilation * dy, dilation * dx) for dilation in dilations for dy, dx in NEIGHBOURS]
+    return [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if dy or dx]
 
 
 def position_weights(dilations: list[int], w2: float) -> torch.Tensor:

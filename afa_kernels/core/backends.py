@@ -1,8 +1,8 @@
 """Which backend runs an operator: ``native`` (C++ and CUDA), ``triton``, ``reference`` (plain PyTorch).
 
-An operator registers a predicate for each backend it has; the predicate returns why it cannot run, or None.
+Of every operator and backend a predicate says why it cannot run, or None; `implementations` says what runs then.
 Nothing is swapped at import: the choice is made at each call, from the tensors' device and dtype. On a GPU a backend
-that says it can run proves it once (`_self_check`).
+that says it can run proves it once (`self_check`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import _self_check
-from ._tracing import constant_when_traced
+from . import native_module
+from . import self_check as proof
+from .tracing import constant_when_traced
 
 NAMES = ("native", "triton", "reference")
 
@@ -56,16 +57,18 @@ class BackendTable(list):
         return "\n".join(lines)
 
 
-def register(
-    operator: str, samples: Callable[[_self_check.Draw], list[_self_check.Sample]], **predicates: Predicate
-) -> None:
-    """``register("par", samples, native=why_not, triton=why_not)``; the reference path always can.
+def register(operator: str, samples: Callable[[proof.Draw], list[proof.Sample]]) -> None:
+    """An operator with a native and a Triton backend; the reference path always can.
 
     ``samples(draw)`` gives the small calls with which a backend proves itself: odd sizes, several of the kernels'
     tiles, all arguments that choose another kernel.
     """
-    _registry[operator] = predicates
-    _self_check.samples[operator] = samples
+
+    def native_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
+        return native_module.native_can_run(operator, device, *tensors)
+
+    _registry[operator] = {"native": native_reason, "triton": triton_reason}
+    proof.samples[operator] = samples
 
 
 def _check_name(name: str, argument: str) -> str:
@@ -129,9 +132,9 @@ def _why_not(
         for tensor in learned:
             gradients = gradients or tensor.requires_grad
     key = operator, backend, first.device, first.dtype, last.dtype, gradients
-    if _self_check.proven(*key):
+    if proof.proven(*key):
         return None
-    return _registry[operator][backend](first.device, *tensors) or _self_check.verdict(*key)
+    return _registry[operator][backend](first.device, *tensors) or proof.verdict(*key)
 
 
 @contextmanager
@@ -155,9 +158,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def triton_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on a device and with these tensors, or None: the predicate most operators
-    register.
-    """
+    """Why Triton kernels cannot run on a device and with these tensors, or None."""
     for tensor in tensors:
         if tensor.dtype == torch.float64:
             return "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
@@ -190,7 +191,7 @@ def backends() -> BackendTable:
                     no_gpu = device.type == "cuda" and not torch.cuda.is_available()
                     reason = "torch sees no CUDA device" if no_gpu else None
                 elif name in predicates:
-                    reason = predicates[name](device) or _self_check.failure(operator, name, device)
+                    reason = predicates[name](device) or proof.failure(operator, name, device)
                 else:
                     reason = f"{operator} has no {name} backend"
                 table.append(BackendStatus(operator, name, device.type, reason is None, reason or ""))
@@ -204,7 +205,7 @@ def self_check(
     backends: Sequence[str] | None = None,
     *,
     as_needed: bool = False,
-) -> _self_check.CheckTable:
+) -> proof.CheckTable:
     """Run backends on small cases and compare them with the reference: now, rather than at their first calls.
 
     On a GPU the first call of an operator checks the backend that it is about to take, for its dtype, and with
@@ -232,20 +233,20 @@ def self_check(
     everywhere = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     places = everywhere if device is None else [_place(device)]
     names = sorted(_registry) if operators is None else _several(operators)
-    kinds = _self_check.DTYPES if dtypes is None else _several(dtypes)
+    kinds = proof.DTYPES if dtypes is None else _several(dtypes)
     kernels = NAMES[:2] if backends is None else _several(backends)
     for argument, values, known in (
         ("device", places, everywhere),
         ("operators", names, list(_registry)),
-        ("dtypes", kinds, _self_check.DTYPES),
+        ("dtypes", kinds, proof.DTYPES),
         ("backends", kernels, NAMES[:2]),
     ):
         for value in values:
             if value not in known:
                 raise ValueError(f"{argument} must be among {', '.join(map(str, known))}, got {value}")
-    if _self_check.untimely():
-        raise RuntimeError(f"self_check cannot run now: {_self_check.untimely()}")
-    table = _self_check.CheckTable()
+    if proof.untimely():
+        raise RuntimeError(f"self_check cannot run now: {proof.untimely()}")
+    table = proof.CheckTable()
     for place in places:
         for operator in names:
             table.extend(_check_operator(operator, place, kinds, kernels, as_needed))
@@ -258,7 +259,7 @@ def _place(device: torch.device | str) -> torch.device | str:
         place = torch.device(device)
     except RuntimeError:
         return device
-    return torch.device("cpu") if place.type == "cpu" else _self_check.with_index(place)
+    return torch.device("cpu") if place.type == "cpu" else proof.with_index(place)
 
 
 def _several(values: object) -> tuple:
@@ -268,25 +269,25 @@ def _several(values: object) -> tuple:
 
 def _check_operator(
     operator: str, device: torch.device, dtypes: Sequence[torch.dtype], backends: Sequence[str], as_needed: bool
-) -> Iterator[_self_check.CheckRow]:
+) -> Iterator[proof.CheckRow]:
     predicates, left = _registry[operator], list(dtypes)
     candidates = [name for name in NAMES[:2] if name in predicates and name in backends]
     if as_needed:
         wanted = _forced(None)[0]
-        candidates = [name for name in candidates if wanted in (None, name) and _self_check.needed(name, device)]
+        candidates = [name for name in candidates if wanted in (None, name) and proof.needed(name, device)]
     for name in candidates:
         place = operator, name, device
         if not as_needed:
-            _self_check.forget(*place)
+            proof.forget(*place)
         able = [dtype for dtype in left if predicates[name](device, torch.empty(0, dtype=dtype, device="cpu")) is None]
-        known = _self_check.failure(*place)
+        known = proof.failure(*place)
         if known is None:
             for dtype in able:
                 for gradients in (False, True):
                     key = *place, dtype, dtype, gradients
-                    if not (as_needed and _self_check.proven(*key)):
-                        yield _self_check.check(*key)
-            if _self_check.failure(*place) is not None:
-                _self_check.warn(place)
-        if as_needed and _self_check.failure(*place) is None:
+                    if not (as_needed and proof.proven(*key)):
+                        yield proof.check(*key)
+            if proof.failure(*place) is not None:
+                proof.warn(place)
+        if as_needed and proof.failure(*place) is None:
             left = [dtype for dtype in left if dtype not in able]

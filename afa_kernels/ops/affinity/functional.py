@@ -10,16 +10,14 @@ h, w]. Taps run row-major over (dy, dx) from (-r, -r); a tap that points outside
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import _backends, _native_module, affinity_native, affinity_reference
-from ._checks import FLOATS, check_int, check_same_device, check_tensor
-from ._self_check import Draw, Sample
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from ...core import backends, taps
+from ...core.checks import FLOATS, check_int, check_same_device, check_tensor, check_window
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample
+from . import reference
 
 # --- checks -------------------------------------------------------------------------------------------------
 
@@ -50,14 +48,6 @@ def check_query_key(query: Tensor, key: Tensor, height: int, width: int) -> None
 
 def _check_grid(height: int, width: int, radius: int) -> tuple[int, int, int]:
     return check_int(height, "height", 1), check_int(width, "width", 1), check_int(radius, "radius", 0)
-
-
-def check_window(affinity: Tensor, radius: int) -> None:
-    """``affinity`` is a window [B, (2r+1)^2, h, w] of this radius."""
-    taps = (2 * radius + 1) ** 2
-    check_tensor(affinity, "affinity", ("B", "taps", "h", "w"))
-    if affinity.shape[1] != taps:
-        raise ValueError(f"affinity must have {taps} channels, (2 * radius + 1)^2, got {affinity.shape[1]}")
 
 
 def window_affinity(
@@ -93,11 +83,11 @@ def window_affinity(
     height, width, radius = _check_grid(height, width, radius)
     check_query_key(query, key, height, width)
     head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
-    chosen = _backends.choose("window_affinity", backend, query, key, learned=(head_weight, head_bias))
+    chosen = backends.choose("window_affinity", backend, query, key, learned=(head_weight, head_bias))
     inputs = query, key, head_weight, head_bias, height, width, radius
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            return affinity_reference.window_affinity(*inputs)
+            return reference.window_affinity(*inputs)
     return torch.ops.afa.window_affinity(*inputs, chosen)
 
 
@@ -124,11 +114,11 @@ def affinity_from_maps(
                 f"maps must be [B, heads, N, N] with N = {height} * {width}, got {tuple(maps.shape)}"
             )
     head_weight, head_bias = check_head(head_weight, head_bias, maps, "maps")
-    chosen = _backends.choose("affinity_from_maps", backend, maps, learned=(head_weight, head_bias))
+    chosen = backends.choose("affinity_from_maps", backend, maps, learned=(head_weight, head_bias))
     inputs = maps, head_weight, head_bias, height, width, radius
     if chosen == "reference":
         with torch.autocast(maps.device.type, enabled=False):
-            return affinity_reference.affinity_from_maps(*inputs)
+            return reference.affinity_from_maps(*inputs)
     return torch.ops.afa.affinity_from_maps(*inputs, chosen)
 
 
@@ -136,7 +126,7 @@ def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
     """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w: A_ij of every pair, 0 outside the window."""
     radius = check_int(radius, "radius", 0)
     check_window(affinity, radius)
-    return affinity_reference.window_to_dense(affinity, radius)
+    return taps.window_to_dense(affinity, radius)
 
 
 def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tensor:
@@ -145,19 +135,10 @@ def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tens
     check_tensor(dense, "dense", ("B", "N", "N"))
     if tuple(dense.shape[1:]) != (height * width,) * 2:
         raise ValueError(f"dense must be [B, N, N] with N = {height} * {width}, got {tuple(dense.shape)}")
-    return affinity_reference.dense_to_window(dense, height, width, radius)
+    return taps.dense_to_window(dense, height, width, radius)
 
 
 # --- forward ----------------------------------------------------------------------------------------------
-
-
-def implementation(backend: str):
-    """The module that has the kernels: all of them know the functions the operators call."""
-    if backend == "triton":
-        from . import affinity_triton
-
-        return affinity_triton
-    return affinity_native
 
 
 @torch.library.custom_op("afa::window_affinity", mutates_args=())
@@ -171,7 +152,7 @@ def _window_affinity(
     radius: int,
     backend: str,
 ) -> Tensor:
-    kernels = implementation(backend)
+    kernels = implementation(__package__, backend)
     return kernels.window_affinity(query, key, head_weight, head_bias, height, width, radius)
 
 
@@ -190,7 +171,7 @@ def _affinity_from_maps(
     radius: int,
     backend: str,
 ) -> Tensor:
-    return implementation(backend).affinity_from_maps(maps, head_weight, head_bias, height, width, radius)
+    return implementation(__package__, backend).affinity_from_maps(maps, head_weight, head_bias, height, width, radius)
 
 
 @_affinity_from_maps.register_fake
@@ -225,7 +206,7 @@ def _window_affinity_gradients(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = implementation(backend)
+    kernels = implementation(__package__, backend)
     return kernels.window_affinity_backward(query, key, head_weight, head_bias, window, grad, radius, wanted)
 
 
@@ -257,7 +238,7 @@ def _affinity_from_maps_gradients(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = implementation(backend)
+    kernels = implementation(__package__, backend)
     return kernels.affinity_from_maps_backward(maps, head_weight, head_bias, window, grad, radius, wanted)
 
 
@@ -277,13 +258,6 @@ def _affinity_from_maps_backward(ctx, grad):
 
 _window_affinity.register_autograd(_window_affinity_backward, setup_context=_save_window)
 _affinity_from_maps.register_autograd(_affinity_from_maps_backward, setup_context=_save_window)
-
-
-def register(operator: str, samples: Callable[[Draw], list[Sample]]) -> None:
-    def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
-        return _native_module.native_can_run(operator, device, *tensors)
-
-    _backends.register(operator, samples, native=native_reason, triton=_backends.triton_reason)
 
 
 HEAD = ("head_weight", "head_bias")
@@ -311,5 +285,5 @@ def _maps_samples(draw: Draw) -> list[Sample]:
     return [Sample(affinity_from_maps, tensors, {**head, **grid}, (*tensors, *HEAD))]
 
 
-register("window_affinity", _window_samples)
-register("affinity_from_maps", _maps_samples)
+backends.register("window_affinity", _window_samples)
+backends.register("affinity_from_maps", _maps_samples)

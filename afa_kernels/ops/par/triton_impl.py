@@ -1,4 +1,4 @@
-"""PAR and PAMR in Triton: one kernel for the weights, then `diffusion_triton`.
+"""PAR and PAMR in Triton: one kernel for the weights, then the diffusion's steps.
 
 Each program holds a block of pixels and all taps, [PIXELS, TAPS] with the taps padded to a power of two, in
 registers: mean, deviation, kappa and softmax are reductions along the taps, and every weight is written once.
@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import diffusion_triton
-from ._triton_launch import interpreted, on_device, table
-from .par_reference import position_weights, tap_offsets
+from ...core.taps import clipped, position_weights, ring_offsets
+from ...core.triton_launch import interpreted, on_device, table
+from ..diffusion import triton_impl as diffusion
 
 SHRINK = tl.constexpr(2.0**-80)
 
 
 @triton.jit
-def _weights(
+def _kappa_softmax(
     images, out, offsets, position,
     height, width, taps, dilations,
     images_b, images_c, images_y, images_x,
@@ -91,15 +91,16 @@ def _weights(
 
 @functools.lru_cache(maxsize=256)
 def _tables(dilations: tuple[int, ...], factors: tuple[float, ...], height: int, width: int) -> tuple[tuple, tuple]:
-    """Offsets and position weights of the taps."""
-    taps = 8 * len(dilations)
-    position = factors[2] * position_weights(list(dilations), factors[1]) if factors else torch.zeros(taps)
-    return diffusion_triton.clipped(tap_offsets(list(dilations)), height, width), tuple(position.tolist())
+    """Offsets, dy and dx side by side, and position weights of the taps."""
+    pairs = clipped(ring_offsets(dilations), height, width)
+    position = (0.0,) * len(pairs)
+    if factors:
+        position = tuple(factors[2] * value for value in position_weights(dilations, factors[1]))
+    return tuple(value for pair in pairs for value in pair), position
 
 
-@on_device
-def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """[B, 8*D, H, W] of PAR (three factors) or PAMR (none), checked arguments."""
+def _weights(images: Tensor, dilations: list[int], factors: list[float], dtype: torch.dtype) -> Tensor:
+    """[B, 8*D, H, W] of PAR (three factors) or PAMR (none)."""
     batch, _, height, width = images.shape
     taps = 8 * len(dilations)
     offsets, position = _tables(tuple(dilations), tuple(factors), height, width)
@@ -110,7 +111,7 @@ def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: t
     out = torch.empty(batch, taps, height, width, dtype=written, device=images.device)
     pixels = 512 if interpreted() else 32
     grid = (triton.cdiv(height * width, pixels), batch)
-    _weights[grid](
+    _kappa_softmax[grid](
         images, out, offsets, position,
         height, width, taps, len(dilations),
         *images.stride(),
@@ -118,6 +119,11 @@ def weights(images: Tensor, dilations: list[int], factors: list[float], dtype: t
         PAMR=not factors, PIXELS=pixels, TAPS=triton.next_power_of_2(taps), num_warps=8,
     )  # fmt: skip
     return out.to(dtype)
+
+
+@on_device
+def par_weights(images: Tensor, dilations: list[int], factors: list[float]) -> Tensor:
+    return _weights(images, dilations, factors, images.dtype)
 
 
 @on_device
@@ -130,6 +136,5 @@ def par(
     class_mask: Tensor | None,
     transpose: bool,
 ) -> Tensor:
-    """`afa_kernels.par` and `pamr`, checked arguments, masks of the image's size."""
-    kept = weights(images, dilations, factors)
-    return diffusion_triton.diffuse(kept, masks, tap_offsets(dilations), num_iter, "replicate", class_mask, transpose)
+    weights = _weights(images, dilations, factors, torch.float32)
+    return diffusion.diffuse(weights, masks, ring_offsets(dilations), num_iter, "replicate", class_mask, transpose)

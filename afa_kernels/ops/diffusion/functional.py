@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backends, _native_module, diffusion_reference
-from ._checks import FLOATS, check_class_mask, check_int, check_same_device, check_tensor
-from ._native_module import address, native, run_planned, view, workspace
-from ._self_check import Draw, Sample
+from ...core import backends
+from ...core.checks import FARTHEST, FLOATS, check_class_mask, check_int, check_same_device, check_tensor
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample
+from ...core.taps import clipped
+from . import reference
 
 # --- checks ---
 
 BORDERS = ("replicate", "zero")
-FARTHEST = 1 << 20
 
 
 def _check_offsets(offsets: Tensor | Sequence[Sequence[int]], taps: int) -> tuple[Tensor, list[tuple[int, int]] | None]:
@@ -80,10 +82,10 @@ def diffuse(
     if border not in BORDERS:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")
     offsets, pairs = _check_offsets(offsets, taps)
-    chosen = _backends.choose("diffuse", backend, weights, masks)
+    chosen = backends.choose("diffuse", backend, weights, masks)
     if chosen == "reference":
         pairs = pairs or [tuple(pair) for pair in offsets.tolist()]
-        return diffusion_reference.diffuse(weights, masks, pairs, num_iter, border, class_mask)
+        return reference.diffuse(weights, masks, pairs, num_iter, border, class_mask)
     return torch.ops.afa.diffuse(weights, masks, offsets, num_iter, border, class_mask, False, chosen)
 
 
@@ -101,39 +103,8 @@ def _diffuse(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    if backend == "triton":
-        from . import diffusion_triton
-
-        return diffusion_triton.diffuse(weights, masks, offsets, num_iter, border, class_mask, transpose)
-    out = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
-    taps = offsets.flatten().clamp(-FARTHEST, FARTHEST).tolist()
-    if _native_module.on_cuda(masks):
-        place = _native_module.cuda_stream(masks.device)
-        kept = None if class_mask is None else class_mask.contiguous()
-        tensors, options = (view(weights), view(masks)), (address(kept), num_iter, border == "zero", transpose)
-        run_planned(
-            masks.device,
-            lambda: native.diffuse_cuda_workspace(*tensors, taps, num_iter, transpose, place[0]),
-            lambda scratch: native.diffuse_cuda(*tensors, view(out), taps, *options, scratch, *place),
-        )
-        return out
-    threads = torch.get_num_threads()
-    size = native.diffuse_cpu_workspace(view(weights), view(masks), taps, threads)
-    scratch = workspace(size, masks.device)
-    present = [] if class_mask is None else class_mask.flatten().tolist()
-    native.diffuse_cpu(
-        view(weights),
-        view(masks),
-        view(out),
-        taps,
-        present,
-        num_iter,
-        border == "zero",
-        transpose,
-        scratch.data_ptr(),
-        threads,
-    )
-    return out
+    inputs = weights, masks, offsets, num_iter, border, class_mask, transpose
+    return implementation(__package__, backend).diffuse(*inputs)
 
 
 @_diffuse.register_fake
@@ -190,11 +161,19 @@ def _weights_gradient(
 @torch.library.custom_op("afa::diffuse_correlation", mutates_args=())
 def _correlation(grad: Tensor, masks: Tensor, offsets: Tensor, border: str, class_mask: Tensor | None) -> Tensor:
     """[B, T, H, W]: sum over channels of grad * neighbour of masks, the gradient of one step's weights."""
-    pairs = [tuple(pair) for pair in offsets.tolist()]
+    batch, _, height, width = grad.shape
+    pairs = clipped(offsets.tolist(), height, width)
     if class_mask is not None:
         keep = class_mask[:, :, None, None]
         grad, masks = torch.where(keep, grad, 0), torch.where(keep, masks, 0)
-    return (grad.unsqueeze(2) * diffusion_reference.shifted(masks, pairs, border)).sum(dim=1)
+    pad_y, pad_x = (max(abs(pair[axis]) for pair in pairs) for axis in (0, 1))
+    mode = "replicate" if border == "replicate" else "constant"
+    padded = F.pad(masks, (pad_x, pad_x, pad_y, pad_y), mode=mode)
+    out = torch.empty(batch, len(pairs), height, width, dtype=grad.dtype, device=grad.device)
+    for tap, (dy, dx) in enumerate(pairs):  # one by one: all neighbours at once are T times the masks
+        neighbour = padded[..., pad_y + dy : pad_y + dy + height, pad_x + dx : pad_x + dx + width]
+        out[:, tap] = (grad * neighbour).sum(dim=1)
+    return out
 
 
 @_correlation.register_fake
@@ -208,10 +187,6 @@ def _(grad, masks, offsets, border, class_mask):
 _diffuse.register_autograd(_backward, setup_context=_save)
 
 
-def _native_reason(device: torch.device, *tensors: Tensor) -> str | None:
-    return _native_module.native_can_run("diffuse", device, *tensors)
-
-
 def _samples(draw: Draw) -> list[Sample]:
     tensors = {"weights": draw(2, 6, 11, 19), "masks": draw(2, 5, 11, 19)}
     taps = [(0, 0), (1, -2), (-3, 1), (0, 5), (40, -1), (-1, -40)]
@@ -220,4 +195,4 @@ def _samples(draw: Draw) -> list[Sample]:
     return [Sample(diffuse, tensors, options, ("weights", "masks")) for options in (many, one)]
 
 
-_backends.register("diffuse", _samples, native=_native_reason, triton=_backends.triton_reason)
+backends.register("diffuse", _samples)

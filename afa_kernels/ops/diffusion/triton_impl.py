@@ -8,16 +8,13 @@ same bits every run) and the margins are folded back onto the border afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_launch import interpreted, on_device, table
-
-Pairs = Sequence[tuple[int, int]]
+from ...core.taps import Pairs, clipped
+from ...core.triton_launch import interpreted, on_device, table
 
 
 @triton.jit
@@ -85,15 +82,6 @@ def _fold(grown: Tensor, height: int, width: int, grow_y: int, grow_x: int, bord
     return grown[..., grow_y : grow_y + height, grow_x : grow_x + width].contiguous()
 
 
-def clipped(offsets: Pairs, height: int, width: int) -> tuple[int, ...]:
-    """dy, dx of every tap, side by side: past one image length an offset reaches the same pixel."""
-    return tuple(value for dy, dx in offsets for value in (_clip(dy, height), _clip(dx, width)))
-
-
-def _clip(value: int, limit: int) -> int:
-    return max(-limit, min(limit, value))
-
-
 @on_device
 def diffuse(
     weights: Tensor,
@@ -108,7 +96,8 @@ def diffuse(
     dtype of masks.
     """
     batch, channels, height, width = masks.shape
-    taps = clipped(offsets.tolist() if isinstance(offsets, Tensor) else offsets, height, width)
+    pairs = clipped(offsets.tolist() if isinstance(offsets, Tensor) else offsets, height, width)
+    taps = tuple(value for pair in pairs for value in pair)
     grow_y, grow_x = (max(map(abs, taps[axis::2])) if transpose else 0 for axis in (0, 1))
     offsets = table(taps, torch.int32, masks.device)
     if class_mask is None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FARTHEST = 1 << 20  # pixels that a tap may be away
 
 
 def check_tensor(
@@ -74,10 +76,10 @@ def check_float(value: float, name: str, *, positive: bool = False) -> float:
 
 
 def check_dilations(dilations: Sequence[int]) -> list[int]:
-    """Dilations in pixels, each at least 1 and at most 2^20, as a list."""
+    """Dilations in pixels, each at least 1 and at most `FARTHEST`, as a list."""
     if isinstance(dilations, (str, bytes)) or not hasattr(dilations, "__iter__"):
         raise TypeError(f"dilations must be a sequence of integers, got {dilations!r}")
-    values = [check_int(value, "dilations", 1, 1 << 20) for value in dilations]
+    values = [check_int(value, "dilations", 1, FARTHEST) for value in dilations]
     if not values:
         raise ValueError("dilations must not be empty")
     return values
@@ -87,3 +89,11 @@ def check_class_mask(class_mask: torch.Tensor | None, masks: torch.Tensor, name:
     if class_mask is not None:
         check_tensor(class_mask, "class_mask", ("B", "C"), (torch.bool,), B=masks.shape[0], C=masks.shape[1])
         check_same_device(masks, name, class_mask=class_mask)
+
+
+def check_window(affinity: torch.Tensor, radius: int) -> None:
+    """``affinity`` is a window [B, (2r+1)^2, h, w] of this radius."""
+    taps = (2 * radius + 1) ** 2
+    check_tensor(affinity, "affinity", ("B", "taps", "h", "w"))
+    if affinity.shape[1] != taps:
+        raise ValueError(f"affinity must have {taps} channels, (2 * radius + 1)^2, got {affinity.shape[1]}")

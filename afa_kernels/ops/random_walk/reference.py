@@ -8,13 +8,11 @@ offset and the product is a diffusion with zero border. Computes in float32, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
-from .affinity_reference import window_neighbours
-from .diffusion_reference import diffuse
+from ..affinity.reference import window_neighbours, window_offsets
+from ..diffusion.reference import diffuse
 
 
 def walk_weights(affinity: torch.Tensor, radius: int, power: float, eps: float) -> torch.Tensor:
@@ -26,12 +24,6 @@ def walk_weights(affinity: torch.Tensor, radius: int, power: float, eps: float) 
     # fold adds every tap of every pixel onto the pixel it points at: the sums of the columns of A^p.
     column = F.fold(powered.flatten(2), (height, width), kernel_size=2 * radius + 1, padding=radius)
     return powered / (column + eps)
-
-
-def window_offsets(radius: int) -> list[tuple[int, int]]:
-    """(dy, dx) of every tap of the window, row-major."""
-    steps = range(-radius, radius + 1)
-    return [(dy, dx) for dy in steps for dx in steps]
 
 
 def random_walk(
@@ -46,17 +38,3 @@ def random_walk(
     """affinity [B, taps, h, w], cams [B, C, h, w] -> [B, C, h, w] in the dtype of cams."""
     weights = walk_weights(affinity, radius, power, eps)
     return diffuse(weights, cams, window_offsets(radius), num_steps, "zero", class_mask)
-
-
-def background_softmax(
-    cams: torch.Tensor, cls_labels: torch.Tensor, scores: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, S, K+1, h, w] over background and present classes; who is present, [B, S, K+1]."""
-    batch, classes, height, width = cams.shape
-    cams = cams.to(torch.promote_types(cams.dtype, torch.float32))
-    background = torch.stack([torch.full_like(cams[:, 0], float(score)) for score in scores], dim=1)
-    logits = torch.cat([background[:, :, None], cams[:, None].expand(-1, len(scores), -1, -1, -1)], dim=2)
-    present = F.pad(cls_labels > 0, (1, 0), value=True)
-    absent = ~present[:, None, :, None, None]
-    probabilities = torch.softmax(logits.masked_fill(absent, -torch.inf), dim=2)
-    return probabilities, present[:, None].expand(-1, len(scores), -1)

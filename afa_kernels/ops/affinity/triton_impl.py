@@ -1,6 +1,6 @@
-"""Affinity from attention in Triton: what `affinity` and `affinity_losses` register as their ``triton`` backend.
+"""Affinity from attention in Triton: the ``triton`` backend of `functional` and `losses`.
 
-Grids, scratch memory and launches of `affinity_triton_kernels`. Sums of programs are added in a fixed order: the same
+Grids, scratch memory and launches of `triton_kernels`. Sums of programs are added in a fixed order: the same
 bits every run.
 """
 
@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ._triton_launch import interpreted, on_device
-from .affinity_triton_kernels import (
+from ...core.triton_launch import interpreted, on_device
+from .triton_kernels import (
     LOSS,
     SCORE_GRADIENT,
     SIDE,

@@ -3,20 +3,21 @@
     weights = par_weights(images)                     an affinity of each pixel to 8 neighbours for each dilation
     masks  <- sum over taps of weights * neighbour    num_iter times (`diffuse` with replicated borders)
 
-The formulas stand in `par_reference`. The gradient of the masks is the adjoint diffusion, with the weights
-computed again rather than kept; the gradient of the images goes through the reference path.
+The formulas stand in `reference`. The gradient of the masks is the adjoint diffusion, with the weights computed again
+rather than kept. The gradient of the images is the one exception to the rule that only the ``"reference"`` backend runs
+through `reference`: training does not ask for it, so it has no kernel, and PyTorch derives the formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backends, _native_module, par_reference
-from ._checks import (
+from ...core import backends
+from ...core.checks import (
     FLOATS,
     check_class_mask,
     check_dilations,
@@ -25,15 +26,16 @@ from ._checks import (
     check_same_device,
     check_tensor,
 )
-from ._native_module import address, native, run_planned, view, workspace
-from ._self_check import Draw, Sample, odd_image
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample, odd_image
+from . import reference
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
 # --- checks ---
 
 
-def _check_factors(w1: float, w2: float, w3: float) -> list[float]:
+def check_factors(w1: float, w2: float, w3: float) -> list[float]:
     return [check_float(w1, "w1", positive=True), check_float(w2, "w2", positive=True), check_float(w3, "w3")]
 
 
@@ -51,7 +53,7 @@ def _resized(value: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(wide, size=like.shape[-2:], mode="bilinear", align_corners=True)
 
 
-def _refine(
+def refine(
     images: Tensor,
     masks: Tensor,
     dilations: Sequence[int],
@@ -74,9 +76,9 @@ def _refine(
         masks = _resized(masks, images)
     else:
         images = _resized(images, masks)
-    chosen = _backends.choose("par", backend, images, masks)
+    chosen = backends.choose("par", backend, images, masks)
     if chosen == "reference":
-        return par_reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask).to(dtype)
+        return reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask).to(dtype)
     return torch.ops.afa.par(images, masks, dilations, num_iter, factors, class_mask, False, chosen).to(dtype)
 
 
@@ -113,7 +115,7 @@ def par(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
     """
-    return _refine(images, masks, dilations, num_iter, _check_factors(w1, w2, w3), class_mask, backend, resize)
+    return refine(images, masks, dilations, num_iter, check_factors(w1, w2, w3), class_mask, backend, resize)
 
 
 def pamr(
@@ -129,17 +131,17 @@ def pamr(
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
     `par`.
     """
-    return _refine(images, masks, dilations, num_iter, [], class_mask, backend, resize)
+    return refine(images, masks, dilations, num_iter, [], class_mask, backend, resize)
 
 
 def _weights(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:
     check_tensor(images, "images", ("B", 3, "H", "W"))
     dilations = check_dilations(dilations)
-    chosen = _backends.choose("par_weights", backend, images)
+    chosen = backends.choose("par_weights", backend, images)
     if chosen == "reference":
         if factors:
-            return par_reference.par_weights(images, dilations, *factors)
-        return par_reference.pamr_weights(images, dilations)
+            return reference.par_weights(images, dilations, *factors)
+        return reference.pamr_weights(images, dilations)
     return torch.ops.afa.par_weights(images, dilations, factors, chosen)
 
 
@@ -158,7 +160,7 @@ def par_weights(
     Channels: for each dilation the 8 neighbours, row-major in (dy, dx), centre left out. Arguments and errors as
     `par`.
     """
-    return _weights(images, dilations, _check_factors(w1, w2, w3), backend)
+    return _weights(images, dilations, check_factors(w1, w2, w3), backend)
 
 
 def pamr_weights(images: Tensor, dilations: Sequence[int] = (1,), *, backend: str | None = None) -> Tensor:
@@ -182,42 +184,8 @@ def _par(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    if backend == "triton":
-        from . import par_triton
-
-        return par_triton.par(images, masks, dilations, num_iter, factors, class_mask, transpose)
-    out = torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
-    if _native_module.on_cuda(masks):
-        place = _native_module.cuda_stream(masks.device)
-        kept = None if class_mask is None else class_mask.contiguous()
-        # bfloat16 masks lose four times more in their own rounding than half-precision weights cost; float16 masks
-        # do not.
-        options = num_iter, transpose, masks.dtype == torch.bfloat16
-        tensors = view(images), view(masks)
-        run_planned(
-            masks.device,
-            lambda: native.par_cuda_workspace(*tensors, dilations, *options, place[0]),
-            lambda scratch: native.par_cuda(
-                *tensors, view(out), dilations, factors, address(kept), *options, scratch, *place
-            ),
-        )
-        return out
-    threads = torch.get_num_threads()
-    scratch = workspace(native.par_cpu_workspace(view(images), view(masks), dilations, threads), masks.device)
-    present = [] if class_mask is None else class_mask.flatten().tolist()
-    native.par_cpu(
-        view(images),
-        view(masks),
-        view(out),
-        dilations,
-        factors,
-        present,
-        num_iter,
-        transpose,
-        scratch.data_ptr(),
-        threads,
-    )
-    return out
+    inputs = images, masks, dilations, num_iter, factors, class_mask, transpose
+    return implementation(__package__, backend).par(*inputs)
 
 
 @_par.register_fake
@@ -227,19 +195,7 @@ def _(images, masks, dilations, num_iter, factors, class_mask, transpose, backen
 
 @torch.library.custom_op("afa::par_weights", mutates_args=())
 def _par_weights(images: Tensor, dilations: list[int], factors: list[float], backend: str) -> Tensor:
-    if backend == "triton":
-        from . import par_triton
-
-        return par_triton.weights(images, dilations, factors, images.dtype)
-    shape = (images.shape[0], 8 * len(dilations), *images.shape[2:])
-    out = torch.empty(shape, dtype=images.dtype, device=images.device)
-    if _native_module.on_cuda(images):
-        native.par_weights_cuda(view(images), view(out), dilations, factors, *_native_module.cuda_stream(images.device))
-        return out
-    threads = torch.get_num_threads()
-    scratch = workspace(native.par_weights_cpu_workspace(view(images), dilations, threads), images.device)
-    native.par_weights_cpu(view(images), view(out), dilations, factors, scratch.data_ptr(), threads)
-    return out
+    return implementation(__package__, backend).par_weights(images, dilations, factors)
 
 
 @_par_weights.register_fake
@@ -285,7 +241,7 @@ def _images_gradient(
         return torch.zeros_like(images)
     with torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
-        out = par_reference.refine(
+        out = reference.refine(
             leaf, masks.detach().float(), dilations, num_iter, tuple(factors) or None, class_mask
         )
         return torch.autograd.grad(out, leaf, grad.float())[0].to(images.dtype)
@@ -295,9 +251,9 @@ def _weights_gradient(images: Tensor, grad: Tensor, dilations: list[int], factor
     with torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
         if factors:
-            weights = par_reference.par_weights(leaf, dilations, *factors)
+            weights = reference.par_weights(leaf, dilations, *factors)
         else:
-            weights = par_reference.pamr_weights(leaf, dilations)
+            weights = reference.pamr_weights(leaf, dilations)
         return torch.autograd.grad(weights, leaf, grad.float())[0].to(images.dtype)
 
 
@@ -315,13 +271,6 @@ def _backward_weights(ctx, grad):
 
 _par.register_autograd(_backward, setup_context=_save)
 _par_weights.register_autograd(_backward_weights, setup_context=_save_images)
-
-
-def _register(operator: str, samples: Callable[[Draw], list[Sample]]) -> None:
-    def native_reason(device: torch.device, *tensors: Tensor) -> str | None:
-        return _native_module.native_can_run(operator, device, *tensors)
-
-    _backends.register(operator, samples, native=native_reason, triton=_backends.triton_reason)
 
 
 # More taps than the CUDA kernel keeps on chip, some of them farther than the image is wide: they are streamed.
@@ -351,5 +300,5 @@ def _par_weights_samples(draw: Draw) -> list[Sample]:
     ]
 
 
-_register("par", _par_samples)
-_register("par_weights", _par_weights_samples)
+backends.register("par", _par_samples)
+backends.register("par_weights", _par_weights_samples)
