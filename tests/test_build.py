@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from cuda_tools import build_backend, disassembler
+from support.cuda_tools import build_backend, disassembler
 
 import afa_kernels
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from support.common import DEVICE
 
 import afa_kernels
 from afa_kernels.core import taps

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+from support.common import ROOT
 
 # Of each package all rooms, from top to bottom; the packages likewise.
 ROOMS = {
