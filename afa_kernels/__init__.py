@@ -5,15 +5,20 @@ Every operator takes ``backend=None`` (the best that can run), ``"native"``, ``"
 a backend proves itself before it is used; `self_check` has all of them do so.
 """
 
-from ._backends import backends, self_check, use_backend
-from ._native_module import build_info
-from ._self_check import CheckRow, CheckTable
-from .affinity import affinity_from_maps, dense_to_window, window_affinity, window_to_dense
-from .affinity_losses import affinity_loss, attention_affinity_loss
-from .diffusion import diffuse
-from .par import pamr, pamr_weights, par, par_weights
-from .par_modules import PAMR, PAR
-from .random_walk import random_walk, random_walk_with_background
+from .core.backends import backends, self_check, use_backend
+from .core.native_module import build_info
+from .core.self_check import CheckRow, CheckTable
+from .ops.affinity import (
+    affinity_from_maps,
+    affinity_loss,
+    attention_affinity_loss,
+    dense_to_window,
+    window_affinity,
+    window_to_dense,
+)
+from .ops.diffusion import diffuse
+from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
+from .ops.random_walk import random_walk, random_walk_with_background
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,7 @@ from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.affinity_reference import dense_affinity, window_mask
+from afa_kernels.ops.affinity.reference import dense_affinity, window_mask
 
 HEADS, DEPTH, RADIUS = 16, 64, 8
 # (batch, grid): crop 320 and crop 512 of training, 48x48 of multi-scale inference, a photograph of 1536 pixels.

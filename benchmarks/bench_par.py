@@ -18,7 +18,7 @@ from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.par import DILATIONS
+from afa_kernels.ops.par import DILATIONS
 
 # (batch, channels, height, width, iterations): training at crop 512 and half resolution, evaluation, large photographs.
 SHAPES = [

@@ -20,7 +20,7 @@ from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.affinity_reference import window_mask
+from afa_kernels.ops.affinity.reference import window_mask
 
 CHANNELS, POWER, EPS = 21, 2, 0.1
 # Sides of the grid, which has 1/16 of the image's: 320 pixels, 480, 768 (a crop of 512 at scale 1.5), 1024.

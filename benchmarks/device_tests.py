@@ -1,6 +1,6 @@
 """Which test files run on the device that AFA_TEST_DEVICE names: python device_tests.py cuda|operators|model [TESTS]
 
-A file does when it puts something on conftest's DEVICE, itself or through a helper beside the tests; to compare DEVICE,
+A file does when it puts something on the tests' DEVICE, itself or through a helper beside the tests; to compare DEVICE,
 as a file that is skipped on a GPU does, is not to use it. "model" are those of them that import the model's package,
 "operators" those that do not. "cuda" are the other files with tests marked ``cuda``: run them with -m cuda.
 """

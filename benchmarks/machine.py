@@ -40,9 +40,8 @@ def device_name(device: str) -> str:
 
 def describe(device: str) -> dict[str, Any]:
     """Everything a reader needs to judge a number: device, versions, commit, measured bandwidth and peak."""
-    import afa_kernels
+    from afa_kernels.core.native_module import native
 
-    native = afa_kernels._native_module.native
     bandwidth, peaks = limits(device)
     return {
         "device": device_name(device),

@@ -34,7 +34,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MPLBACKEND=Agg AFA_TEST_DEVICE=$device
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" MPLBACKEND=Agg AFA_TEST_DEVICE=$device
 [ -d .carry/golden ] && export AFA_GOLDEN=$PWD/.carry/golden
 [ -d .carry/voc32 ] && export AFA_VOC=$PWD/.carry/voc32
 log=$work/log deadline=${AFA_ON_GPU_SECONDS:-$((285 * patience))}
@@ -124,7 +124,7 @@ check() {
     stage "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 AFA_BACKEND=native AFA_SELF_CHECK=0 "${@:3}"
   fi
 }
-fault='"$@" memcheck "$0" tests/every_operator.py --fault 2>&1 | tee /dev/stderr | grep "Invalid __global__ write" >/dev/null'
+fault='"$@" memcheck "$0" tests/support/every_operator.py --fault 2>&1 | tee /dev/stderr | grep "Invalid __global__ write" >/dev/null'
 
 # As afa doctor --check, of the compiled module alone: Triton would compile for minutes.
 proof="import afa_kernels, sys; rows = afa_kernels.self_check('$device', backends=['native']); print(rows)
@@ -143,18 +143,18 @@ if [ "$half" = first ]; then
   stage self_check 30 "$python" -c "$proof"
   tests cuda_tests 60 cuda "cuda and not slow"
   check planted_fault 30 bash -c "$fault" "$python" "${checked[@]}"
-  check memcheck 40 "${checked[@]}" memcheck "$python" tests/every_operator.py
+  check memcheck 40 "${checked[@]}" memcheck "$python" tests/support/every_operator.py
   stage par 45 "${bench[@]}" par
   tests operators 150 operators "not slow" # last, for they take whatever time there is
 else
   modules=(afa_kernels/_native*.so)
   if [ -e "${modules[0]}" ] && [ -z "$(find csrc CMakeLists.txt setup.py -newer "${modules[0]}")" ] &&
-    "$python" -c "from afa_kernels import _native_module as m; exit(m.native is None or '$device' == 'cuda' and not m.native.cuda)"; then
+    "$python" -c "from afa_kernels.core import native_module as m; exit(m.native is None or '$device' == 'cuda' and not m.native.cuda)"; then
     leave_out build "built already"
   else
     stage build 130 "${build[@]}"
   fi
-  check racecheck 45 "${checked[@]}" racecheck "$python" tests/every_operator.py
+  check racecheck 45 "${checked[@]}" racecheck "$python" tests/support/every_operator.py
   stage affinity 45 "${bench[@]}" affinity
   stage random_walk 25 "${bench[@]}" random_walk
   stage train_step 45 "${step[@]}" --json "$work/benchmarks/train_step-$device.json"

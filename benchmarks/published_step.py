@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import afa_kernels
-from afa_kernels.affinity_reference import dense_affinity, window_mask
+from afa_kernels.ops.affinity.reference import dense_affinity, window_mask
 from afa_model.conventions import IGNORE, MEAN, STD
 from afa_model.labels.cams import evaluating
 from afa_model.labels.pseudo_labels import PseudoLabels

@@ -24,20 +24,20 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.functional import gaussian_blur
 
 import afa_kernels
+from afa_kernels.ops.par import DILATIONS
 
-SIX = (1, 2, 4, 8, 12, 24)
 STRIDE = 16
 CLASSES = 21
 
 Refine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def par(dilations=SIX, iterations=15, w=0.3, w3=0.01) -> Refine:
+def par(dilations=DILATIONS, iterations=15, w=0.3, w3=0.01) -> Refine:
     return lambda image, scores: afa_kernels.par(image, scores, dilations, iterations, w, w, w3)
 
 
 def pamr(iterations=15) -> Refine:
-    return lambda image, scores: afa_kernels.pamr(image, scores, SIX, iterations)
+    return lambda image, scores: afa_kernels.pamr(image, scores, DILATIONS, iterations)
 
 
 # Row of the paper's Table 2: (name, refinement, its mIoU on VOC train).

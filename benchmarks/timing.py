@@ -54,11 +54,9 @@ class CacheFlush:
 
 def forget_scratch() -> None:
     """Frees what our kernels keep for their next call on this thread: a peak that left it out would flatter them."""
-    import afa_kernels
+    from afa_kernels.core import native_module
 
-    kept = getattr(afa_kernels._native_module, "_scratch", None)
-    if kept is not None:
-        kept.__dict__.clear()
+    native_module.forget_scratch()
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,27 +13,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Where the operator tests put their tensors. With "cuda" the same tests prove the CUDA and the compiled Triton
-# backends.
-DEVICE = os.environ.get("AFA_TEST_DEVICE", "cpu")
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-    import fast_interpreter  # noqa: F401
-
+from support.common import DEVICE, ROOT
 
 if DEVICE == "cuda":
     torch.backends.cudnn.allow_tf32 = False  # convolutions, or recorded numbers could not be met
 
 
-def available(operator: str) -> list[str]:
-    """The backends that can run an operator on DEVICE, the reference first."""
-    import afa_kernels
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value.startswith("emulated ") for value in values):
+            item.add_marker("cuda_emulator")
 
-    rows = [row for row in afa_kernels.backends() if row.operator == operator and row.device == DEVICE]
-    return sorted((row.backend for row in rows if row.available), key=["reference", "native", "triton"].index)
+
+@pytest.fixture
+def backend(request) -> Iterator[str | None]:
+    """``parametrize(..., indirect=["backend"])``: one of the names of `support.running`, which is at work meanwhile."""
+    from support.running import running
+
+    with running(request.param) as name:
+        yield name
 
 
 def _first_existing(*paths: Path | None) -> Path | None:
@@ -83,7 +83,7 @@ def poisoned_allocations():
 @pytest.fixture(autouse=True)
 def as_it_was(request):
     """What a test leaves behind in its process: the number of threads (with more than a worker has cores every barrier
-    waits for a time slice), and code that torch.compile keeps by function, of which the emulator's tests have copies.
+    waits for a time slice), and code that torch.compile keeps by function, of other backends of the same test.
     """
     if "compile" in request.node.name and "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -96,9 +96,3 @@ def as_it_was(request):
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20220614)
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted, in float64."""
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))

@@ -48,7 +48,7 @@ def _cpu_name() -> str:
 
 
 def _kernel_instruction_set() -> str:
-    from afa_kernels import _native_module
+    from afa_kernels.core import native_module as _native_module
 
     if _native_module.native is None:
         return f"none: {_native_module.native_reason}"

@@ -1,0 +1,253 @@
+"""The affinity loss: neighbours with the same label pull together, with different labels push apart.
+
+    L = 1/2 sum_{y=1} (1 - A) / (N+ + 1) + 1/2 sum_{y=0} A / (N- + 1)        (AFA, Eq. 6)
+
+y_ij says whether the labels of i and j agree; it is missing where either is ignored, and outside the window.
+Either over a window that exists, or fused with `window_affinity`, which then never does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core import backends
+from ...core.checks import INTEGERS, check_int, check_same_device, check_tensor, check_window
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample
+from . import reference
+from .functional import HEAD, check_head, check_query_key, fake_gradients, gradients, sample_attention
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("afa::pair_labels", mutates_args=())
+def _pair_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    ignored = labels == ignore_index
+    wrong = ((labels < 0) | (labels > 255)) & ~ignored
+    if labels.device.type == "cpu":
+        if wrong.any():
+            found = labels[wrong][0].item()
+            raise ValueError(f"labels must be in 0..255 or ignore_index = {ignore_index}, got {found}")
+    else:
+        # Reading the answer would make the host wait, which a training step must not and a CUDA graph cannot.
+        torch._assert_async(~wrong.any(), "labels must be in 0..255 or ignore_index")
+    return torch.where(ignored, -1, labels.to(torch.int32)).contiguous()
+
+
+@_pair_labels.register_fake
+def _(labels, ignore_index):
+    return torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+
+
+def check_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels as the kernels take them: int32, contiguous, ignored ones -1."""
+    return _pair_labels(labels, check_int(ignore_index, "ignore_index", -(1 << 31), (1 << 31) - 1))
+
+
+def affinity_loss(
+    affinity: Tensor, labels: Tensor, radius: int, ignore_index: int = 255, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The affinity loss of a window: same labels pull together, different labels push apart (AFA, Eq. 6).
+
+    Args:
+        affinity: [B, (2 * radius + 1)^2, h, w] in 0..1, as from `window_affinity`; what a tap outside the
+            image holds plays no part.
+        labels: [B, h, w], integers in 0..255 or ignore_index, on the grid of the affinity. AFA samples them
+            from the label at image size as ``F.interpolate(mode="nearest")`` does: ``labels[:, ::16, ::16]``
+            for a grid of 1/16.
+        radius: of the window, at least 0.
+        ignore_index: pairs with this label at either pixel do not count.
+        backend: as in `window_affinity`.
+
+    Returns:
+        (loss, pos_count, neg_count), scalars: the loss in float32 (float64 for float64), and the int64
+        divisors N+ + 1 and N- + 1, the numbers of ordered pairs with the same and with different labels over
+        the whole batch, plus one, each pixel's pair with itself included. With every label ignored the loss
+        is 0 and gradients are 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong. On CUDA, labels out of range end in an
+            assertion on the device instead.
+    """
+    radius = check_int(radius, "radius", 0)
+    check_window(affinity, radius)
+    batch, _, height, width = affinity.shape
+    check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=batch, h=height, w=width)
+    check_same_device(affinity, "affinity", labels=labels)
+    labels = check_labels(labels, ignore_index)
+    chosen = backends.choose("affinity_loss", backend, affinity)
+    if chosen == "reference":
+        return reference.affinity_loss(affinity, labels, radius)
+    return torch.ops.afa.affinity_loss(affinity, labels, radius, chosen)
+
+
+def attention_affinity_loss(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    labels: Tensor,
+    radius: int,
+    ignore_index: int = 255,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`affinity_loss` of `window_affinity`, fused: no affinity is kept, the backward computes it again.
+
+    Args:
+        query, key, head_weight, head_bias, radius: as in `window_affinity`; N = h * w.
+        labels, ignore_index: as in `affinity_loss`.
+        backend: as in `window_affinity`.
+
+    Returns:
+        (loss, pos_count, neg_count) as `affinity_loss`; differentiable in query, key, head_weight and
+        head_bias.
+
+    Raises:
+        As `window_affinity` and `affinity_loss`.
+    """
+    radius = check_int(radius, "radius", 0)
+    check_tensor(query, "query", ("B", "heads", "N", "d"))
+    check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=query.shape[0])
+    check_query_key(query, key, labels.shape[1], labels.shape[2])
+    check_same_device(query, "query", labels=labels)
+    head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
+    labels = check_labels(labels, ignore_index)
+    chosen = backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
+    inputs = query, key, head_weight, head_bias, labels, radius
+    if chosen == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.attention_affinity_loss(*inputs)
+    return torch.ops.afa.attention_affinity_loss(*inputs, chosen)
+
+
+# --- forward ----------------------------------------------------------------------------------------------
+
+
+def _fake_loss(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    counts = [tensor.new_empty((), dtype=torch.int64) for _ in range(2)]
+    return tensor.new_empty((), dtype=torch.float32), *counts
+
+
+@torch.library.custom_op("afa::affinity_loss", mutates_args=())
+def _affinity_loss(
+    affinity: Tensor, labels: Tensor, radius: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(__package__, backend).affinity_loss(affinity, labels, radius)
+
+
+@_affinity_loss.register_fake
+def _(affinity, labels, radius, backend):
+    return _fake_loss(affinity)
+
+
+@torch.library.custom_op("afa::attention_affinity_loss", mutates_args=())
+def _attention_affinity_loss(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    labels: Tensor,
+    radius: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = implementation(__package__, backend)
+    return kernels.attention_affinity_loss(query, key, head_weight, head_bias, labels, radius)
+
+
+@_attention_affinity_loss.register_fake
+def _(query, key, head_weight, head_bias, labels, radius, backend):
+    return _fake_loss(query)
+
+
+# --- backward ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("afa::affinity_loss_backward", mutates_args=())
+def _affinity_loss_gradient(
+    affinity: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    pos_count: Tensor,
+    neg_count: Tensor,
+    radius: int,
+    backend: str,
+) -> Tensor:
+    kernels = implementation(__package__, backend)
+    return kernels.affinity_loss_backward(affinity, labels, grad, pos_count, neg_count, radius)
+
+
+@_affinity_loss_gradient.register_fake
+def _(affinity, labels, grad, pos_count, neg_count, radius, backend):
+    return torch.empty_like(affinity)
+
+
+def _save_loss(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-2], *output[1:])
+    ctx.options = inputs[-2:]
+
+
+def _affinity_loss_backward(ctx, grad, *_):
+    affinity, labels, *counts = ctx.saved_tensors
+    gradient = torch.ops.afa.affinity_loss_backward(affinity, labels, grad, *counts, *ctx.options)
+    return gradient, None, None, None
+
+
+@torch.library.custom_op("afa::attention_affinity_loss_backward", mutates_args=())
+def _attention_affinity_loss_gradients(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    pos_count: Tensor,
+    neg_count: Tensor,
+    radius: int,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, wanted
+    return implementation(__package__, backend).attention_affinity_loss_backward(*inputs)
+
+
+@_attention_affinity_loss_gradients.register_fake
+def _(query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, wanted, backend):
+    return fake_gradients(wanted, query, key, head_weight, head_bias)
+
+
+def _attention_affinity_loss_backward(ctx, grad, *_):
+    *inputs, pos_count, neg_count = ctx.saved_tensors
+    radius, backend = ctx.options
+    wanted = list(ctx.needs_input_grad[:2])
+    operator = torch.ops.afa.attention_affinity_loss_backward
+    return gradients(ctx, operator(*inputs, grad, pos_count, neg_count, radius, wanted, backend), 7)
+
+
+# --- registration -----------------------------------------------------------------------------------------
+
+_affinity_loss.register_autograd(_affinity_loss_backward, setup_context=_save_loss)
+_attention_affinity_loss.register_autograd(_attention_affinity_loss_backward, setup_context=_save_loss)
+
+
+def _labels(draw: Draw) -> Tensor:
+    """[2, 9, 10]: class 0 above, 1 and 2 mixed below, some ignored."""
+    classes = 1 + (2 * draw(2, 9, 10)).long()
+    classes[:, :4] = 0
+    return torch.where(draw(2, 9, 10) > 0.9, 255, classes)
+
+
+def _loss_samples(draw: Draw) -> list[Sample]:
+    tensors, options = {"affinity": draw(2, 81, 9, 10)}, {"labels": _labels(draw), "radius": 4}
+    return [Sample(affinity_loss, tensors, options, ("affinity",))]
+
+
+def _attention_samples(draw: Draw) -> list[Sample]:
+    tensors, head = sample_attention(draw)
+    options = {**head, "labels": _labels(draw), "radius": 4}
+    return [Sample(attention_affinity_loss, tensors, options, (*tensors, *HEAD))]
+
+
+backends.register("affinity_loss", _loss_samples)
+backends.register("attention_affinity_loss", _attention_samples)

@@ -1,0 +1,229 @@
+"""The native kernels of the affinity, called: the ``native`` backend of `functional` and `losses`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core import native_module
+from ...core.native_module import native, view, workspace
+
+UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a gradient nobody asked for
+
+
+def _head(head_weight: Tensor, head_bias: Tensor) -> list[float]:
+    """The affinity head as the CPU's kernels take it."""
+    return [*head_weight.tolist(), *head_bias.tolist()]
+
+
+def _device_head(head_weight: Tensor, head_bias: Tensor) -> Tensor:
+    """And as those of a GPU do: the host must not wait for its values."""
+    return torch.cat([head_weight.float(), head_bias.float()])
+
+
+def _split_head(grad: Tensor, head_weight: Tensor, head_bias: Tensor) -> tuple[Tensor, Tensor]:
+    return grad[:-1].to(head_weight.dtype, copy=True), grad[-1:].to(head_bias.dtype, copy=True)
+
+
+def _like(tensor: Tensor, wanted: bool) -> tuple[Tensor, tuple]:
+    """An output of a tensor's shape and its view, or an empty one."""
+    out = torch.empty_like(tensor) if wanted else tensor.new_empty(0)
+    return out, view(out) if wanted else UNWANTED
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def _loss(sums: tuple[float, float, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    same, different, same_count, different_count = sums
+    loss = 0.5 * same / (same_count + 1) + 0.5 * different / (different_count + 1)
+    return torch.tensor(loss, dtype=torch.float32), torch.tensor(same_count + 1), torch.tensor(different_count + 1)
+
+
+def _results(like: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
+    """Where a GPU writes a loss and its counts, and their addresses."""
+    counts = (like.new_empty((), dtype=torch.int64) for _ in range(2))
+    results = (like.new_empty((), dtype=torch.float32), *counts)
+    return results, tuple(tensor.data_ptr() for tensor in results)
+
+
+def _slopes(grad: Tensor, pos_count: Tensor, neg_count: Tensor) -> tuple[float, float]:
+    """dL/dA for pairs with the same label and with different labels."""
+    return -0.5 * grad.item() / pos_count.item(), 0.5 * grad.item() / neg_count.item()
+
+
+# --- from queries and keys --------------------------------------------------------------------------------------------
+
+
+def window_affinity(
+    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, height: int, width: int, radius: int
+) -> Tensor:
+    out = query.new_empty(query.shape[0], (2 * radius + 1) ** 2, height, width)
+    grid = height, width, radius
+    if native_module.on_cuda(query):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
+        native.window_affinity_cuda(view(query), view(key), head.data_ptr(), grid, view(out), *place)
+        return out
+    threads = torch.get_num_threads()
+    common = view(query), view(key), _head(head_weight, head_bias), grid
+    scratch = workspace(native.attention_cpu_workspace(*common, threads), query.device)
+    native.window_affinity_cpu(*common, view(out), scratch.data_ptr(), threads)
+    return out
+
+
+def attention_affinity_loss(
+    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = (*labels.shape[1:], radius)
+    if native_module.on_cuda(query):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
+        scratch = workspace(native.attention_cuda_workspace(view(query), view(key), grid), query.device)
+        results, addresses = _results(query)
+        options = labels.data_ptr(), addresses, scratch.data_ptr(), *place
+        native.attention_affinity_loss_cuda(view(query), view(key), head.data_ptr(), grid, *options)
+        return results
+    common = view(query), view(key), _head(head_weight, head_bias), grid
+    threads = torch.get_num_threads()
+    scratch = workspace(native.attention_cpu_workspace(*common, threads), query.device)
+    return _loss(native.attention_affinity_loss_cpu(*common, labels.data_ptr(), scratch.data_ptr(), threads))
+
+
+def _attention_backward(
+    operator: str,
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    grid: tuple[int, ...],
+    source: tuple,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward of ``operator``; source says where the gradient of the affinities comes from."""
+    grad_query, query_view = _like(query, wanted[0])
+    grad_key, key_view = _like(key, wanted[1])
+    if native_module.on_cuda(query):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
+        grad_head = torch.empty_like(head)
+        size = native.attention_backward_cuda_workspace(view(query), view(key), grid, place[0])
+        scratch = workspace(size, query.device)
+        places = query_view, key_view, grad_head.data_ptr(), scratch.data_ptr(), *place
+        run = getattr(native, f"{operator}_backward_cuda")
+        run(view(query), view(key), head.data_ptr(), grid, *source, *places)
+        return grad_query, grad_key, *_split_head(grad_head, head_weight, head_bias)
+    common = view(query), view(key), _head(head_weight, head_bias), grid
+    threads = torch.get_num_threads()
+    scratch = workspace(native.attention_backward_cpu_workspace(*common, threads), query.device)
+    run = getattr(native, f"{operator}_backward_cpu")
+    head = run(*common, *source, query_view, key_view, scratch.data_ptr(), threads)
+    return grad_query, grad_key, head_weight.new_tensor(head[:-1]), head_bias.new_tensor(head[-1:])
+
+
+def window_affinity_backward(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    window: Tensor,
+    grad: Tensor,
+    radius: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grid = (*window.shape[2:], radius)
+    inputs = query, key, head_weight, head_bias, grid, (view(window), view(grad)), wanted
+    return _attention_backward("window_affinity", *inputs)
+
+
+def attention_affinity_loss_backward(
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    pos_count: Tensor,
+    neg_count: Tensor,
+    radius: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad = grad.float()
+    if native_module.on_cuda(query):
+        slopes = (tuple(tensor.data_ptr() for tensor in (grad, pos_count, neg_count)),)
+    else:
+        slopes = _slopes(grad, pos_count, neg_count)
+    inputs = query, key, head_weight, head_bias, (*labels.shape[1:], radius), (labels.data_ptr(), *slopes), wanted
+    return _attention_backward("attention_affinity_loss", *inputs)
+
+
+# --- from maps --------------------------------------------------------------------------------------------------------
+
+
+def affinity_from_maps(
+    maps: Tensor, head_weight: Tensor, head_bias: Tensor, height: int, width: int, radius: int
+) -> Tensor:
+    out = maps.new_empty(maps.shape[0], (2 * radius + 1) ** 2, height, width)
+    grid = height, width, radius
+    if native_module.on_cuda(maps):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
+        native.affinity_from_maps_cuda(view(maps), head.data_ptr(), grid, view(out), *place)
+        return out
+    threads = torch.get_num_threads()
+    common = view(maps), _head(head_weight, head_bias), grid
+    scratch = workspace(native.affinity_from_maps_cpu_workspace(*common, threads), maps.device)
+    native.affinity_from_maps_cpu(*common, view(out), scratch.data_ptr(), threads)
+    return out
+
+
+def affinity_from_maps_backward(
+    maps: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    window: Tensor,
+    grad: Tensor,
+    radius: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = (*window.shape[2:], radius)
+    grad_maps, maps_view = _like(maps, wanted[0])
+    if native_module.on_cuda(maps):
+        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
+        grad_head = torch.empty_like(head)
+        grad_maps.zero_()  # the kernel writes what lies in the window
+        scratch = workspace(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid), maps.device)
+        places = maps_view, grad_head.data_ptr(), scratch.data_ptr(), *place
+        sources = view(window), view(grad)
+        native.affinity_from_maps_backward_cuda(view(maps), head.data_ptr(), grid, *sources, *places)
+        return grad_maps, *_split_head(grad_head, head_weight, head_bias)
+    common = view(maps), _head(head_weight, head_bias), grid
+    threads = torch.get_num_threads()
+    scratch = workspace(native.affinity_from_maps_backward_cpu_workspace(*common, threads), maps.device)
+    places = maps_view, scratch.data_ptr(), threads
+    head = native.affinity_from_maps_backward_cpu(*common, view(window), view(grad), *places)
+    return grad_maps, head_weight.new_tensor(head[:-1]), head_bias.new_tensor(head[-1:])
+
+
+# --- the loss of a window ---------------------------------------------------------------------------------------------
+
+
+def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    if native_module.on_cuda(affinity):
+        place = native_module.cuda_stream(affinity.device)
+        scratch = workspace(native.affinity_loss_cuda_workspace(view(affinity)), affinity.device)
+        results, addresses = _results(affinity)
+        options = labels.data_ptr(), radius, addresses, scratch.data_ptr()
+        native.affinity_loss_cuda(view(affinity), *options, *place)
+        return results
+    return _loss(native.affinity_loss_cpu(view(affinity), labels.data_ptr(), radius, torch.get_num_threads()))
+
+
+def affinity_loss_backward(
+    affinity: Tensor, labels: Tensor, grad: Tensor, pos_count: Tensor, neg_count: Tensor, radius: int
+) -> Tensor:
+    out, grad = torch.empty_like(affinity), grad.float()
+    if native_module.on_cuda(affinity):
+        slopes = tuple(tensor.data_ptr() for tensor in (grad, pos_count, neg_count))
+        place = native_module.cuda_stream(affinity.device)
+        native.affinity_loss_backward_cuda(view(out), labels.data_ptr(), radius, slopes, *place)
+        return out
+    slopes = _slopes(grad, pos_count, neg_count)
+    native.affinity_loss_backward_cpu(view(out), labels.data_ptr(), radius, *slopes, torch.get_num_threads())
+    return out

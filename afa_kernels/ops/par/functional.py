@@ -1,0 +1,304 @@
+"""Pixel-adaptive refinement: PAR of AFA, and PAMR of 1-stage-wseg, on which it builds.
+
+    weights = par_weights(images)                     an affinity of each pixel to 8 neighbours for each dilation
+    masks  <- sum over taps of weights * neighbour    num_iter times (`diffuse` with replicated borders)
+
+The formulas stand in `reference`. The gradient of the masks is the adjoint diffusion, with the weights computed again
+rather than kept. The gradient of the images is the one exception to the rule that only the ``"reference"`` backend runs
+through `reference`: training does not ask for it, so it has no kernel, and PyTorch derives the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core import backends
+from ...core.checks import (
+    FLOATS,
+    check_class_mask,
+    check_dilations,
+    check_float,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
+from ...core.implementations import implementation
+from ...core.self_check import Draw, Sample, odd_image
+from . import reference
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+
+# --- checks ---
+
+
+def check_factors(w1: float, w2: float, w3: float) -> list[float]:
+    return [check_float(w1, "w1", positive=True), check_float(w2, "w2", positive=True), check_float(w3, "w3")]
+
+
+def check_resize(resize: str) -> str:
+    if resize not in ("mask", "image"):
+        raise ValueError(f"resize must be 'mask' or 'image', got {resize!r}")
+    return resize
+
+
+def _resized(value: Tensor, like: Tensor) -> Tensor:
+    """To the height and width of ``like``; in float32, so that half precision is rounded once, at the end."""
+    if value.shape[-2:] == like.shape[-2:]:
+        return value
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    return F.interpolate(wide, size=like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def refine(
+    images: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int],
+    num_iter: int,
+    factors: list[float],
+    class_mask: Tensor | None,
+    backend: str | None,
+    resize: str = "mask",
+    names: tuple[str, str] = ("images", "masks"),
+) -> Tensor:
+    """`par` (three factors) and `pamr` (none)."""
+    check_tensor(images, names[0], ("B", 3, "H", "W"))
+    check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS, B=images.shape[0])
+    check_same_device(images, names[0], **{names[1]: masks})
+    check_class_mask(class_mask, masks, names[1])
+    dilations = check_dilations(dilations)
+    num_iter = check_int(num_iter, "num_iter", 0)
+    dtype = masks.dtype
+    if check_resize(resize) == "mask":
+        masks = _resized(masks, images)
+    else:
+        images = _resized(images, masks)
+    chosen = backends.choose("par", backend, images, masks)
+    if chosen == "reference":
+        return reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask).to(dtype)
+    return torch.ops.afa.par(images, masks, dilations, num_iter, factors, class_mask, False, chosen).to(dtype)
+
+
+def par(
+    images: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int] = DILATIONS,
+    num_iter: int = 10,
+    w1: float = 0.3,
+    w2: float = 0.3,
+    w3: float = 0.01,
+    *,
+    class_mask: Tensor | None = None,
+    resize: str = "mask",
+    backend: str | None = None,
+) -> Tensor:
+    """Pixel-adaptive refinement (AFA, Eq. 9-12; defaults from Tables 2 and 3 of the supplement).
+
+    Args:
+        images: [B, 3, H, W] in 0..1; float32, float16 or bfloat16 (float64 in the reference path).
+        masks: [B, C, h, w], any range, such as class scores.
+        dilations: distances of the taps in pixels, each at least 1.
+        num_iter: diffusion steps, at least 0.
+        w1, w2: smoothing of the colour and the position term, positive.
+        w3: share of the position term; each pixel's weights sum to 1 + w3.
+        class_mask: [B, C] bool; channels that are False (absent classes) cost nothing and are returned as 0.
+        resize: where the sizes differ, ``"mask"`` resizes the masks to the image (bilinear, corners aligned; as
+            published), ``"image"`` the image to the masks: cheaper, and the taps then count in mask pixels.
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
+
+    Returns:
+        [B, C, H, W], or [B, C, h, w] with ``resize="image"``, in the dtype of masks. Weights and sums are float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+    """
+    return refine(images, masks, dilations, num_iter, check_factors(w1, w2, w3), class_mask, backend, resize)
+
+
+def pamr(
+    images: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int] = (1,),
+    num_iter: int = 1,
+    *,
+    class_mask: Tensor | None = None,
+    resize: str = "mask",
+    backend: str | None = None,
+) -> Tensor:
+    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
+    `par`.
+    """
+    return refine(images, masks, dilations, num_iter, [], class_mask, backend, resize)
+
+
+def _weights(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:
+    check_tensor(images, "images", ("B", 3, "H", "W"))
+    dilations = check_dilations(dilations)
+    chosen = backends.choose("par_weights", backend, images)
+    if chosen == "reference":
+        if factors:
+            return reference.par_weights(images, dilations, *factors)
+        return reference.pamr_weights(images, dilations)
+    return torch.ops.afa.par_weights(images, dilations, factors, chosen)
+
+
+def par_weights(
+    images: Tensor,
+    dilations: Sequence[int] = DILATIONS,
+    w1: float = 0.3,
+    w2: float = 0.3,
+    w3: float = 0.01,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The weights of `par` (AFA, Eq. 9-11): images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive,
+    sum 1 + w3.
+
+    Channels: for each dilation the 8 neighbours, row-major in (dy, dx), centre left out. Arguments and errors as
+    `par`.
+    """
+    return _weights(images, dilations, check_factors(w1, w2, w3), backend)
+
+
+def pamr_weights(images: Tensor, dilations: Sequence[int] = (1,), *, backend: str | None = None) -> Tensor:
+    """The weights of `pamr`: images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive, sum 1. Channels
+    as `par_weights`.
+    """
+    return _weights(images, dilations, [], backend)
+
+
+# --- forward and its adjoint ---
+
+
+@torch.library.custom_op("afa::par", mutates_args=())
+def _par(
+    images: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    factors: list[float],
+    class_mask: Tensor | None,
+    transpose: bool,
+    backend: str,
+) -> Tensor:
+    inputs = images, masks, dilations, num_iter, factors, class_mask, transpose
+    return implementation(__package__, backend).par(*inputs)
+
+
+@_par.register_fake
+def _(images, masks, dilations, num_iter, factors, class_mask, transpose, backend):
+    return torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
+
+
+@torch.library.custom_op("afa::par_weights", mutates_args=())
+def _par_weights(images: Tensor, dilations: list[int], factors: list[float], backend: str) -> Tensor:
+    return implementation(__package__, backend).par_weights(images, dilations, factors)
+
+
+@_par_weights.register_fake
+def _(images, dilations, factors, backend):
+    shape = (images.shape[0], 8 * len(dilations), *images.shape[2:])
+    return torch.empty(shape, dtype=images.dtype, device=images.device)
+
+
+# --- backward ---
+
+
+def _save(ctx, inputs, output):
+    images, masks, dilations, num_iter, factors, class_mask, transpose, backend = inputs
+    ctx.save_for_backward(images, masks if ctx.needs_input_grad[0] else None, class_mask)
+    ctx.options = dilations, num_iter, factors, transpose, backend, masks.dtype
+
+
+def _backward(ctx, grad):
+    images, masks, class_mask = ctx.saved_tensors
+    dilations, num_iter, factors, transpose, backend, dtype = ctx.options
+    grad_images = grad_masks = None
+    if ctx.needs_input_grad[1]:
+        grad_masks = torch.ops.afa.par(images, grad, dilations, num_iter, factors, class_mask, not transpose, backend)
+        grad_masks = grad_masks.to(dtype)
+    if ctx.needs_input_grad[0]:
+        # <grad, A masks> is also <A^T grad, masks>: the adjoint's images have the same gradient with the two
+        # exchanged.
+        start, end = (grad, masks) if transpose else (masks, grad)
+        grad_images = _images_gradient(images, start, end, dilations, num_iter, factors, class_mask)
+    return grad_images, grad_masks, None, None, None, None, None, None
+
+
+def _images_gradient(
+    images: Tensor,
+    masks: Tensor,
+    grad: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    factors: list[float],
+    class_mask: Tensor | None,
+) -> Tensor:
+    if num_iter == 0:
+        return torch.zeros_like(images)
+    with torch.enable_grad():
+        leaf = images.detach().float().requires_grad_()
+        out = reference.refine(
+            leaf, masks.detach().float(), dilations, num_iter, tuple(factors) or None, class_mask
+        )
+        return torch.autograd.grad(out, leaf, grad.float())[0].to(images.dtype)
+
+
+def _weights_gradient(images: Tensor, grad: Tensor, dilations: list[int], factors: list[float]) -> Tensor:
+    with torch.enable_grad():
+        leaf = images.detach().float().requires_grad_()
+        if factors:
+            weights = reference.par_weights(leaf, dilations, *factors)
+        else:
+            weights = reference.pamr_weights(leaf, dilations)
+        return torch.autograd.grad(weights, leaf, grad.float())[0].to(images.dtype)
+
+
+def _save_images(ctx, inputs, output):
+    images, *ctx.options = inputs
+    ctx.save_for_backward(images)
+
+
+def _backward_weights(ctx, grad):
+    dilations, factors, _ = ctx.options
+    return _weights_gradient(*ctx.saved_tensors, grad, dilations, factors), None, None, None
+
+
+# --- registration ---
+
+_par.register_autograd(_backward, setup_context=_save)
+_par_weights.register_autograd(_backward_weights, setup_context=_save_images)
+
+
+# More taps than the CUDA kernel keeps on chip, some of them farther than the image is wide: they are streamed.
+_MANY = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+
+
+# Gradients are compared where the images are noise: at a pixel that stands out of a flat region that of the images is
+# 1 / 1e-8^2 times a difference of roundings.
+def _par_samples(draw: Draw) -> list[Sample]:
+    odd = {"images": odd_image(draw, 8, 19), "masks": draw(2, 5, 8, 19)}
+    plain = {"images": draw(1, 3, 8, 19), "masks": draw(1, 5, 8, 19)}
+    many = {"dilations": _MANY, "num_iter": 2, "class_mask": draw(1, 5) > 0.3}
+    return [
+        Sample(par, odd, {"num_iter": 2}),
+        Sample(pamr, plain, many, ("masks",)),
+        Sample(par, plain, {"dilations": (1, 3), "num_iter": 2}, ("images", "masks")),
+    ]
+
+
+def _par_weights_samples(draw: Draw) -> list[Sample]:
+    odd, plain = {"images": odd_image(draw, 8, 19)}, {"images": draw(2, 3, 8, 19)}
+    return [
+        Sample(par_weights, odd),
+        Sample(pamr_weights, odd, {"dilations": (1, 3)}),
+        Sample(par_weights, plain, {"dilations": (1, 3)}, ("images",)),
+        Sample(par_weights, {"images": draw(1, 3, 40, 33)}),  # whose shared memory must be asked for
+    ]
+
+
+backends.register("par", _par_samples)
+backends.register("par_weights", _par_weights_samples)

@@ -1,0 +1,239 @@
+"""The command `afa` as people type it: help, mistakes, and the way from photographs to label maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import support.needs_command_line  # noqa: F401
+from PIL import Image
+from support.tiny_run import tiny_args
+from support.voc_factory import make_voc
+
+from afa_model import cli
+from afa_model.commands import bench
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("voc")
+    make_voc(folder, count=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(root, tmp_path_factory):
+    """The folder of a run of two steps."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert cli.main(["train", *tiny_args(root, out, schedule__max_iters=2)]) == 0
+    return out
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for command in ("train", "evaluate", "predict", "demo", "doctor", "bench"):
+        assert f"\n  {command} " in printed
+    assert cli.main([]) == 2
+    assert "usage: afa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        (
+            "train",
+            [
+                "--config FILE|NAME",
+                "--optim.lr",
+                "--step.cam_iters",
+                "--resume",
+                "learning rate of the backbone",
+            ],
+        ),
+        ("evaluate", ["--checkpoint", "--json", "--csv", "--data.root", "--eval.scales"]),
+        ("predict", ["IMAGE", "--checkpoint", "--out", "--labels", "--affinity_at", "--head_weights"]),
+        ("doctor", ["--json"]),
+    ],
+)
+def test_help_of_a_command(capsys, command, texts):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for text in texts:
+        assert text in printed
+    assert "``" not in printed
+
+
+def test_help_of_bench_lists_what_there_is(capsys):
+    assert cli.main(["bench", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "data" in printed
+    for name in bench.benchmarks():
+        assert f"bench_{name}.py" in printed
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("afa 0.")
+
+
+def test_an_unknown_command_lists_those_there_are(capsys):
+    assert cli.main(["trian"]) == 2
+    error = capsys.readouterr().err
+    assert "no command 'trian'" in error and "train" in error
+
+
+def test_it_runs_as_a_module_without_the_entry_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "afa_model.cli", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "usage: afa COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            ["train", "--optim.lrr", "1"],
+            "afa train: error: optim.lrr: unknown setting (did you mean optim.lr?)",
+        ),
+        (["train", "--optim.lr", "quick"], "afa train: error: optim.lr: expected float, got quick"),
+        (["train", "--config", "vooc"], "afa train: error: config: no file 'vooc'"),
+        (
+            ["train", "--data.root", "/nowhere/voc"],
+            "afa train: error: data root /nowhere/voc is not a folder",
+        ),
+        (["evaluate"], "afa evaluate: error: "),
+        (["evaluate", "--checkpoint", "/nowhere"], "afa evaluate: error: checkpoint /nowhere: no such file"),
+        (["evaluate", "--checkpoint=/nowhere"], "afa evaluate: error: checkpoint /nowhere: no such file"),
+        (
+            ["predict", "x.jpg", "--checkpoint", "/nowhere"],
+            "afa predict: error: checkpoint /nowhere: no such file",
+        ),
+        (["bench", "parr"], "afa bench: error: no benchmark 'parr'"),
+        (["bench", "data", "--data.root", "/nowhere/voc"], "afa bench data: error: data root /nowhere/voc"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, line, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert "Traceback" not in error
+
+
+def test_missing_files_are_all_listed(capsys, tmp_path):
+    make_voc(tmp_path / "voc")
+    for name in ("2007_000001", "2007_000003"):
+        (tmp_path / "voc" / "JPEGImages" / f"{name}.jpg").unlink()
+    assert cli.main(["train", *tiny_args(tmp_path / "voc", tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "2007_000001.jpg" in error and "2007_000003.jpg" in error
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_csv(trained, root, tmp_path, capsys):
+    files = tmp_path / "scores.json", tmp_path / "scores.csv"
+    line = [
+        "evaluate",
+        "--checkpoint",
+        str(trained),
+        "--device",
+        "cpu",
+        "--json",
+        str(files[0]),
+        "--csv",
+        str(files[1]),
+    ]
+    assert cli.main(line) == 0
+    printed = capsys.readouterr().out
+    for text in ("iter_00000002.pt, trained for 2 steps", "2 images", "CAM", "random walk", "segmentation"):
+        assert text in printed
+    for text in ("person", "mIoU", "pixel accuracy"):
+        assert text in printed
+    scores = json.loads(files[0].read_text())
+    assert scores["images"] == 2  # the run's own eval.limit
+    assert scores["about"]["iteration"] == 2
+    assert 0 <= scores["scores"]["segmentation"]["miou"] <= 1
+    with open(files[1], newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["class"] for row in table][:2] == ["background", "aeroplane"]
+
+
+def test_evaluate_takes_other_settings(trained, root, capsys):
+    line = [
+        "evaluate",
+        f"--checkpoint={trained}/iter_00000002.pt",
+        "--device=cpu",
+        "--eval.limit=1",
+        "--eval.kinds=[cam]",
+    ]
+    assert cli.main([*line, "--data.root", str(root), "--data.val_split", "train_aug"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())  # the title of a narrow table is broken into lines
+    assert "1 image" in printed and "on train_aug" in printed
+    assert "segmentation" not in printed
+    assert cli.main([*line, "--eval.kinds=[cams]"]) == 2
+    assert "unknown kind 'cams'" in capsys.readouterr().err
+    assert cli.main([*line, "--eval.limt=1"]) == 2
+    assert "eval.limt: unknown setting (did you mean eval.limit?)" in capsys.readouterr().err
+
+
+def test_predict_writes_labels_and_panels(trained, root, tmp_path, capsys):
+    photos = [root / "JPEGImages" / f"2007_00000{i}.jpg" for i in (0, 1)]
+    out = tmp_path / "labels"
+    line = ["predict", *map(str, photos), "--checkpoint", str(trained), "--out", str(out), "--device", "cpu"]
+    assert cli.main(line) == 0
+    printed = capsys.readouterr().out
+    assert "2007_000000.jpg" in printed and "wrote labels and panels of 2 photographs" in printed
+    with Image.open(photos[1]) as photo, Image.open(out / "2007_000001.png") as label:
+        assert label.mode == "P"
+        assert label.size == photo.size
+        assert np.asarray(label).max() < 21
+    assert (out / "2007_000001_panel.png").stat().st_size > 1000
+
+
+def test_predict_takes_classes_and_a_point(trained, root, tmp_path, capsys):
+    photo = str(root / "JPEGImages" / "2007_000000.jpg")
+    line = ["predict", photo, "--checkpoint", str(trained), "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*line, "--labels", "cat,person", "--affinity-at", "10,20", "--panels", "false"]) == 0
+    printed = capsys.readouterr().out
+    assert "cat" in printed and "person" in printed and "dog" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["2007_000000.png"]
+    for wrong, message in (
+        (["--labels", "unicorn"], "unicorn"),
+        (["--affinity_at", "1000,2"], "affinity_at"),
+        (["--label", "cat"], "label"),
+    ):
+        assert cli.main([*line, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["predict", str(tmp_path / "none.jpg"), *line[2:]]) == 2
+    assert "none.jpg: not found" in capsys.readouterr().err
+
+
+def test_predict_draws_the_weights_of_the_heads(trained, root, tmp_path, capsys):
+    picture = tmp_path / "weights.png"
+    line = ["predict", "--checkpoint", str(trained), "--out", str(tmp_path / "labels"), "--device", "cpu"]
+    assert cli.main([*line, "--head-weights", str(picture)]) == 0
+    assert f"wrote {picture}" in capsys.readouterr().out
+    assert picture.stat().st_size > 1000 and not (tmp_path / "labels").exists()
+    photo = str(root / "JPEGImages" / "2007_000000.jpg")
+    assert cli.main([*line, f"--head-weights={picture}", "--panels", "false", photo]) == 0
+    assert "wrote labels of 1 photograph" in capsys.readouterr().out
+    assert cli.main(line) == 2
+    assert "afa predict: error: images: none given" in capsys.readouterr().err
+
+
+def test_bench_data_measures_the_loader(root, capsys):
+    assert (
+        cli.main(["bench", "data", "--batches=3", "--json=-", f"--data.root={root}", "--data.num_workers=0"])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 6
+    assert result["images_per_second"] > 0

@@ -1,0 +1,165 @@
+"""Prediction: what is written where, with which classes, and that every mistake is told before anything is
+written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.color_model import ColorModel
+from support.voc_factory import make_voc
+
+from afa_model.data.classes import VOC_CLASSES, voc_palette
+from afa_model.data.files import read_label
+from afa_model.errors import DataError
+from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
+from afa_model.labels.settings import LabelSettings
+from afa_model.networks.afa import AFA
+
+SMALL = {"long_side": None, "scales": (1.0,)}
+HOW = LabelSettings(cam_scales=(1.0, 0.5), radius=3, dilations=(1, 2))
+
+
+@pytest.fixture
+def root(tmp_path):
+    make_voc(tmp_path, count=2)
+    return tmp_path
+
+
+def run(root, images=None, **changes):
+    images = [root / "JPEGImages"] if images is None else images
+    return predict(
+        ColorModel().train(), images, root / "out", VOC_CLASSES, PredictSettings(**{**SMALL, **changes}), HOW
+    )
+
+
+def test_labels_and_panels_are_written(root):
+    done = run(root)
+    assert [item.image.name for item in done] == ["2007_000000.jpg", "2007_000001.jpg"]
+    for item in done:
+        assert item.label == root / "out" / f"{item.image.stem}.png"
+        assert item.panel == root / "out" / f"{item.image.stem}_panel.png"
+        with Image.open(item.label) as image, Image.open(item.image) as photo:
+            assert image.mode == "P" and image.size == photo.size
+            assert np.array_equal(np.array(image.getpalette()).reshape(-1, 3), voc_palette())
+        mask = read_label(root / "SegmentationClassAug" / item.label.name)
+        counted = mask != 255
+        assert (read_label(item.label) == mask)[counted].float().mean() > 0.99
+        with Image.open(item.panel) as image:
+            assert min(image.size) > 300
+    assert [name for name, _ in done[0].found] == ["aeroplane"]
+    assert {name for name, _ in done[1].found} == {"cat", "person"}
+    assert all(0.5 < score <= 1 for item in done for _, score in item.found)
+
+
+def test_labels_can_be_given_and_panels_left_out(root):
+    (item,) = run(root, [root / "JPEGImages" / "2007_000000.jpg"], labels=("person",), panels=False)
+    assert [name for name, _ in item.found] == ["person"]
+    assert item.panel is None and sorted(file.name for file in (root / "out").iterdir()) == [
+        "2007_000000.png"
+    ]
+
+
+def test_the_point_of_the_affinity_can_be_chosen(root):
+    image = root / "JPEGImages" / "2007_000000.jpg"
+    first = run(root, [image], affinity_at=(20, 10))[0].panel.read_bytes()
+    assert run(root, [image], affinity_at=(20, 10))[0].panel.read_bytes() == first
+    assert run(root, [image], affinity_at=(40, 60))[0].panel.read_bytes() != first
+    (root / "out").joinpath("2007_000000.png").unlink()
+    with pytest.raises(ValueError, match=r"affinity_at: .* 2007_000000.jpg \(0..47, 0..63\), got 48,0"):
+        run(root, [image], affinity_at=(48, 0))
+    assert not (root / "out" / "2007_000000.png").exists()
+
+
+def test_photographs_are_turned_upright(root):
+    path = root / "turned.jpg"
+    with Image.open(root / "JPEGImages" / "2007_000000.jpg") as image:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter
+        image.save(path, exif=exif)
+    (item,) = run(root, [path], affinity_at=(63, 47))
+    assert read_label(item.label).shape == (64, 48)
+
+
+def test_everything_unreadable_is_named_before_anything_is_written(root):
+    (root / "empty").mkdir()
+    with pytest.raises(DataError) as caught:
+        run(root, [root / "JPEGImages", root / "gone.jpg", root / "empty"])
+    assert len(caught.value.problems) == 2
+    for name in ("gone.jpg", "empty"):
+        assert any(name in line for line in caught.value.problems)
+    (root / "notes.jpg").write_text("no photograph")
+    with pytest.raises(DataError, match=r"notes\.jpg: no photograph"):
+        run(root, [root / "JPEGImages", root / "notes.jpg"])
+    with pytest.raises(DataError, match="none given"):
+        run(root, [])
+    assert not (root / "out").exists()
+
+
+def test_a_truncated_photograph_is_named(root):
+    path = root / "JPEGImages" / "2007_000000.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(DataError, match=r"2007_000000\.jpg: cannot be decoded"):
+        run(root, [path])
+
+
+def test_no_file_is_overwritten_by_another(root):
+    make_voc(root / "b", count=1)
+    with pytest.raises(DataError, match=r"out: .*\n.*2007_000000\.png"):
+        run(root, [root / "JPEGImages", root / "b" / "JPEGImages"])
+    make_voc(root / "png", count=1, suffix="png")
+    model, folder = ColorModel(), root / "png" / "JPEGImages"
+    before = (folder / "2007_000000.png").read_bytes()
+    with pytest.raises(DataError, match="overwrite"):
+        predict(model, [folder], folder, VOC_CLASSES, PredictSettings(**SMALL), HOW)
+    assert (folder / "2007_000000.png").read_bytes() == before
+
+
+def test_settings_as_they_are_typed():
+    settings = PredictSettings(labels="cat, potted plant", affinity_at="10,20")
+    assert settings.labels == ("cat", "potted plant") and settings.affinity_at == (10, 20)
+    for wrong in ("10", "10,x", "1,2,3"):
+        with pytest.raises(ValueError, match="affinity_at: expected a pixel Y,X"):
+            PredictSettings(affinity_at=wrong)
+
+
+def test_bad_arguments_are_named(root):
+    with pytest.raises(ValueError, match="labels: 'unicorn'; expected some of aeroplane"):
+        run(root, labels=("cat", "unicorn"))
+    with pytest.raises(ValueError, match="labels: 'background'"):
+        run(root, labels=("background",))
+    with pytest.raises(ValueError, match="class_names: expected the model's 21 names, got 3"):
+        predict(ColorModel(), [root / "JPEGImages"], root / "out", ("background", "a", "b"))
+
+
+def test_folders_are_searched_in_order_and_nothing_comes_twice(root):
+    names = [path.name for path in photos([root / "JPEGImages" / "2007_000001.jpg", root / "JPEGImages"])]
+    assert names == ["2007_000001.jpg", "2007_000000.jpg"]
+
+
+def test_the_weights_of_the_heads_are_drawn(root):
+    torch.manual_seed(0)
+    tiny = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
+    model = AFA("mit_b0", 5, embedding=16, backbone_args=tiny)
+    path = draw_head_weights(model, root / "new" / "weights.png")
+    before = path.read_bytes()
+    assert draw_head_weights(model, path).read_bytes() == before
+    with torch.no_grad():
+        model.attn_proj.weight[0, 5] *= -3
+    assert draw_head_weights(model, path).read_bytes() != before
+    with Image.open(path) as image:
+        assert image.size[0] > image.size[1] > 300
+
+
+def test_a_cnn_predicts_its_refined_cam(root):
+    torch.manual_seed(0)
+    model = AFA("resnet18", 21, stride=(4, 2, 2, 1))
+    settings = PredictSettings(**SMALL, labels=("cat",))
+    (item, _) = predict(model, [root / "JPEGImages"], root / "out", VOC_CLASSES, settings)
+    assert set(read_label(item.label).unique().tolist()) <= {0, 8} and item.panel.exists()
+    with pytest.raises(ValueError, match="head_weights: resnet18 has no attention"):
+        draw_head_weights(model, root / "weights.png")
+    with pytest.raises(ValueError, match="affinity_at: the backbone resnet18 has no attention"):
+        predict(model, [root], root / "out", VOC_CLASSES, PredictSettings(affinity_at=(0, 0)))

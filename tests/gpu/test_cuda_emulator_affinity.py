@@ -1,0 +1,107 @@
+"""The affinity's and the random walk's CUDA sources, run thread by thread on the CPU: what their tests do not name."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from support.common import DEVICE, relative_error
+from support.cuda_emulator import build
+from support.cuda_emulator.operators import emulated
+from support.memory import reserved
+
+from afa_kernels import affinity_from_maps, affinity_loss, attention_affinity_loss, random_walk, window_affinity
+from afa_kernels.core import native_module
+
+pytestmark = [
+    pytest.mark.cuda_emulator,
+    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
+]
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    return build.load()
+
+
+# --- races: the order of threads and blocks must not show -------------------------------------------------------------
+
+
+def everything(dtype: torch.dtype, depth: int = 16) -> list[torch.Tensor]:
+    """Every kernel of the affinity and the random walk, forward and backward, on one seed's inputs."""
+    generator = torch.Generator().manual_seed(0)
+    height, width, radius = 9, 18, 3
+    pixels = height * width
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(dtype).requires_grad_()
+
+    query, key, cams = random(2, 3, pixels, depth), random(2, 3, pixels, depth), random(2, 5, height, width)
+    maps, head = random(2, 3, pixels, pixels), (random(3), random(1))
+    labels = torch.randint(-1, 3, (2, height, width), generator=generator).clamp(min=0) % 3
+    window = window_affinity(query, key, *head, height, width, radius)
+    results = [
+        window,
+        attention_affinity_loss(query, key, *head, labels, radius)[0],
+        affinity_loss(window, labels, radius)[0],
+        affinity_from_maps(maps, *head, height, width, radius),
+        random_walk(window, cams, radius, num_steps=2),
+    ]
+    sum(result.float().square().sum() for result in results).backward()
+    return [*(result.detach() for result in results), *(leaf.grad for leaf in (query, key, *head, maps, cams))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_order_of_threads_gives_the_same_bits(emulator, dtype):
+    results = []
+    for order in (0, 1, 2):
+        with emulated(emulator, order):
+            results.append(everything(dtype))
+            assert len(emulator.launches()) > 15
+    for result in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(result, results[0]))
+
+
+# --- paths that the operators' tests do not name ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_code_without_tensor_cores_gives_the_same_numbers(emulator, dtype):
+    """Code for 7.5, on whatever device the driver runs it, takes half precision by multiply-adds."""
+    results = []
+    for compiled in (90, 75):
+        with emulated(emulator):
+            emulator.set_device(compiled=compiled)
+            results.append(everything(dtype))
+    error = 2e-3 if dtype == torch.float16 else 2e-2
+    for got, want in zip(*results):
+        assert relative_error(got.float(), want.float()) < error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")
+def test_index_arithmetic_beyond_32_bits(rng, emulator):
+    """Arrays of more than 2^31 elements that nobody fills; the last block alone runs, at their far end."""
+    native, view, head = emulator.native, native_module.view, torch.tensor([0.5, -0.25])
+    pixels, end = 48_000, 8
+    maps, window = reserved(1, 1, pixels, pixels), torch.empty(1, 1, 1, pixels)
+    assert maps.numel() > 2**31
+    maps[0, 0, -end:, -end:] = torch.rand(end, end, generator=rng)
+    want = affinity_from_maps(maps[..., -end:, -end:].clone(), head[:1], head[1:], 1, end, 0, backend="reference")
+    height, width = 40_000, 60_000
+    affinity, cams, out = (reserved(1, 1, height, width) for _ in range(3))
+    affinity[0, 0, -1, -32:], cams[0, 0, -1, -32:] = (torch.rand(32, generator=rng) for _ in range(2))
+    walked = affinity[0, 0, -1, -32:] ** 2 / (affinity[0, 0, -1, -32:] ** 2 + 0.1) * cams[0, 0, -1, -32:]
+    emulator.set_blocks(-1, 1)
+    try:
+        native.affinity_from_maps_cuda(view(maps), head.data_ptr(), (1, pixels, 0), view(window), 0, 0)
+        size = native.random_walk_cuda_workspace(view(affinity), view(cams), 0, 1, False, 0)
+        assert size > 2**33
+        scratch = reserved(size // 4 + 1)
+        options = 0, 2.0, 0.1, 0, 1, False, (scratch.data_ptr(), scratch.nbytes), 0, 0
+        native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
+    finally:
+        emulator.set_blocks()
+    torch.testing.assert_close(window[..., -end:], want)
+    torch.testing.assert_close(out[0, 0, -1, -32:], walked)

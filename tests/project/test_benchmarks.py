@@ -1,0 +1,145 @@
+"""The benchmarks: every provider gives the same numbers, peaks are what they say, wrong results are not timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from support.common import available, relative_error
+
+from afa_kernels.ops.affinity import native as affinity_native
+
+pytest_plugins = ["support.benchmark_modules"]  # the fixture bench
+
+
+def providing() -> torch.Tensor:
+    return torch.ones(3)
+
+
+@pytest.mark.parametrize("table", ["affinity", "random_walk"])
+def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
+    assert table in bench.run.tables()
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
+    cases = getattr(bench, f"bench_{table}").cases("cpu", quick=True)[:1]
+    report = bench.harness.run(table, cases, "cpu", seconds=0.0)
+    path = bench.reports.write(report, tmp_path)
+    content = json.loads(path.read_text())
+    assert [row["provider"] for row in content["rows"]][:2] == ["dense", "reference"]
+    assert all(row["floor_ms"] > 0 and row["error"] <= 1e-4 for row in content["rows"])
+    assert path.with_suffix(".csv").stat().st_size and path.with_suffix(".png").stat().st_size
+    (line,) = (line for line in bench.readme_table.markdown([content]).splitlines() if line.startswith(f"| {table}"))
+    assert cases[0].name in line
+
+
+def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("out of something")
+
+    providers = {"one": lambda: torch.ones(3), "two": lambda: torch.full((3,), 1.01), "three": fail, "four": providing}
+    table = [
+        bench.harness.Case("a", providers, bytes=1.0),
+        bench.harness.Case("b", {"one": fail, "two": providing}),
+        bench.harness.Case("c", {"one": providing}, bytes=1.0),
+    ]
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
+    monkeypatch.setattr(bench.bench_par, "cases", lambda *_, **__: table)
+    with pytest.raises(SystemExit) as stopped:
+        bench.run.main(["par", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
+    wrong = {
+        "a: two": "differs from one by 0.01, not timed",
+        "a: three": "RuntimeError: out of something",
+        "b: one": "RuntimeError: out of something",
+        "b: two": "not timed: there is no one to compare it with",
+    }
+    assert str(stopped.value).splitlines() == [f"{name}: {reason}" for name, reason in wrong.items()]
+    content = json.loads((tmp_path / "par-cpu.json").read_text())
+    assert content["failures"] == wrong
+    assert [(row["case"], row["provider"]) for row in content["rows"]] == [("a", "one"), ("a", "four"), ("c", "one")]
+
+
+def test_a_run_that_is_stopped_keeps_its_cases(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
+    cases = [
+        bench.harness.Case("a", {"one": providing}, bytes=1.0),
+        bench.harness.Case("b", {"one": lambda: (_ for _ in ()).throw(KeyboardInterrupt)}),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        bench.harness.run("par", cases, "cpu", 0.0, tmp_path)
+    assert [row["case"] for row in json.loads((tmp_path / "par-cpu.json").read_text())["rows"]] == ["a"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+def test_peaks_are_those_of_the_call(bench):
+    mebi = 1 << 20
+    peak = bench.harness.peak_memory(lambda: torch.ones(64 * mebi // 4) + torch.ones(1), "cpu")
+    assert 0.98 * 128 < peak / mebi < 1.1 * 128, "the operand and the result"
+    assert bench.harness.peak_memory(lambda: None, "cpu") < mebi
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.skipif("native" not in available("window_affinity"), reason="no native kernels")
+def test_scratch_of_the_kernels_counts_at_every_call(bench, monkeypatch):
+    """Kept or not: a peak holds the result and the scratch."""
+    table, asked = bench.bench_affinity, []
+    original = affinity_native.workspace
+    monkeypatch.setattr(affinity_native, "workspace", lambda size, *rest: asked.append(size) or original(size, *rest))
+    call = table.window_case(2, 20, "cpu", torch.float32, False).providers["native"]
+    result = call()
+    for _ in range(3):
+        peak = bench.harness.peak_memory(call, "cpu")
+        assert result.nbytes + 0.7 * asked[0] < peak < 1.5 * (result.nbytes + asked[0])
+
+
+def test_pairs_in_the_window_are_counted(bench):
+    window = bench.bench_affinity.window_mask(20, 20, bench.bench_affinity.RADIUS)
+    assert bench.bench_affinity.pairs(20) == int(window.sum())
+
+
+def test_dense_arithmetic_by_rows_is_that_of_the_whole(bench):
+    table = bench.bench_affinity
+    inputs, labels = table.make_inputs(2, 24, "cpu", torch.float32)
+    window = table.window_mask(24, 24, table.RADIUS)
+    want = table.with_gradients(table.dense_loss, inputs, labels, window)
+    for got, wanted in zip(table.loss_by_rows(inputs, labels), want):
+        assert relative_error(got, wanted) < 2e-5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
+@pytest.mark.skipif("native" not in available("attention_affinity_loss"), reason="no native kernels")
+def test_loss_and_gradients_of_a_large_grid_take_little_memory(bench):
+    """N = 9216, where each of 16 score maps would be 340 MB: all of it under 400 MB over the inputs."""
+    case = bench.bench_affinity.loss_case(*bench.bench_affinity.LARGE, "cpu", torch.float32, False)
+    case.providers["native"]()
+    assert bench.harness.peak_memory(case.providers["native"], "cpu") < 400e6
+
+
+# --- the README's table ---
+
+
+def row(provider: str, median: float, **more: object) -> dict:
+    numbers = {"median_ms": median, "speedup": 8 / median, "floor_ms": 0.1, "of_floor": 0.1, "peak_mb": 1.0}
+    return {"case": "a", "provider": provider, **numbers, **more}
+
+
+def test_results_from_before_there_were_graphs_are_still_tabled(bench):
+    machine = {"device": "a GPU", "torch": "2"}
+    old = {"operator": "par", "machine": machine, "rows": [row("dense", 8.0), row("native", 2.0)]}
+    line = "| par | a | 8 | 2 (native) | 4.0x | 0.1 | 10 % | 1 / 1 |"
+    assert bench.readme_table.markdown([old]).splitlines()[-1] == line
+    graphs = {"graph_ms": 0.75, "host_share": 0.5}
+    rows = [row("dense", 8.0, graph_ms=None), row("dense TF32", 1.0), row("native", 1.5, **graphs)]
+    new = {"operator": "walk", "machine": machine, "rows": [*rows, row("native streaming", 1.0)], "notes": {}}
+    table = bench.readme_table.markdown([old, new]).splitlines()
+    assert table[2].endswith("| ours in a CUDA graph ms |")
+    assert table[4:6] == [
+        f"{line}  |",
+        "| walk | a | 8 | 1.5 (native) | 5.3x | 0.1 | 10 % | 1 / 1 | 0.75 |",
+    ]
+
+
+def test_a_reference_with_tf32_is_not_ours(bench):
+    rows = [row("dense", 8.0), row("dense TF32", 1.0)]
+    table = bench.readme_table.markdown([{"operator": "par", "machine": {"device": "a", "torch": "2"}, "rows": rows}])
+    assert "TF32" not in table

@@ -1,0 +1,246 @@
+"""The build: what kernels may include, one list of sources, installing without a compiler, failing with a bad one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from support.common import ROOT
+from support.cuda_tools import build_backend, disassembler
+
+import afa_kernels
+
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+def test_kernels_know_nothing_of_torch():
+    assert SOURCES
+    for path in SOURCES:
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', path.read_text()), path
+
+
+def test_every_source_is_in_the_one_list():
+    listed = set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    assert listed == {str(path.relative_to(ROOT)) for path in SOURCES if path.suffix in (".cpp", ".cu")}
+
+
+def test_per_instruction_set_copies_share_no_function(tmp_path):
+    """Of an inline function emitted twice the linker keeps one: perhaps the AVX-512 one, for every machine."""
+    nm, cxx = shutil.which("nm"), shutil.which("g++")
+    if not nm or not cxx:
+        pytest.skip("needs g++ and nm")
+    kernels = re.search(r"set\(AFA_CPU_KERNELS([^)]*)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
+    for source in kernels:
+        out = tmp_path / "kernel.o"
+        flags = [
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-mavx2",
+            "-mfma",
+            "-DAFA_ISA=avx2",
+            "-DAFA_WITH_X86_ISAS=1",
+            "-Wno-psabi",
+        ]
+        subprocess.run([cxx, *flags, "-c", str(ROOT / source), "-o", str(out)], check=True)
+        symbols = subprocess.run([nm, "-C", str(out)], capture_output=True, text=True, check=True).stdout
+        shared = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line) and "afa::avx2::" not in line]
+        assert not shared, f"{source}: {shared}"
+
+
+def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for package in ("afa_kernels", "afa_model"):
+        ignored = shutil.ignore_patterns("_native*.so", "_build_info.py", "__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_without_a_compiler_it_installs_and_says_what_is_missing(tmp_path):
+    built = _build(tmp_path, CXX="no-such-compiler")
+    assert built.returncode == 0, built.stderr
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+sys.modules["afa_kernels._native"] = None  # whatever else is installed here
+import torch, afa_kernels
+assert afa_kernels.__file__.startswith(sys.argv[1])
+images, masks = torch.rand(1, 3, 8, 9), torch.rand(1, 2, 8, 9)
+print(afa_kernels.par(images, masks).shape)
+print(afa_kernels.build_info()["native_reason"])
+print(afa_kernels.build_info()["sources"])
+try:
+    afa_kernels.par(images, masks, backend="native")
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    shape, reason, sources, refused = run.stdout.splitlines()
+    assert shape == "torch.Size([1, 2, 8, 9])"
+    assert "no C++ compiler" in reason and reason in refused
+    assert sources == build_backend.sources_digest()
+
+
+def test_a_compiler_that_fails_stops_the_installation(tmp_path):
+    pytest.importorskip("pybind11", reason="the build environment's pybind11 is not installed here")
+    broken = tmp_path / "broken-g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    (tmp_path / "tree").mkdir()
+    assert _build(tmp_path / "tree", CXX=str(broken), AFA_CUDA="0").returncode != 0
+
+
+def test_asked_for_cuda_kernels_it_installs_nothing_without_them(tmp_path):
+    built = _build(tmp_path, CXX="no-such-compiler", AFA_CUDA="1")
+    assert built.returncode != 0 and "AFA_CUDA=1, but no C++ compiler" in built.stderr
+
+
+def test_build_info_says_why_something_is_missing():
+    info = afa_kernels.build_info()
+    assert info["native"] or info["native_reason"]
+    assert info["cuda"] or info["cuda_reason"]
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """build_backend, with nothing set."""
+    for name in ("AFA_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    return build_backend
+
+
+@pytest.fixture
+def without_nvcc(backend, monkeypatch):
+    """On Linux, with a C++ compiler."""
+    monkeypatch.setattr(backend, "system_nvcc", lambda: None)
+    monkeypatch.setattr(backend.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/" + name)
+
+
+def test_build_requirements_ask_for_the_cuda_compiler_only_where_it_is_needed(backend, without_nvcc, monkeypatch):
+    monkeypatch.setattr(backend, "torch_cuda", lambda: None)
+    assert set(backend.CUDA_WHEELS) <= set(backend._with_cuda([]))
+    assert len({name.split("==")[1] for name in backend.CUDA_WHEELS}) == 1  # one line of versions
+    monkeypatch.setenv("AFA_CUDA", "0")
+    assert backend._with_cuda(["ninja"]) == ["ninja"]
+    monkeypatch.setenv("AFA_CUDA", "1")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert backend._with_cuda([]) == []  # no C++ compiler: nvcc could not use its wheels either
+    monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(backend, "system_nvcc", lambda: "/usr/bin/nvcc")
+    assert backend._with_cuda([]) == []
+
+
+@pytest.mark.parametrize("torch", ["13.0", "12.8", "", None])
+def test_compiler_wheels_follow_the_torch_of_the_environment(torch, backend, without_nvcc, monkeypatch, tmp_path):
+    venv.create(tmp_path / "environment", symlinks=True)
+    packages = next((tmp_path / "environment" / "lib").glob("python*")) / "site-packages"
+    if torch is not None:
+        (packages / "torch").mkdir()
+        stated = repr(torch) if torch else None
+        (packages / "torch" / "version.py").write_text(f"cuda: Optional[str] = {stated}\nhip: Optional[str] = None\n")
+    # As pip's isolated build does it.
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "bin" / "python"))
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.path[:] = [p for p in sys.path if 'site-' not in p]\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert backend.torch_cuda() == torch
+    assert backend._with_cuda([]) == ([] if torch == "" else backend.CUDA_WHEELS)
+    assert (backend.why_no_cuda() is not None) == (torch == "")
+    note = backend.driver_note("13.0")
+    assert (note is not None) == (torch == "12.8")
+    assert note is None or ("CUDA 12.8" in note and "CUDA 12 toolkit" in note)
+    assert backend.driver_note("12.4") is None
+    monkeypatch.setenv("AFA_CUDA", "1")
+    assert backend._with_cuda([]) == backend.CUDA_WHEELS
+
+
+def test_the_nvcc_that_is_named_comes_first_unless_it_is_too_old(backend, monkeypatch, tmp_path):
+    for folder, release in (("old", "11.8"), ("home", "12.4"), ("path", "13.0")):
+        nvcc = tmp_path / folder / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.131'\n")
+        nvcc.chmod(0o755)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: str(nvcc))
+    assert backend.system_nvcc() == str(nvcc)
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "old" / "bin" / "nvcc"))
+    assert backend.system_nvcc() == str(nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert backend.system_nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
+
+
+CUDA_13_0 = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
+CUDA_12_4 = [50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90]
+
+
+@pytest.mark.parametrize(
+    ("known", "visible", "expected", "said"),
+    [
+        (CUDA_13_0, [], "75-real;80-real;90-real;100-real;120", None),
+        (CUDA_12_4, [], "75-real;80-real;90", None),  # PTX never of less than the tensor-core code needs
+        (CUDA_13_0, [90], "90", None),
+        (CUDA_13_0, [75], "75-real", None),
+        (CUDA_13_0, [75, 89], "75-real;89", None),
+        (CUDA_12_4, [120], "90-virtual", "12.0: there the driver compiles PTX of 9.0"),
+        (CUDA_12_4, [80, 103], "80-real;90-virtual", "10.3: there the driver"),
+        ([*CUDA_12_4, 100, 101, 120], [103, 121], "100-real;120", None),  # machine code of the same major version
+        (CUDA_13_0, [61], "75-real;80-real;90-real;100-real;120", "does not know compute capability 6.1"),
+        (CUDA_13_0, [61, 80], "80", "does not know compute capability 6.1"),
+    ],
+)
+def test_architectures_are_those_that_the_compiler_knows(known, visible, expected, said, backend):
+    chosen, note = backend.architectures(known, visible)
+    assert chosen == expected
+    assert note is None if said is None else said in note
+
+
+def test_what_compiler_and_driver_print_is_understood(backend, monkeypatch):
+    printed = {"nvcc": "compute_90\ncompute_100\ncompute_90a\n", "nvidia-smi": "12.0\n8.6\n8.6\n[N/A]\n"}
+    monkeypatch.setattr(backend, "_say", lambda program, *options: printed[program])
+    assert backend.known_architectures("nvcc") == [90, 100]
+    assert backend.visible_architectures() == [86, 120]
+
+
+def test_the_module_holds_the_code_that_build_info_names():
+    info = afa_kernels.build_info()
+    tool = disassembler()
+    if not info["cuda"] or tool is None:
+        pytest.skip("needs the CUDA kernels and cuobjdump")
+    module = sys.modules["afa_kernels._native"].__file__
+    machine, ptx = (
+        subprocess.run([tool, option, module], capture_output=True, text=True, check=True).stdout
+        for option in ("--list-elf", "--list-ptx")
+    )
+    stated = re.findall(r"(\d+[af]?)(-real|-virtual|)", info["cuda_archs"])
+    assert set(re.findall(r"sm_(\d+[af]?)", machine)) == {arch for arch, kind in stated if kind != "-virtual"}
+    assert set(re.findall(r"sm_(\d+[af]?)", ptx)) == {arch for arch, kind in stated if kind != "-real"}
+
+
+def test_the_digest_is_of_every_source(backend, monkeypatch, tmp_path):
+    (tmp_path / "csrc" / "par").mkdir(parents=True)
+    (tmp_path / "CMakeLists.txt").touch()
+    monkeypatch.setattr(backend, "ROOT", tmp_path)
+    seen = {backend.sources_digest()}
+    (tmp_path / "csrc" / "par" / "par.h").touch()
+    seen.add(backend.sources_digest())
+    for path in ("csrc/par/par.h", "CMakeLists.txt"):
+        (tmp_path / path).write_text("changed")
+        seen.add(backend.sources_digest())
+    assert len(seen) == 4
+
+
+def test_the_module_is_compiled_from_these_sources(backend):
+    info = afa_kernels.build_info()
+    if not info["native"]:
+        pytest.skip(info["native_reason"])
+    assert info.get("sources") == backend.sources_digest(), "a stale module: pip install -e . again"

@@ -1,0 +1,200 @@
+"""Settings: what is accepted, what is refused, and that a refusal names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import support.needs_command_line  # noqa: F401
+import yaml
+
+from afa_model.config import (
+    Config,
+    check,
+    find_config,
+    from_dict,
+    packaged,
+    parse,
+    to_dict,
+    to_yaml,
+)
+from afa_model.errors import ConfigError
+
+
+def test_dotted_options_override_yaml(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {root: /somewhere}\noptim: {lr: 1e-4, weight_decay: 0}\neval: {scales: [1, 2]}\n")
+    config = parse(["--config", str(file), "--optim.lr", "3e-5"])
+    assert config.optim.lr == 3e-5
+    assert config.optim.weight_decay == 0.0
+    assert config.data.root == "/somewhere"
+    assert config.eval.scales == (1.0, 2.0)
+    assert config.schedule == Config().schedule
+
+
+def test_the_later_of_two_configs_wins(tmp_path):
+    file = tmp_path / "short.yaml"
+    file.write_text("step: {cam_iters: 7}\n")
+    config = parse(["--config", "coco", "--config", str(file)])
+    assert (config.step.cam_iters, config.step.aff_iters) == (7, 15_000)
+
+
+@pytest.mark.parametrize("name", ["voc", "voc.yaml"])
+def test_packaged_configs_are_found_by_name(name):
+    assert parse(["--config", name]).schedule.max_iters == 20_000
+    assert parse([f"--config={name}"]).schedule.max_iters == 20_000
+    assert find_config(name).endswith("voc.yaml")
+    assert {"voc", "coco", "demo"} <= set(packaged())
+
+
+def test_every_packaged_config_is_accepted():
+    for name in packaged():
+        assert parse(["--config", name]).out == f"runs/{name}"
+
+
+def test_published_values():
+    voc, coco = parse(["--config", "voc"]), parse(["--config", "coco"])
+    assert dataclasses.replace(voc, data=Config().data) == Config()  # the defaults are the published ones
+    assert (voc.optim.lr, voc.optim.head_multiplier, voc.optim.weight_decay) == (6e-5, 10, 0.01)
+    assert (voc.schedule.warmup_iters, voc.schedule.warmup_ratio, voc.schedule.power) == (1500, 1e-6, 1)
+    assert (voc.schedule.max_iters, voc.step.cam_iters, voc.step.aff_iters) == (20_000, 2_000, 6_000)
+    assert (coco.schedule.max_iters, coco.step.cam_iters, coco.step.aff_iters) == (80_000, 5_000, 15_000)
+    assert (voc.data.num_classes, coco.data.num_classes) == (21, 81)
+    for config in (voc, coco):
+        assert config.augment.crop == 512
+        assert config.augment.scale == (0.5, 2.0)
+        assert config.loader.batch_size == 2
+        assert config.model.stride == (4, 2, 2, 1)
+        assert (config.step.seg_weight, config.step.aff_weight, config.labels.radius) == (0.1, 0.1, 8)
+        assert (config.labels.high_score, config.labels.low_score) == (0.55, 0.35)
+        assert config.labels.cam_scales == (1.0, 0.5, 1.5)
+        assert (config.eval.long_side, config.eval.scales) == (512, (1.0, 0.5, 0.75))
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["--optim.lrr", "3"], "optim.lrr: unknown setting (did you mean optim.lr?)"),
+        (["--data.rooot=x"], "data.rooot: unknown setting (did you mean data.root?)"),
+        (["--optim.lr", "fast"], "optim.lr: expected float, got fast"),
+        (["--schedule.max_iters", "10.5"], "schedule.max_iters: expected int"),
+        (["--eval.scales", "1,2"], "eval.scales: expected tuple"),
+        (["--model.stride", "[4, 2, 2]"], "model.stride: expected tuple with 4 elements"),
+        (["--device", "tpu"], "device: expected Literal['auto', 'cpu', 'cuda'], got tpu"),
+        (["stray"], "stray"),
+        (["--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(argv, key):
+    with pytest.raises(ConfigError) as error:
+        parse(argv)
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("data: {rot: x}", "data.rot: unknown setting (did you mean data.root?)"),
+        ("optm: {lr: 3}", "optm.lr: unknown setting (did you mean optim.lr?)"),
+        ("learning_rate: 3", "learning_rate: unknown setting"),
+        ("optim: {lr: fast}", "optim.lr: expected float, got fast"),
+        ("optim: {lr: null}", "optim.lr: expected float, got null"),
+        ("seed: null", "seed: expected int, got null"),
+        ("seed: [1]", "seed: expected int"),
+        ("data: 3", "data: expected settings"),
+        ("a: : b", "config"),
+    ],
+)
+def test_mistakes_in_yaml_are_named(tmp_path, text, key):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", str(file)])
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "augment.crop=0",
+        "augment.crop=-64",
+        "augment.flip=1.5",
+        "optim.lr=0",
+        "optim.lr=nan",
+        "optim.head_multiplier=-1",
+        "optim.weight_decay=-0.1",
+        "optim.weight_decay=nan",
+        "optim.betas=[0.9, 1.0]",
+        "optim.clip_norm=0",
+        "schedule.max_iters=0",
+        "schedule.warmup_iters=20001",
+        "schedule.warmup_ratio=0",
+        "step.cam_iters=-1",
+        "step.aff_iters=20001",
+        "step.aff_iters=1999",
+        "labels.cam_scales=[]",
+        "labels.cam_scales=[1, 0]",
+        "labels.refinement=magic",
+        "labels.low_score=0.6",
+        "loader.batch_size=0",
+        "data.num_workers=-1",
+        "model.stride=[4, 2, 2, 0]",
+        "eval.scales=[]",
+        "eval.every=-1",
+        "eval.limit=0",
+        "eval.long_side=8",
+        "log.every=0",
+        "checkpoint.every=0",
+        "checkpoint.keep_last=0",
+        "seed=-1",
+        "out=",
+    ],
+)
+def test_values_without_sense_are_refused(option):
+    with pytest.raises(ConfigError) as error:
+        parse([f"--{option}"])
+    section, _, name = option.partition("=")[0].rpartition(".")
+    assert str(error.value).startswith(section)
+    assert name in str(error.value)
+
+
+def test_a_shorter_run_is_told_what_else_to_shorten():
+    with pytest.raises(ConfigError, match=r"warmup_iters.*cam_iters.*aff_iters"):
+        parse(["--schedule.max_iters", "60"])
+    short = ["--schedule.warmup_iters=6", "--step.cam_iters=6", "--step.aff_iters=18"]
+    assert parse(["--schedule.max_iters", "60", *short]).schedule.max_iters == 60
+
+
+def test_yaml_and_plain_data_round_trip(tmp_path):
+    config = parse(
+        ["--eval.scales", "[1]", "--optim.clip_norm", "5", "--model.pretrained", "w.pth", "--resume", "auto"]
+    )
+    file = tmp_path / "out.yaml"
+    file.write_text(to_yaml(config))
+    assert parse(["--config", str(file)]) == config
+    assert from_dict(to_dict(config)) == config
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
+
+
+def test_old_plain_data_with_an_unknown_key_is_refused():
+    values = to_dict(Config())
+    values["optim"]["momentum"] = 0.9
+    with pytest.raises(ConfigError, match=r"optim\.momentum"):
+        from_dict(values)
+
+
+def test_print_config_prints_yaml_that_can_be_read_back(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        parse(["--config", "coco", "--optim.lr", "3e-5", "--print_config"])
+    assert end.value.code == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse(["--config", str(file)]) == parse(["--config", "coco", "--optim.lr", "3e-5"])
+
+
+def test_check_names_values_changed_in_python():
+    config = Config()
+    config.optim.lr = -1.0
+    with pytest.raises(ConfigError, match=r"optim\.lr: expected a positive number, got -1\.0"):
+        check(config)

@@ -1,0 +1,181 @@
+"""Several processes train as one would with all their images: losses, counts, gradients, resuming."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import support.needs_command_line  # noqa: F401
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support.tiny_run import rows, tiny_args
+from support.voc_factory import make_voc
+from torch import nn
+
+from afa_model.labels.settings import LabelSettings
+from afa_model.networks.afa import AFA
+from afa_model.runs import checkpoint
+from afa_model.runtime.collectives import shown_as_mean, sum_over_processes
+from afa_model.runtime.processes import Here, data_parallel
+from afa_model.training.losses import affinity_loss, segmentation_loss
+from afa_model.training.step import StepSettings, TrainingStep
+
+TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4), "drop_path_rate": 0.0}
+STEPS = 7
+NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "pos_count", "neg_count")
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    """Two images of quite different content: the second has a small box, and in one step no pixel at all."""
+    generator = torch.Generator().manual_seed(step)
+    image = torch.randn(2, 3, 64, 64, generator=generator).clamp(-1.5, 1.5)
+    box = torch.tensor([[0, 64, 3, 59], [20, 51, 0, 64]])
+    if step == 5:
+        box[1] = 0
+    return {"image": image, "cls_labels": torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]]), "img_box": box}
+
+
+def train_steps(here: Here) -> dict:
+    """A few steps of all phases on this process's share of the batches -> what came out."""
+    torch.manual_seed(0)
+    model = AFA("mit_b0", 5, embedding=16, decoder_dropout=0.0, backbone_args=TINY).train()
+    model.decoder.linear_fuse.bn.eval()  # its batch would be half as large
+    step = data_parallel(TrainingStep(model, StepSettings(1, 3), LabelSettings(radius=2)), here)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03)  # Adam would blow up the rounding of gradients near 0
+    numbers = []
+    for i in range(STEPS):
+        share = {name: value.chunk(here.world_size)[here.rank] for name, value in batch(i).items()}
+        optimizer.zero_grad()
+        result = step(share, i, None)
+        result.loss.backward()
+        optimizer.step()
+        values = [getattr(result, name) for name in NUMBERS]
+        numbers.append([float("nan") if v is None else float(v) for v in values])
+    return {
+        "numbers": torch.tensor(numbers, dtype=torch.float64),
+        "weights": {name: value.detach() for name, value in model.named_parameters()},
+        "losses": _losses(here),
+    }
+
+
+def _losses(here: Here) -> dict:
+    """Shares of the losses of one batch, and their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 8, 8, generator=generator)
+    labels = torch.randint(3, (2, 8, 8), generator=generator)
+    labels[0, :6] = 255
+    query, key = torch.randn(2, 2, 4, 64, 8, generator=generator)
+    head = torch.randn(4, generator=generator), torch.zeros(1)
+    one = slice(here.rank, here.rank + 1) if here.world_size > 1 else slice(None)
+    inputs = [x[one].clone().requires_grad_() for x in (logits, query, key)]
+    seg = segmentation_loss(inputs[0], labels[one], across=True)
+    aff, *counts = affinity_loss(*inputs[1:], *head, labels[one], 2, across=True)
+    (seg + aff).backward()
+    grads = torch.cat([x.grad.flatten() for x in inputs]) / here.world_size  # as DDP averages
+    means = shown_as_mean(seg, aff)
+    return {"means": [float(v) for v in means], "counts": [int(c) for c in counts], "gradient": grads}
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    here = Here(rank, 2, torch.device("cpu"))
+    torch.save(train_steps(here), f"{folder}/{rank}.pt")
+    assert sum_over_processes(torch.tensor([1, rank])).tolist() == [2, 1]
+    (seen,) = shown_as_mean(torch.tensor(float("nan") if rank else 1.0))
+    assert seen.isnan(), "what is not finite in one process stops all of them"
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> tuple[dict, dict, dict]:
+    """Of one process with both images, and of two with one each."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_process, (str(folder),), nprocs=2)
+    return train_steps(Here(0, 1, torch.device("cpu"))), *(torch.load(folder / f"{i}.pt") for i in range(2))
+
+
+def test_two_processes_give_the_losses_of_one(outcomes):
+    """Through all phases and seven optimizer steps, one of them with an image that has no labelled pixel."""
+    whole, *parts = outcomes
+    for part in parts:
+        torch.testing.assert_close(part["numbers"], whole["numbers"], rtol=3e-4, atol=1e-6, equal_nan=True)
+        counts = slice(NUMBERS.index("pos_count"), None)
+        assert torch.equal(part["numbers"][2:, counts], whole["numbers"][2:, counts])
+    assert (whole["numbers"][2:, 2:] > 0).all(), "the phases should all have been at work"
+    assert whole["numbers"][:2, 2:].isnan().all()
+
+
+def test_two_processes_arrive_at_the_weights_of_one(outcomes):
+    whole, *parts = outcomes
+    for name, want in whole["weights"].items():
+        assert torch.equal(parts[0]["weights"][name], parts[1]["weights"][name]), name
+        assert (parts[0]["weights"][name] - want).norm() <= 1e-3 * want.norm() + 1e-6, name
+
+
+def test_losses_are_normalised_by_the_counts_of_all(outcomes):
+    whole, *parts = (outcome["losses"] for outcome in outcomes)
+    for part in parts:
+        assert part["counts"] == whole["counts"]
+        assert part["means"] == pytest.approx(whole["means"], rel=1e-6)
+    assert parts[0]["gradient"].shape != whole["gradient"].shape
+    halves = [torch.stack([part["gradient"].split([192, 2048, 2048])[i] for part in parts]) for i in range(3)]
+    together = torch.cat([half.flatten() for half in halves])
+    torch.testing.assert_close(together, whole["gradient"], rtol=1e-4, atol=1e-8)
+
+
+def test_alone_nothing_is_summed():
+    values = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert torch.equal(sum_over_processes(values), torch.tensor([1.0, 2.0]))
+    assert shown_as_mean(values[0])[0].requires_grad
+
+
+def test_synchronised_batch_norm_keeps_the_checkpoint():
+    """What training on several GPUs does to the model leaves its parameters and their names alone."""
+    model = AFA("mit_b0", 5, embedding=16, backbone_args=TINY)
+    names = list(model.state_dict())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(converted.decoder.linear_fuse.bn, nn.SyncBatchNorm)
+    assert list(converted.state_dict()) == names
+    with torch.no_grad():
+        assert converted.eval()(torch.randn(1, 3, 64, 64)).seg_logits.shape == (1, 5, 16, 16)
+
+
+def torchrun(*arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["-m", "afa_model", "train", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_of_two_processes_resumes_to_the_same_losses(tmp_path):
+    make_voc(tmp_path / "voc", count=6)
+    settings = {"loader__batch_size": 1, "checkpoint__every": 2, "eval__every": 4}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    said = torchrun(*tiny_args(tmp_path / "voc", whole, **settings))
+    assert "batch 1 x 2 on cpu" in said
+    assert said.count("iter 4/4") == 1, "one of them speaks"
+    assert len(rows(whole / "train.csv")) == 4
+
+    resumed.mkdir()
+    for name in ("iter_00000002.pt", "train.csv"):
+        shutil.copy(whole / name, Path(resumed, name))
+    said = torchrun(*tiny_args(tmp_path / "voc", resumed, resume="auto", **settings))
+    assert "2 steps are done" in said and "warning" not in said
+    assert rows(resumed / "train.csv") == rows(whole / "train.csv")
+    ends = [checkpoint.read(folder / "iter_00000004.pt") for folder in (whole, resumed)]
+    for name, weight in ends[0]["model"].items():
+        assert torch.equal(weight, ends[1]["model"][name]), name
+    states = [state["torch"] for state in ends[0]["random"]]
+    assert len(states) == 2
+    assert not torch.equal(*states), "each process draws its own noise"

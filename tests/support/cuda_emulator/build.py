@@ -1,0 +1,182 @@
+"""Builds the native module with the CUDA sources compiled for the emulator: CMake's list of files, the host compiler.
+
+``python -m tests.support.cuda_emulator.build`` or `load` from a test; objects are kept in ``build/cuda_emulator`` by
+content.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+THREAD_SANITIZER = HERE.parent / "thread_sanitizer" / "openmp.cpp"
+# As a GPU's compiler would have it: products and the sums after them are one rounding wherever the source allows it.
+CONTRACTED = ["-O2", "-ffp-contract=fast", "-mfma"]
+ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+THREAD = ["-g", "-fsanitize=thread"]
+# A call less at every use of a thread's own variables, in processes that load little else.
+FAST_LOCALS = "-ftls-model=initial-exec"
+
+
+def _flags_of(file: Path, kind: str) -> list[str]:
+    """Optimised and sanitized is only what a test is about: the emulated sources, or for "thread" the CPU's kernels."""
+    if kind == "contracted" and file.suffix == ".cu":
+        return CONTRACTED
+    if kind == "races" and (file.suffix == ".cu" or file.parent == HERE):
+        return ["-O1", "-DAFA_EMULATOR_RACES", FAST_LOCALS, *(THREAD if file.suffix == ".cu" else [])]
+    if file.suffix == ".cu" or file.parent == HERE:
+        return ["-O1", *([*ADDRESS, FAST_LOCALS] if kind == "address" else [])]
+    if kind == "thread" and file.parent != CSRC / "bind":
+        return ["-O1", "-fopenmp", *THREAD]
+    return ["-O0"]
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def sources(*lists: str) -> list[Path]:
+    """Files of CMakeLists.txt's source lists, such as ``AFA_CUDA_SOURCES``."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    return [ROOT / name for key in lists for name in re.search(rf"set\({key}\s+([^)]*)\)", text)[1].split()]
+
+
+def _flags() -> list[str]:
+    import pybind11
+
+    python = sysconfig.get_path("include")
+    # Half-precision arrays are read 16 bytes at a time, as on a device.
+    flags = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -DAFA_WITH_CUDA=1"
+    quiet = "-Wall -Wno-unknown-pragmas -Wno-psabi"
+    folders = [HERE / "include", HERE, CSRC]
+    libraries = [python, pybind11.get_include()]
+    return [
+        *flags.split(),
+        *quiet.split(),
+        *(f"-I{path}" for path in folders),
+        *(f"-isystem{path}" for path in libraries),
+    ]
+
+
+@functools.cache
+def _headers_digest() -> bytes:
+    headers = sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*.h*")) + sorted(CSRC.rglob("*.cuh"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in headers)).digest()
+
+
+def build(kind: str = "plain") -> Path:
+    """Compile what changed and link; returns the shared library. ``kind``: "plain"; "contracted", products fused into
+    sums as a GPU's compiler does; or sanitized: "address", "thread" (the CPU's kernels), "races" (between CUDA
+    threads).
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler: install g++ or set CXX")
+    files = sources("AFA_CUDA_SOURCES", "AFA_BINDINGS", "AFA_CPU_KERNELS", "AFA_CPU_SOURCES")
+    files += [HERE / "emulator.cpp", HERE / "switches.cpp", HERE / "faults.cu"]
+    files += [THREAD_SANITIZER] if kind == "thread" else []
+    folder = ROOT / "build" / "cuda_emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side build it once
+        return _build(cxx, folder, files, kind)
+
+
+def _build(cxx: str, folder: Path, files: list[Path], kind: str) -> Path:
+    common = _flags()
+
+    def compile_one(file: Path) -> Path:
+        flags = [*common, *_flags_of(file, kind)]
+        key = hashlib.sha256(_headers_digest() + file.read_bytes() + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
+        target = folder / f"{file.name}.{key}.o"
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([cxx, *flags, "-x", "c++", "-c", str(file), "-o", str(unfinished)], check=True)
+            unfinished.rename(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, files))
+    link = {"address": ADDRESS, "thread": THREAD, "races": THREAD}.get(kind, [])
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = folder / key / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([cxx, *link, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return library
+
+
+class Emulator:
+    """The emulated module, ``native``, and the emulator's switches."""
+
+    def __init__(self, library: Path) -> None:
+        # A name for each library: pybind11 gives the module that it has already made of a name.
+        name = f"afa_emulator_{library.parent.name}._native"
+        loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+        spec = importlib.util.spec_from_file_location(name, library, loader=loader)
+        self.native: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.native)
+        self._switches = ctypes.CDLL(str(library))
+        self._switches.afa_emulator_fault.restype = ctypes.c_char_p
+
+    def set_order(self, order: int) -> None:
+        """Order of threads and blocks: 0 ascending, 1 descending, above that shuffled by this seed."""
+        self._switches.afa_emulator_set_order(order)
+
+    def set_device(
+        self,
+        multiprocessors: int = 4,
+        shared_bytes: int = 227 * 1024,
+        compiled: int = 90,
+        room: int = 2**62,
+        pause: int = 0,
+    ) -> None:
+        """See Settings in emulator.h; what is not named is as at the start."""
+        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes, compiled, ctypes.c_int64(room), pause)
+
+    def set_blocks(self, first: int = 0, count: int = 2**62) -> None:
+        """Run only these blocks of every launch that is not cooperative; ``first`` < 0 counts from the last one."""
+        self._switches.afa_emulator_set_blocks(ctypes.c_int64(first), ctypes.c_int64(count))
+
+    def launches(self) -> list[str]:
+        """Kernels launched since the last call, as ``cooperative 4 x 1024`` or ``8 x 128``."""
+        self._switches.afa_emulator_launches.restype = ctypes.c_char_p
+        return self._switches.afa_emulator_launches().decode().splitlines()
+
+    def fault(self, name: str, out: int) -> str:
+        """Run the faulty kernel ``name`` of faults.cu on 64 floats at an address; what the emulator complained of."""
+        return self._switches.afa_emulator_fault(name.encode(), ctypes.c_void_p(out)).decode()
+
+
+@functools.cache
+def load(kind: str = "plain") -> Emulator:
+    return Emulator(build(kind))
+
+
+def kinds() -> list[str]:
+    """The builds whose numbers are checked. What a compiler may fuse, it must be free to fuse and free to leave."""
+    cpu = Path("/proc/cpuinfo")
+    fuses = cpu.exists() and " fma " in cpu.read_text()
+    return ["plain", "contracted"] if fuses else ["plain"]
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))

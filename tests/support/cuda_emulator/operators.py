@@ -1,0 +1,37 @@
+"""The public operators on the emulated CUDA kernels: within `emulated`, CPU tensors take the path of CUDA tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import afa_kernels
+from afa_kernels.core import native_module
+
+from .build import Emulator
+
+
+@contextmanager
+def emulated(emulator: Emulator, order: int = 0) -> Iterator[Emulator]:
+    """Within the block the native backend runs the CUDA sources, emulated, threads and blocks in this order."""
+    original = native_module.native
+    emulator.set_order(order)
+    with mock.patch.multiple(native_module, on_cuda=lambda tensor: True, cuda_stream=lambda device: (0, 0)):
+        patches = [
+            mock.patch.object(module, "native", emulator.native)
+            for name, module in list(sys.modules.items())
+            if name.startswith(afa_kernels.__name__ + ".") and getattr(module, "native", None) is original
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            with afa_kernels.use_backend("native"):
+                yield emulator
+        finally:
+            for patch in reversed(patches):
+                patch.stop()
+            emulator.set_order(0)
+            emulator.set_device()
+            emulator.set_blocks()

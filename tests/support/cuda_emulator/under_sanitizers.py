@@ -1,0 +1,150 @@
+"""Every emulated CUDA entry point at odd shapes, in a process whose memory accesses a sanitizer checks.
+
+Run by test_cuda_emulator_sanitizers.py with the sanitizer's runtime preloaded. NumPy alone: each array is its own
+allocation, so an access one element past it is seen. ``python under_sanitizers.py address|races [fault]``. The numbers
+are other tests'.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+from build import load
+
+SHAPES = [(1, 1, 1, 1), (2, 2, 1, 40), (1, 3, 37, 1), (3, 5, 2, 3), (1, 9, 19, 33), (2, 4, 16, 32)]
+DILATIONS = [[1], [1, 2, 4, 8, 12, 24], [40, 3]]
+DEVICES = {"resident": (4, 227 * 1024), "streaming": (1, 1000)}
+
+
+def view(array: np.ndarray) -> tuple:
+    code = {"float32": 0, "float16": 1, "uint16": 2}[array.dtype.name]
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return array.ctypes.data, code, array.shape, strides
+
+
+def floats(*shape: int, kind: str = "float32") -> np.ndarray:
+    values = np.random.default_rng(0).random(shape, dtype=np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16) if kind == "uint16" else values.astype(kind)
+
+
+def run_par(native, shape: tuple, dilations: list[int], kind: str, transpose: bool, flags: int, steps: tuple) -> None:
+    """``flags``: bit 0 for half-precision weights, bit 1 for a class mask; ``steps``: numbers of iterations."""
+    half, masked = bool(flags & 1), bool(flags & 2)
+    batch, channels, height, width = shape
+    images, (masks, out) = floats(batch, 3, height, width, kind=kind), (floats(*shape, kind=kind) for _ in range(2))
+    present = np.arange(batch * channels, dtype=np.uint8) % 2
+    factors = [0.3, 0.3, 0.01] if masked else []
+    for num_iter in steps:
+        size = native.par_cuda_workspace(view(images), view(masks), dilations, num_iter, transpose, half, 0)
+        scratch = np.full(max(size, 1), 255, np.uint8)
+        mask = present.ctypes.data if masked else 0
+        options = mask, num_iter, transpose, half, (scratch.ctypes.data, scratch.nbytes), 0, 0
+        native.par_cuda(view(images), view(masks), view(out), dilations, factors, *options)
+    weights = floats(batch, 8 * len(dilations), height, width, kind=kind)
+    native.par_weights_cuda(view(images), view(weights), dilations, factors, 0, 0)
+
+
+def run_diffusion(native, shape: tuple, kind: str, transpose: bool, borders: tuple, steps: tuple) -> None:
+    batch, channels, height, width = shape
+    offsets = [0, 0, 1, -2, -3, 1, 0, 5, -40, 7, 3, 60, 2, 0, 0, 8]
+    for zero_border in borders:
+        for num_iter in steps:
+            weights, masks, out = floats(batch, 8, height, width, kind=kind), floats(*shape), floats(*shape)
+            size = native.diffuse_cuda_workspace(view(weights), view(masks), offsets, num_iter, transpose, 0)
+            scratch = np.full(max(size, 1), 255, np.uint8)
+            options = 0, num_iter, zero_border, transpose, (scratch.ctypes.data, scratch.nbytes), 0, 0
+            native.diffuse_cuda(view(weights), view(masks), view(out), offsets, *options)
+
+
+GRIDS = [(1, 1, 1), (3, 5, 2), (9, 8, 3), (1, 20, 9)]  # height, width, radius
+KINDS = ["float32", "float16", "uint16"]  # the last as bfloat16
+
+
+def scratch_of(size: int) -> np.ndarray:
+    return np.full(max(size, 1), 255, np.uint8)
+
+
+def run_affinity(native, grid: tuple, kind: str, depth: int) -> None:
+    height, width, radius = grid
+    pixels, side = height * width, 2 * radius + 1
+    query, key, grad_query, grad_key = (floats(2, 3, pixels, depth, kind=kind) for _ in range(4))
+    window, grad_window = (floats(2, side * side, height, width, kind=kind) for _ in range(2))
+    head, grad_head, grad = floats(4), floats(4), floats(1)
+    labels = np.arange(2 * pixels, dtype=np.int32) % 3 - 1
+    loss, counts = floats(1), np.ones(2, np.int64)
+    addresses = loss.ctypes.data, counts.ctypes.data, counts.ctypes.data + 8
+    slopes = grad.ctypes.data, *addresses[1:]
+    common = view(query), view(key)
+    native.window_affinity_cuda(*common, head.ctypes.data, grid, view(window), 0, 0)
+    scratch = scratch_of(native.attention_cuda_workspace(*common, grid))
+    options = labels.ctypes.data, addresses, scratch.ctypes.data, 0, 0
+    native.attention_affinity_loss_cuda(*common, head.ctypes.data, grid, *options)
+    scratch = scratch_of(native.attention_backward_cuda_workspace(*common, grid, 0))
+    gradients = view(grad_query), view(grad_key), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
+    for name, source in (
+        ("attention_affinity_loss", (labels.ctypes.data, slopes)),
+        ("window_affinity", (view(window), view(grad_window))),
+    ):
+        getattr(native, f"{name}_backward_cuda")(*common, head.ctypes.data, grid, *source, *gradients)
+    maps, grad_maps = (floats(2, 3, pixels, pixels, kind=kind) for _ in range(2))
+    native.affinity_from_maps_cuda(view(maps), head.ctypes.data, grid, view(window), 0, 0)
+    scratch = scratch_of(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid))
+    gradients = view(grad_maps), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
+    sources = view(window), view(grad_window)
+    native.affinity_from_maps_backward_cuda(view(maps), head.ctypes.data, grid, *sources, *gradients)
+    scratch = scratch_of(native.affinity_loss_cuda_workspace(view(window)))
+    native.affinity_loss_cuda(view(window), labels.ctypes.data, radius, addresses, scratch.ctypes.data, 0, 0)
+    native.affinity_loss_backward_cuda(view(grad_window), labels.ctypes.data, radius, slopes, 0, 0)
+
+
+def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
+    height, width, radius = grid
+    affinity, grad_affinity = (floats(2, (2 * radius + 1) ** 2, height, width, kind=kind) for _ in range(2))
+    cams, out = (floats(2, 3, height, width, kind=kind) for _ in range(2))
+    present = np.arange(6, dtype=np.uint8) % 2
+    for num_steps in (0, 1, 2):
+        size = native.random_walk_cuda_workspace(view(affinity), view(cams), radius, num_steps, transpose, 0)
+        scratch = scratch_of(size)
+        place = scratch.ctypes.data, scratch.nbytes
+        options = radius, 2.0, 0.1, present.ctypes.data, num_steps, transpose, place, 0, 0
+        native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
+    scratch = scratch_of(native.random_walk_affinity_gradient_cuda_workspace(view(affinity), radius))
+    options = radius, 2.0, 0.1, scratch.ctypes.data, 0, 0
+    native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
+
+
+def main(sanitizer: str, fault: str | None = None) -> None:
+    emulator = load(sanitizer)
+    if fault is not None:
+        out = np.zeros(64, np.float32)
+        print(f"{fault}: {emulator.fault(fault, out.ctypes.data) or 'unnoticed'}")
+        return
+    # Accesses: everything. Races, where each thread is a fiber: images of several blocks with an edge in each, and what
+    # does not change which thread touches what by turns.
+    races = sanitizer == "races"
+    shapes = SHAPES[-2:] if races else SHAPES
+    kinds = KINDS[:2] if races else KINDS
+    calls = 0
+    for order, device in enumerate(DEVICES.values()):
+        emulator.set_order(order)
+        emulator.set_device(*device)
+        for shape, transpose, kind in itertools.product(shapes, (False, True), kinds):
+            dilations, turn = DILATIONS[calls % 3], calls % 2 == 1
+            borders, steps = ((turn,), (3,)) if races else ((False, True), (0, 1, 3))
+            run_diffusion(emulator.native, shape, kind, transpose, borders, steps)
+            steps = (1 + 2 * turn,) if races else (0, 1, 2, 4)
+            run_par(emulator.native, shape, dilations, kind, transpose, (calls + calls // 4) % 4, steps)
+            calls += 1
+        for turn, grid in enumerate([(5, 13, 2)] if races else GRIDS):
+            # Rows of 8 numbers are loaded otherwise than rows of 5; both in every type, but not on every grid.
+            for kind in kinds if order == 0 else kinds[turn % len(kinds) :][:1]:
+                run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
+            for kind in kinds:
+                run_walk(emulator.native, grid, kind, transpose=bool(order))
+    print(f"clean after {len(emulator.launches())} launches")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
