@@ -16,6 +16,7 @@ from support.voc_factory import make_voc
 
 from afa_model import cli
 from afa_model.commands import bench
+from afa_model.errors import CheckpointError, ConfigError, DataError, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +238,56 @@ def test_bench_data_measures_the_loader(root, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 6
     assert result["images_per_second"] > 0
+
+
+# --- errors, modules ---
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "bench"])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("x: wrong"), 2), (DataError("files", ["a", "b"]), 2), (CheckpointError("c"), 2), (TrainingError("n"), 1)],
+)
+def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):
+    def broken(argv):
+        raise error
+
+    monkeypatch.setattr(f"afa_model.commands.{command}.main", broken)
+    assert cli.main([command]) == code
+    assert capsys.readouterr().err == f"afa {command}: error: {error}\n"
+
+
+def test_of_several_processes_one_tells_a_mistake(monkeypatch, capsys):
+    """What was asked wrongly all of them find; what broke may be one's alone."""
+    monkeypatch.setenv("RANK", "1")
+    for error, said in ((ConfigError("x: wrong"), ""), (TrainingError("n"), "afa train: error: n\n")):
+
+        def broken(argv, error=error):
+            raise error
+
+        monkeypatch.setattr("afa_model.commands.train.main", broken)
+        cli.main(["train"])
+        assert capsys.readouterr().err == said
+
+
+def test_the_package_offers_what_the_commands_call():
+    import afa_model
+
+    assert set(afa_model.__all__) <= set(dir(afa_model))
+    for name in afa_model.__all__:
+        assert getattr(afa_model, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        afa_model.nothing  # noqa: B018
+
+
+def test_asking_for_help_loads_no_torch():
+    program = "import sys\nimport afa_model, afa_model.cli as cli\ncli.main(['--help'])\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_operators_load_no_compiler():
+    """torch.compile's own modules take as long to import as all of PyTorch; so do Triton's."""
+    program = "import sys, afa_kernels\nprint([m for m in ('torch._dynamo', 'triton', 'afa_model') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -8,6 +8,8 @@ import json
 import math
 
 import numpy as np
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -196,6 +198,27 @@ def test_sizes_are_those_of_the_photograph(data):
         for label in maps.labels.values():
             assert label.shape == image.shape[1:] and label.dtype == torch.int64 and label.max() < 21
         assert maps.affinity.shape[0] == 49
+
+
+def test_how_labels_are_made_reaches_every_kind(data):
+    """Each of these changes the label maps that depend on it, and no other."""
+    sample = data[3]
+
+    def maps(**changes):
+        how = dataclasses.replace(HOW, **changes)
+        return label_maps(ColorModel(), sample["image"], SIZES, how, sample["cls_labels"]).labels
+
+    plain = maps()
+    walks, refined = {"random_walk", "refined_random_walk"}, {"refined_cam", "refined_random_walk"}
+    for changes, touched in (
+        ({"walk_power": 0.2}, walks),
+        ({"walk_eps": 200.0}, walks),
+        ({"refinement": "none"}, refined),
+        ({"bkg_score": 0.9}, {"cam", *walks, *refined}),
+    ):
+        other = maps(**changes)
+        changed = {kind for kind in KINDS if not torch.equal(other[kind], plain[kind])}
+        assert changed and changed <= touched, changes
 
 
 def test_without_labels_the_classifier_decides(data):

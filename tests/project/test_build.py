@@ -54,13 +54,18 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
         assert not shared, f"{source}: {shared}"
 
 
-def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def _copy(folder: Path) -> None:
+    """The sources as they are checked out, without what a build has left in them."""
     for name in ("setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for package in ("afa_kernels", "afa_model"):
         ignored = shutil.ignore_patterns("_native*.so", "_build_info.py", "__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+
+
+def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    _copy(folder)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
 
@@ -89,6 +94,41 @@ except ValueError as error:
     assert shape == "torch.Size([1, 2, 8, 9])"
     assert "no C++ compiler" in reason and reason in refused
     assert sources == build_backend.sources_digest()
+
+
+def test_a_wheel_holds_every_module_and_works_from_an_empty_folder(tmp_path):
+    """An editable installation would hide a room that the wheel leaves out."""
+    tree, wheels, empty = (tmp_path / name for name in ("tree", "wheels", "empty"))
+    for folder in (tree, empty):
+        folder.mkdir()
+    _copy(tree)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(wheels)]
+    environment = {**os.environ, "AFA_NATIVE": "0"}
+    subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        archive.extractall(empty)
+    for package in ("afa_kernels", "afa_model"):
+        files = [path for suffix in ("*.py", "*.yaml") for path in (ROOT / package).rglob(suffix)]
+        assert len(files) > 20
+        assert {path.relative_to(ROOT).as_posix() for path in files if path.name != "_build_info.py"} <= held
+    program = """
+import sys, pkgutil, importlib
+sys.path[:] = [sys.argv[1], *(path for path in sys.path if path)]
+import afa_kernels, afa_model
+from afa_model import cli
+assert afa_kernels.__file__.startswith(sys.argv[1]) and afa_model.__file__.startswith(sys.argv[1])
+for name in ("train", "evaluate", "predict", "demo", "doctor", "bench"):
+    importlib.import_module(f"afa_model.commands.{name}")
+from afa_model.config import packaged
+print(packaged())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(empty)], cwd=empty, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "['coco', 'demo', 'voc']\n"
 
 
 def test_a_compiler_that_fails_stops_the_installation(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import support.needs_command_line  # noqa: F401
 import yaml
+from support.common import ROOT
 
 from afa_model.config import (
     Config,
@@ -19,6 +21,8 @@ from afa_model.config import (
     to_yaml,
 )
 from afa_model.errors import ConfigError
+from afa_model.evaluation.evaluate import EvaluateSettings
+from afa_model.labels.settings import LabelSettings
 
 
 def test_dotted_options_override_yaml(tmp_path):
@@ -198,3 +202,45 @@ def test_check_names_values_changed_in_python():
     config.optim.lr = -1.0
     with pytest.raises(ConfigError, match=r"optim\.lr: expected a positive number, got -1\.0"):
         check(config)
+
+
+# --- earlier versions ---
+
+BEFORE = json.loads((ROOT / "tests" / "golden" / "config_before_rooms.json").read_text())  # of a run's checkpoint
+
+
+def test_settings_of_an_earlier_version_keep_their_meaning():
+    config = from_dict(BEFORE)
+    assert (config.labels.high_score, config.labels.low_score, config.labels.bkg_score) == (0.45, 0.25, 0.4)
+    assert (config.labels.walk_power, config.labels.walk_eps, config.labels.radius) == (3, 0.1, 4)
+    assert (config.labels.dilations, config.labels.num_iter) == ((1, 2, 4, 8, 12), 10)
+    scored = config.eval.labels(config.labels)
+    assert (scored.radius, scored.cam_scales, scored.num_iter) == (8, (1.0, 0.5, 2.0), 7)
+    assert scored.walk_power == 3, "evaluation walks as training does"
+    known = {"labels", "eval", "step"}
+    assert {key: to_dict(config)[key] for key in BEFORE if key not in known} == {
+        key: value for key, value in BEFORE.items() if key not in known
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "told"),
+    [
+        ("step.par_iters=3", "step.par_iters: unknown setting (it is labels.num_iter now)"),
+        ("eval.par_dilations=[1]", "eval.par_dilations: unknown setting (it is eval.dilations now)"),
+        ("step.image_mean=[0, 0, 0]", "step.image_mean: unknown setting (there is one value for all)"),
+    ],
+)
+def test_who_asks_by_an_old_name_is_told_the_new_one(old, told):
+    with pytest.raises(ConfigError) as error:
+        parse([f"--{old}"])
+    assert str(error.value) == told
+
+
+def test_evaluation_takes_from_training_what_it_does_not_say():
+    training = LabelSettings(radius=5, walk_power=3.0, walk_eps=0.2, dilations=(1, 3), num_iter=4, bkg_score=0.3)
+    assert EvaluateSettings().labels(training) == training
+    own = EvaluateSettings(radius=2, cam_scales=(1.0,), dilations=(7,), num_iter=0).labels(training)
+    assert own == dataclasses.replace(training, radius=2, cam_scales=(1.0,), dilations=(7,), num_iter=0)
+    with pytest.raises(ValueError, match="radius"):
+        EvaluateSettings(radius=-1)

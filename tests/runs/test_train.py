@@ -16,7 +16,7 @@ from support.voc_factory import make_voc
 
 from afa_model.config import parse
 from afa_model.errors import CheckpointError, ConfigError, DataError, TrainingError
-from afa_model.runs import checkpoint, loop
+from afa_model.runs import checkpoint, loop, trainer
 from afa_model.runs.checkpoint import CheckpointKeeper
 from afa_model.runs.restore import load_model
 
@@ -165,6 +165,38 @@ def test_resume_tells_what_has_changed(root, tmp_path, capsys):
     assert "changed since the checkpoint: optim.lr 6e-05 -> 0.001, schedule.max_iters 2 -> 3" in printed
     assert summary.iteration == 3
     assert [row["iteration"] for row in rows(tmp_path / "b" / "train.csv")] == ["3"]
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_goes_on(root, tmp_path, capsys):
+    """Its configuration has the names of its day; weights, optimizer and random states are as they were."""
+    run(root, tmp_path / "a", schedule__max_iters=2)
+    path = tmp_path / "a" / "iter_00000002.pt"
+    state = checkpoint.read(path)
+    config = state["config"]
+    labels = config.pop("labels")
+    now = {"radius": "radius", "cam_scales": "cam_scales", "high_score": "high_score", "low_score": "low_score",
+           "walk_power": "walk_power", "walk_eps": "walk_eps", "dilations": "par_dilations", "num_iter": "par_iters"}  # fmt: skip
+    config["step"] |= {old: labels[new] for new, old in now.items()}
+    config["step"] |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    scored = {new: config["eval"].pop(new) or labels[new] for new in ("cam_scales", "radius", "dilations", "num_iter")}
+    config["eval"] |= {"par_dilations": scored.pop("dilations"), "par_iterations": scored.pop("num_iter"), **scored}
+    config["eval"]["bkg_score"] = 0.4
+    torch.save(state, path)
+    restored = load_model(path)
+    assert restored.config.labels.num_iter == 2 and restored.config.labels.bkg_score == 0.4
+    run(root, tmp_path / "b", resume=path, schedule__max_iters=3, labels__bkg_score=0.4)
+    assert "changed since the checkpoint: schedule.max_iters 2 -> 3\n" in capsys.readouterr().out
+
+
+def test_evaluation_in_a_run_makes_labels_as_its_steps_do(root, tmp_path, monkeypatch):
+    seen = []
+    real = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: seen.append(args) or real(*args))
+    changes = {"labels__walk_power": 5.0, "labels__bkg_score": 0.2, "eval__every": 2}
+    run(root, tmp_path / "run", schedule__max_iters=2, **changes)
+    (_, _, settings, labels), = seen
+    assert (labels.walk_power, labels.bkg_score, labels.radius) == (5.0, 0.2, 2)
+    assert settings.labels(labels).walk_power == 5.0
 
 
 def test_resume_refuses_another_model(root, tmp_path):
