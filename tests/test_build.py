@@ -47,6 +47,7 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
             "-DAFA_ISA=avx2",
             "-DAFA_WITH_X86_ISAS=1",
             "-Wno-psabi",
+            f"-I{ROOT / 'csrc'}",
         ]
         subprocess.run([cxx, *flags, "-c", str(ROOT / source), "-o", str(out)], check=True)
         symbols = subprocess.run([nm, "-C", str(out)], capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,8 @@
-#include "../affinity.h"
+#include "affinity/affinity.h"
 
 #include <array>
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 //   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) (dL/dT_ij / D_i + dL/dD_j)
 // Data flow, one image at a time: P is copied, rows of pixels form their slopes and their part of D's, and after a barrier every row
 // writes its gradient, reading its neighbours' dL/dD. Floor: N * (2r+1)^2 * C fused multiply-adds. Bound: unaligned loads.
-#include "random_walk_window.h"
+#include "random_walk/window.h"
 
 namespace afa {
 namespace AFA_ISA {

@@ -2,7 +2,7 @@
 //
 // Data flow: each image row is summed by one thread, tap after tap, and the rows are then added in order: the same bits for any
 // number of threads. Floor: the window read once (forward) or its gradient written once (backward). Bound: memory.
-#include "affinity_band.h"
+#include "affinity/band.h"
 
 namespace afa {
 namespace AFA_ISA {

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "diffusion.h"
+#include "diffusion/diffusion.h"
 
 namespace afa {
 
@@ -59,7 +59,7 @@ Status par_cpu(const ParArgs& args, const DiffusionArgs& diffusion, void* worksp
 int64_t par_weights_cpu_workspace(const ParArgs& args, int threads);
 Status par_weights_cpu(const ParArgs& args, const View<4>& out, void* workspace, int threads);
 
-// The same on a GPU, see diffusion.h. At most 64 dilations. half_weights keeps the weights in half precision between the
+// The same on a GPU, see diffusion/diffusion.h. At most 64 dilations. half_weights keeps the weights in half precision between the
 // iterations: half the memory and traffic for a relative error of at most 2^-11 an iteration (about 1e-3 after 10).
 int64_t par_cuda_workspace(const ParArgs& args, const DiffusionArgs& diffusion, bool half_weights, int device);
 Status par_cuda(const ParArgs& args, const DiffusionArgs& diffusion, bool half_weights, void* workspace, int64_t bytes, int device,

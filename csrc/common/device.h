@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "common.h"
+#include "common/common.h"
 
 namespace afa {
 

@@ -8,8 +8,8 @@
 // image hold 0. Labels are int32, negative where ignored.
 #pragma once
 
-#include "common.h"
-#include "cpu.h"
+#include "common/common.h"
+#include "common/cpu.h"
 
 namespace afa {
 

@@ -1,15 +1,15 @@
-// PAR and PAMR weights on the CPU; their diffusion is diffusion.cpp's.
+// PAR and PAMR weights on the CPU; their diffusion is diffusion/diffusion.cpp's.
 //
 // Data flow: the image goes to float32 rows with replicated margins once; then, for each pixel row, vectors of pixels walk the
 // 8*D taps four times: mean, squared deviation, kappa with its maximum, exponential with its sum. Deviations are taken from the
 // first neighbour and then from the mean, so a constant neighbourhood has a standard deviation of exactly 0, as the formula's
 // 1e-8 expects. A row in which a square overflows (pixels beyond 1e18) is done once more with shrunken pixels.
 // Floor: 8*D exponentials and 3 * 3 * 8*D loads per pixel. Bound: arithmetic, about 30 operations per weight.
-#include "par.h"
+#include "par/par.h"
 
 #include <algorithm>
 
-#include "simd.h"
+#include "common/simd.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "common.h"
-#include "cpu.h"
+#include "common/common.h"
+#include "common/cpu.h"
 
 namespace afa {
 namespace AFA_ISA {

@@ -3,13 +3,13 @@
 // Data flow, one image at a time: rows of pixels add up the columns of A^p that end there and keep 1 / D; the cams go to rows of
 // pixels with their channels side by side. A step then takes 16 pixels of a row at a time: their windows' A^p go to a table,
 // zeros where a tap leaves the image, and up to 8 pixels at once take their share of every neighbour, which is loaded once for all of
-// them, one broadcast weight each; 1 / D comes at the end. Unlike in diffusion.cpp, whose vectors run along pixel rows, loads are
+// them, one broadcast weight each; 1 / D comes at the end. Unlike in diffusion/diffusion.cpp, whose vectors run along pixel rows, loads are
 // aligned whatever the tap. Sums run over taps in order: the same bits for any number of threads.
 // Floor: A read twice, N * (2r+1)^2 * C fused multiply-adds per step. Bound: these, and a load of a weight for every two.
 #include <type_traits>
 #include <utility>
 
-#include "random_walk_window.h"
+#include "random_walk/window.h"
 
 namespace afa {
 namespace AFA_ISA {

@@ -4,7 +4,7 @@
 // and the block that comes last adds them up in order: one launch, the same bits every run.
 // Floor: the window read once (forward) or its gradient written once (backward). Bound: memory.
 // Occupancy: window_loss_kernel 256 x 4, window_loss_gradient_kernel 256 x 4 (threads x blocks a multiprocessor, by registers).
-#include "affinity.cuh"
+#include "affinity/affinity.cuh"
 
 namespace afa {
 

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "affinity.h"
-#include "cuda_common.cuh"
+#include "affinity/affinity.h"
+#include "common/cuda_common.cuh"
 
 namespace afa {
 

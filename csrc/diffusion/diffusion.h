@@ -6,8 +6,8 @@
 // the same linear map instead: it is the gradient of the masks, exact at the borders too.
 #pragma once
 
-#include "common.h"
-#include "cpu.h"
+#include "common/common.h"
+#include "common/cpu.h"
 
 namespace afa {
 

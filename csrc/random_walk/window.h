@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "random_walk.h"
-#include "simd.h"
+#include "common/simd.h"
+#include "random_walk/random_walk.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,5 +1,5 @@
 // Which of the three copies of the CPU kernels runs.
-#include "cpu.h"
+#include "common/cpu.h"
 
 namespace afa {
 

@@ -4,7 +4,7 @@
 // the pair's scores, placed by ResultPlace (affinity.cuh).
 #pragma once
 
-#include "affinity.cuh"
+#include "affinity/affinity.cuh"
 
 namespace afa {
 

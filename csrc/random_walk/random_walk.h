@@ -2,12 +2,12 @@
 //
 //   D_jj = sum_i A_ij^p + eps,   T = D^-1 A^p,   M' = T M        repeated
 //
-// The window is [B, (2r+1)^2, h, w], tap t of pixel i holding A_ij for j = i + offset_t. That is the diffusion of diffusion.h with
+// The window is [B, (2r+1)^2, h, w], tap t of pixel i holding A_ij for j = i + offset_t. That is the diffusion of diffusion/diffusion.h with
 // zero border and the weights T. What taps outside the image hold plays no part.
 #pragma once
 
-#include "common.h"
-#include "cpu.h"
+#include "common/common.h"
+#include "common/cpu.h"
 
 namespace afa {
 

@@ -10,7 +10,7 @@
 // Occupancy: product_kernel 256 x 2, window_gradient_kernel 256 x 4, map_product_kernel 256 x 2, head_kernel 256 x 4 (threads x
 // blocks a multiprocessor, by registers).
 // Wide loads: product_kernel<__half, true>, product_kernel<__nv_bfloat16, true>, product_kernel<float, false>.
-#include "affinity.cuh"
+#include "affinity/affinity.cuh"
 
 namespace afa {
 

@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "affinity.h"
-#include "simd.h"
+#include "affinity/affinity.h"
+#include "common/simd.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -6,7 +6,7 @@
 #include <set>
 #include <tuple>
 
-#include "cuda_common.cuh"
+#include "common/cuda_common.cuh"
 
 namespace afa {
 

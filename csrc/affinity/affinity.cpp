@@ -6,7 +6,7 @@
 // sums are taken row by row in a fixed order: the same bits for any number of threads.
 // Floor: N * (2r+1)^2 * heads * d fused multiply-adds. Bound: arithmetic; a tile also computes what lies beside its band, which at
 // r = 8 makes up to 1.7 times as many.
-#include "affinity_band.h"
+#include "affinity/band.h"
 
 namespace afa {
 namespace AFA_ISA {

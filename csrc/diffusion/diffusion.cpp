@@ -7,11 +7,11 @@
 // with a barrier between. Sums run over taps in order and never across threads: the same bits for any thread count.
 // Floor: T*C*H*W fused multiply-adds and T*H*W*4 bytes of weights per iteration. Bound: L2 and L3 bandwidth for few channels,
 // the two loads per cycle for many.
-#include "diffusion.h"
+#include "diffusion/diffusion.h"
 
 #include <algorithm>
 
-#include "simd.h"
+#include "common/simd.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -10,7 +10,7 @@
 // each tile read (reach + 1) * (2 reach + 1) times, from L2.
 // Occupancy: pair_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 // Wide loads: pair_kernel<SimtScores, *>, pair_kernel<TensorScores<__half>, *>, pair_kernel<TensorScores<__nv_bfloat16>, *>.
-#include "affinity_scores.cuh"
+#include "affinity/scores.cuh"
 
 namespace afa {
 

@@ -11,8 +11,8 @@
 
 #include <utility>
 
-#include "common.h"
-#include "device.h"
+#include "common/common.h"
+#include "common/device.h"
 
 namespace afa {
 

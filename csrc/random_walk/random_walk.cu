@@ -1,4 +1,4 @@
-// The random walk on a GPU: T, then the shared diffusion with zero border (diffusion_stream.cu); and the gradient of the affinity.
+// The random walk on a GPU: T, then the shared diffusion with zero border (diffusion/stream.cu); and the gradient of the affinity.
 //
 //   D_i = sum_k P_ki + eps with P = A^p,   T_ij = P_ij / D_i
 //   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) (dL/dT_ij / D_i + dL/dD_j)
@@ -12,9 +12,9 @@
 // multiprocessor, by registers).
 #include <vector>
 
-#include "cuda_common.cuh"
-#include "diffusion.h"
-#include "random_walk.h"
+#include "common/cuda_common.cuh"
+#include "diffusion/diffusion.h"
+#include "random_walk/random_walk.h"
 
 namespace afa {
 

@@ -6,7 +6,7 @@
 // each thread takes up to 4 vectors of one head's channels at a time, copies them for all pixels (which then stay in L2), and
 // sums 6 pixels' gradients in registers over their joint window; G is 0 in the margins, where a pixel's neighbour has run ahead.
 // Floor: 2 * N * (2r+1)^2 * heads * d fused multiply-adds beside the forward's. Bound: arithmetic.
-#include "affinity_band.h"
+#include "affinity/band.h"
 
 namespace afa {
 namespace AFA_ISA {

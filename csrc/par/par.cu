@@ -1,4 +1,4 @@
-// PAR and PAMR on a GPU: the weights, for the resident diffusion (diffusion.cuh) or written out for the streaming one.
+// PAR and PAMR on a GPU: the weights, for the resident diffusion (diffusion/resident.cuh) or written out for the streaming one.
 //
 // Data flow of par_weights_kernel: a block takes 32 x 16 pixels; the image tile with a halo as wide as the farthest tap goes to
 // shared memory as float32 with the border resolved; each pixel then walks its taps twice: for the deviation of each colour,
@@ -9,14 +9,14 @@
 // Sums of squares are taken about one of the neighbours themselves, so a constant neighbourhood has a deviation of exactly 0 and
 // cancellation costs at most a factor of the number of taps.
 // Occupancy: par_weights_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
-#include "par.h"
+#include "par/par.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "diffusion.cuh"
+#include "diffusion/resident.cuh"
 
 namespace afa {
 

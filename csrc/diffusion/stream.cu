@@ -11,7 +11,7 @@
 // (threads x blocks a multiprocessor, by registers).
 // Wide loads: diffuse_step<float, 4, *>, diffuse_step<__half, 8, *>, diffuse_step<__nv_bfloat16, 8, *>,
 // diffuse_step_split<float, 4, *>.
-#include "diffusion.cuh"
+#include "diffusion/resident.cuh"
 
 namespace afa {
 

@@ -1,5 +1,5 @@
-// Diffusion on a GPU: whether the weights stay on chip (diffusion.cuh) and how, or are streamed (diffusion_stream.cu).
-#include "diffusion.cuh"
+// Diffusion on a GPU: whether the weights stay on chip (resident.cuh) and how, or are streamed (stream.cu).
+#include "diffusion/resident.cuh"
 
 #include <algorithm>
 #include <cmath>

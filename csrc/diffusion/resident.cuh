@@ -18,8 +18,8 @@
 
 #include <type_traits>
 
-#include "cuda_common.cuh"
-#include "diffusion.h"
+#include "common/cuda_common.cuh"
+#include "diffusion/diffusion.h"
 
 namespace afa {
 
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
 }
 
 // The diffusion of what is not resident, streaming the weights; `padded`: rows of args.weights may be read up to the next multiple
-// of 16 bytes. Defined in diffusion_stream.cu.
+// of 16 bytes. Defined in stream.cu.
 int64_t stream_workspace(const DiffusionArgs& args);
 Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace, void* stream);
 
