@@ -14,7 +14,7 @@ namespace AFA_ISA {
 // --- finishing a tile ---
 
 template <class T>
-static void write_window(const Tile& tile, const Tiling& tiling, T* window) {
+static void write_window(const BandTile& tile, const Tiling& tiling, T* window) {
   const int64_t plane = tiling.height * tiling.width, side = tiling.side, r = side / 2;
   tiling.lines(tile, [&](const Line& at) {
     const int64_t dy = at.key_y - at.y;
@@ -27,11 +27,6 @@ static void write_window(const Tile& tile, const Tiling& tiling, T* window) {
   });
 }
 
-static inline float sum_of(vfloat values) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += values[i];
-  return sum;
-}
 static inline int64_t count_of(vint masks) {
   int64_t count = 0;
   for (int i = 0; i < kLanes; ++i) count -= masks[i];
@@ -39,7 +34,7 @@ static inline int64_t count_of(vint masks) {
 }
 
 // Adds the tile's pairs, both orders of each, to the sums of its rows.
-static void add_pairs(const Tile& tile, const Tiling& tiling, const LaneLabels& labels, float bias, PairSums* sums) {
+static void add_pairs(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, float bias, PairSums* sums) {
   vfloat same = {}, different = {};
   vint same_count = {}, different_count = {};
   for (int64_t i = 0; i < 2 * tile.columns; ++i) {
@@ -59,15 +54,10 @@ static void add_pairs(const Tile& tile, const Tiling& tiling, const LaneLabels& 
   sums->same_count += 2 * count_of(same_count), sums->different_count += 2 * count_of(different_count);
 }
 
-static void add_sums(const PairSums& from, PairSums* to) {
-  to->same += from.same, to->different += from.different;
-  to->same_count += from.same_count, to->different_count += from.different_count;
-}
-
 template <class T, class Fill>
 static void window_of(const Tiling& tiling, int64_t b, float bias, T* out, float* buffers, int threads, const Fill& fill) {
   T* window = out + b * tiling.side * tiling.side * tiling.height * tiling.width;
-  for_each_tile(tiling, buffers, threads, fill, [&](const Tile& tile) {
+  for_each_tile(tiling, buffers, threads, fill, [&](const BandTile& tile) {
     for (int64_t i = 0; i < 2 * tile.columns; ++i)
       for (int64_t lane = 0; lane < 2 * tile.keys; lane += kLanes) {
         float* at = tile.scores + i * tile.stride + lane;
@@ -89,25 +79,21 @@ static void window_of_any(const Tiling& tiling, int64_t b, float bias, const Vie
 }
 
 static Status clear(const View<4>& out) {
-  int64_t count = 1;
-  for (int i = 3; i >= 0; --i) {
-    if (out.size[i] > 1 && out.stride[i] != count) return Status::bad_argument;
-    count *= out.size[i];
-  }
-  std::memset(out.data, 0, count * (out.dtype == DType::f32 ? 4 : 2));
+  const int64_t bytes = contiguous_bytes(out);
+  if (bytes < 0) return Status::bad_argument;
+  std::memset(out.data, 0, bytes);
   return Status::ok;
 }
 
 // --- from queries and keys ---
 
 static bool fits(const AttentionArgs& args, int threads) {
-  for (int i = 0; i < 4; ++i)
-    if (args.query.size[i] != args.key.size[i] || args.query.size[i] < 1) return false;
+  if (!same_size(args.query, args.key) || is_empty(args.query)) return false;
   return args.query.size[2] == args.height * args.width && args.radius >= 0 && threads > 0;
 }
 
 int64_t attention_bytes(const AttentionArgs& args, int threads) {
-  Arena arena{nullptr};
+  Arena arena(nullptr);
   const Tiling tiling(args.height, args.width, args.radius);
   Channels(args, arena, threads);
   arena.take<float>(threads * tiling.floats());
@@ -118,7 +104,7 @@ int64_t attention_bytes(const AttentionArgs& args, int threads) {
 
 Status window_from_attention(const AttentionArgs& args, const View<4>& out, void* workspace, int threads) {
   if (!fits(args, threads) || clear(out) != Status::ok) return Status::bad_argument;
-  Arena arena{static_cast<char*>(workspace)};
+  Arena arena(workspace);
   const Channels channels(args, arena, threads);
   const Tiling tiling(args.height, args.width, args.radius);
   float* buffers = arena.take<float>(threads * tiling.floats());
@@ -132,7 +118,7 @@ Status window_from_attention(const AttentionArgs& args, const View<4>& out, void
 
 Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace, int threads) {
   if (!fits(args, threads)) return Status::bad_argument;
-  Arena arena{static_cast<char*>(workspace)};
+  Arena arena(workspace);
   const Channels channels(args, arena, threads);
   const Tiling tiling(args.height, args.width, args.radius);
   float* buffers = arena.take<float>(threads * tiling.floats());
@@ -145,7 +131,7 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
     std::fill(rows, rows + tiling.pairs, PairSums());
     for_each_tile(
         tiling, buffers, threads, [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
-        [&](const Tile& tile) { add_pairs(tile, tiling, lanes, args.head_bias, rows + tile.y); });
+        [&](const BandTile& tile) { add_pairs(tile, tiling, lanes, args.head_bias, rows + tile.y); });
     for (int64_t y = 0; y < tiling.pairs; ++y) add_sums(rows[y], sums);
   }
   return Status::ok;
@@ -154,7 +140,7 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
 // --- from score maps ---
 
 // sum_h w_h (S_ij + S_ji) of one tile; `line` takes a query's keys or a key's queries.
-static void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, const Tile& tile, float* line) {
+static void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, const BandTile& tile, float* line) {
   for (int64_t rows = 0; rows < 4; ++rows) {
     const int64_t y = 2 * tile.y + rows % 2, key_y = 2 * (tile.y + tile.below) + rows / 2;
     if (y >= tiling.height || key_y >= tiling.height || key_y < y) continue;
@@ -174,7 +160,7 @@ static void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, cons
 }
 
 int64_t maps_bytes(const MapsArgs& args, int threads) {
-  Arena arena{nullptr};
+  Arena arena(nullptr);
   const Tiling tiling(args.height, args.width, args.radius);
   arena.take<float>(threads * tiling.floats());
   arena.take<float>(threads * tiling.stride);
@@ -185,7 +171,7 @@ Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspac
   if (args.maps.size[2] != args.height * args.width || args.maps.size[3] != args.height * args.width || args.radius < 0 ||
       threads < 1 || clear(out) != Status::ok)
     return Status::bad_argument;
-  Arena arena{static_cast<char*>(workspace)};
+  Arena arena(workspace);
   const Tiling tiling(args.height, args.width, args.radius);
   float* buffers = arena.take<float>(threads * tiling.floats());
   float* lines = arena.take<float>(threads * tiling.stride);

@@ -210,8 +210,7 @@ static Status launch_products(const PairArgs& args, void* stream) {
 bool have_tensor_cores() { return compiled_architecture() >= 80; }
 
 static Status fits(const AttentionArgs& args) {
-  for (int i = 0; i < 4; ++i)
-    if (args.query.size[i] != args.key.size[i] || args.query.size[i] < 1) return Status::bad_argument;
+  if (!same_size(args.query, args.key) || is_empty(args.query)) return Status::bad_argument;
   const bool agree = args.query.size[2] == args.height * args.width && args.radius >= 0 && args.query.dtype == args.key.dtype;
   if (!agree) return Status::bad_argument;
   // Rows, columns, channels and taps are counted in 32 bits.
@@ -226,18 +225,14 @@ static PairArgs pair_args(const AttentionArgs& args, const float* head, bool ten
   pairs.query = args.query, pairs.key = args.key, pairs.head = head, pairs.side = int(2 * args.radius + 1);
   pairs.tensor = tensor && args.query.dtype != DType::f32;
   // Without tensor cores half precision is widened on its way in, one element at a time.
-  pairs.wide = wide_rows(args.query) && wide_rows(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
+  pairs.wide = whole_vectors(args.query) && whole_vectors(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
   return pairs;
 }
 
 static Status clear_window(const View<4>& out, void* stream) {
-  int64_t count = 1;
-  for (int i = 3; i >= 0; --i) {
-    if (out.size[i] > 1 && out.stride[i] != count) return Status::bad_argument;
-    count *= out.size[i];
-  }
-  const size_t bytes = size_t(count) * (out.dtype == DType::f32 ? 4 : 2);
-  return cuda_failed(cudaMemsetAsync(out.data, 0, bytes, static_cast<cudaStream_t>(stream)));
+  const int64_t bytes = contiguous_bytes(out);
+  if (bytes < 0) return Status::bad_argument;
+  return cuda_failed(cudaMemsetAsync(out.data, 0, size_t(bytes), static_cast<cudaStream_t>(stream)));
 }
 
 Status window_affinity_cuda(const AttentionArgs& args, const float* head, const View<4>& out, int device, void* stream) {

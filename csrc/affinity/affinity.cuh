@@ -63,13 +63,8 @@ __device__ inline int middle_of(const PairGrid& grid) { return (2 * grid.reach +
 
 // ---- elements ------------------------------------------------------------------------------------------------------------
 
-// Whether rows along the last axis may be read in vectors of 16 bytes.
-inline bool wide_rows(const View<4>& view) {
-  const int64_t per_vector = view.dtype == DType::f32 ? 4 : 8;
-  bool wide = view.stride[3] == 1 && view.size[3] % per_vector == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int i = 0; i < 3; ++i) wide = wide && view.stride[i] % per_vector == 0;
-  return wide;
-}
+// Whether load_wide may be used: the vectors of a row end where the row does.
+inline bool whole_vectors(const View<4>& view) { return wide_rows(view) && view.size[3] % vector_elements(view) == 0; }
 
 // 16 bytes from `channel` on of one line of a head, zeros where the line ends or is absent.
 __device__ inline uint4 load_wide(const View<4>& view, int64_t line, bool present, int channel) {

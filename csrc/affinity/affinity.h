@@ -32,6 +32,10 @@ struct PairSums {
   double same = 0, different = 0;   // of 1 - A over pairs of equal labels, of A over pairs of different ones
   int64_t same_count = 0, different_count = 0;
 };
+static inline void add_sums(const PairSums& from, PairSums* to) {
+  to->same += from.same, to->different += from.different;
+  to->same_count += from.same_count, to->different_count += from.different_count;
+}
 
 // How the gradient enters a backward pass: either from the loss, as the derivative of L by A for pairs with equal and with
 // different labels, or from a window's gradient together with the window itself.

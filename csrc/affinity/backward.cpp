@@ -49,7 +49,7 @@ struct PairGradients {
   }
 };
 
-static void pair_gradients_of_loss(const Tile& tile, const Tiling& tiling, const LaneLabels& labels, const PairGradient& gradient,
+static void pair_gradients_of_loss(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, const PairGradient& gradient,
                                    float bias, const PairGradients& to) {
   const vfloat same = splat(2.0f * gradient.same), different = splat(2.0f * gradient.different);
   for (int64_t i = 0; i < 2 * tile.columns; ++i) {
@@ -161,9 +161,7 @@ static double multiply_share(const AttentionArgs& args, const PairGradients& fro
           load_row(own, b, share.head, y * from.width + x + q, line);
           vfloat products = {};
           for (int64_t c = 0; c < kPanel; c += kLanes) products += load(line + c) * load(sums + c);
-          float part = 0;
-          for (int l = 0; l < kLanes; ++l) part += products[l];
-          dot += part;
+          dot += sum_of(products);
         }
         if (!to.data) continue;
         for (int64_t c = 0; c < kPanel; c += kLanes) store(sums + c, load(sums + c) * args.head_weight[share.head]);
@@ -196,7 +194,7 @@ static void multiply(const AttentionArgs& args, const PairGradients& from, int64
 // The two phases use the same memory one after the other.
 int64_t backward_bytes(const AttentionArgs& args, int threads) {
   const Tiling tiling(args.height, args.width, args.radius);
-  Arena first{nullptr}, second{nullptr};
+  Arena first(nullptr), second(nullptr);
   PairGradients(tiling, first), PairGradients(tiling, second);
   Channels(args, first, threads);
   LaneLabels(tiling, first);
@@ -211,7 +209,7 @@ Status backward_of_attention(const AttentionArgs& args, const PairGradient& grad
                              void* workspace, int threads) {
   if (args.query.size[2] != args.height * args.width || args.radius < 0 || threads < 1) return Status::bad_argument;
   const Tiling tiling(args.height, args.width, args.radius);
-  Arena arena{static_cast<char*>(workspace)};
+  Arena arena(workspace);
   const PairGradients pairs(tiling, arena);
   if (out.head) std::fill(out.head, out.head + args.query.size[1] + 1, 0.0);
   for (int64_t b = 0; b < args.query.size[0]; ++b) {
@@ -225,7 +223,7 @@ Status backward_of_attention(const AttentionArgs& args, const PairGradient& grad
       for_each_tile(
           tiling, rest.take<float>(threads * tiling.floats()), threads,
           [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
-          [&](const Tile& tile) { pair_gradients_of_loss(tile, tiling, labels, gradient, args.head_bias, pairs); });
+          [&](const BandTile& tile) { pair_gradients_of_loss(tile, tiling, labels, gradient, args.head_bias, pairs); });
     } else {
       float* lines = rest.take<float>(threads * 3 * args.width);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -242,7 +240,7 @@ Status backward_of_attention(const AttentionArgs& args, const PairGradient& grad
 
 int64_t maps_backward_bytes(const MapsArgs& args, int threads) {
   const Tiling tiling(args.height, args.width, args.radius);
-  Arena arena{nullptr};
+  Arena arena(nullptr);
   PairGradients(tiling, arena);
   arena.take<float>(threads * (std::max(2 * args.height, int64_t(3)) * args.width));
   arena.take<double>(args.height * args.maps.size[1]);
@@ -279,7 +277,7 @@ Status backward_of_maps(const MapsArgs& args, const PairGradient& gradient, cons
   if (args.maps.size[2] != args.height * args.width || gradient.labels || threads < 1) return Status::bad_argument;
   const Tiling tiling(args.height, args.width, args.radius);
   const int64_t heads = args.maps.size[1], line = std::max(2 * args.height, int64_t(3)) * args.width;
-  Arena arena{static_cast<char*>(workspace)};
+  Arena arena(workspace);
   const PairGradients pairs(tiling, arena);
   float* lines = arena.take<float>(threads * line);
   double* dots = arena.take<double>(args.height * heads);

@@ -11,6 +11,7 @@
 // blocks a multiprocessor, by registers).
 // Wide loads: product_kernel<__half, true>, product_kernel<__nv_bfloat16, true>, product_kernel<float, false>.
 #include "affinity/affinity.cuh"
+#include "common/arena.h"
 
 namespace afa {
 
@@ -308,18 +309,12 @@ struct Pieces {
   int64_t bytes;
 };
 static Pieces pieces_of(const PairGrid& grid, int64_t dots, void* workspace) {
-  char* base = static_cast<char*>(workspace);
-  int64_t used = 0;
-  auto take = [&](int64_t count) {
-    char* here = base == nullptr ? nullptr : base + used;
-    used += round_up(4 * count, 64);
-    return reinterpret_cast<float*>(here);
-  };
+  baseline::Arena arena(workspace);
   Pieces pieces;
-  pieces.buffers.values = take(grid.pairs() * kPairScores);
-  pieces.buffers.scale = take(grid.pairs()), pieces.buffers.sums = take(grid.pairs());
-  pieces.dots = take(dots);
-  pieces.bytes = used;
+  pieces.buffers.values = arena.take<float>(grid.pairs() * kPairScores);
+  pieces.buffers.scale = arena.take<float>(grid.pairs()), pieces.buffers.sums = arena.take<float>(grid.pairs());
+  pieces.dots = arena.take<float>(dots);
+  pieces.bytes = arena.used;
   return pieces;
 }
 
@@ -364,7 +359,7 @@ Status attention_backward_cuda(const AttentionArgs& args, const float* head, con
   // A window's gradient may be of any size, so that path keeps G in float.
   const bool tensor = slopes.labels != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
   pieces.buffers.tensor = tensor;
-  product.wide = wide_rows(args.query) && wide_rows(args.key) && (tensor || args.query.dtype == DType::f32);
+  product.wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
   if (slopes.labels != nullptr)
     AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
   else

@@ -10,11 +10,10 @@
 #include <utility>
 
 #include "affinity/affinity.h"
+#include "common/arena.h"
+#include "common/rows.h"
 #include "common/simd.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "common/threads.h"
 
 namespace afa {
 namespace AFA_ISA {
@@ -27,35 +26,15 @@ constexpr int kTileColumns = 3, kTileVectors = 2;
 #endif
 constexpr int64_t kChannelChunk = 256;  // channels of a product before moving to the next tile, so that rows stay in L2
 
-static inline int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// Hands out pieces of a workspace; with a null base it only measures.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* here = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return here;
-  }
-};
-
 // Elements x.. of one line of a tensor, from and to float.
 static inline View<4> line_of(const View<4>& view, int64_t x, int64_t count) {
   View<4> line = view;
-  line.data = static_cast<char*>(view.data) + x * view.stride[3] * (view.dtype == DType::f32 ? 4 : 2);
+  line.data = static_cast<char*>(view.data) + x * view.stride[3] * element_bytes(view.dtype);
   line.size[3] = count;
   return line;
 }
 
-struct Tile {
+struct BandTile {
   int64_t y, below;         // the pairs of rows: queries in rows 2y, 2y+1, keys in rows 2(y+below), 2(y+below)+1
   int64_t x, columns;       // queries in columns x..x+columns-1
   int64_t first, keys;      // keys in columns first..first+keys-1
@@ -80,15 +59,15 @@ struct Tiling {
   }
   int64_t below() const { return std::min((radius + 1) / 2 + 1, pairs); }
   int64_t floats() const { return count * below() * 2 * columns * stride; }
-  Tile tile(int64_t t, int64_t y, int64_t below_it, float* row) const {
-    Tile at;
+  BandTile tile(int64_t t, int64_t y, int64_t below_it, float* row) const {
+    BandTile at;
     at.y = y, at.below = below_it, at.x = t * columns, at.columns = std::min(columns, width - at.x);
     at.first = std::max(at.x - radius, int64_t(0)), at.keys = std::min(at.x + at.columns + radius, width) - at.first;
     at.stride = stride, at.scores = row + (t * below() + below_it) * 2 * columns * stride;
     return at;
   }
   // The pairs of query i with the keys of row `parity`: each pair of pixels in one direction only, the pixel with itself included.
-  Line line(const Tile& tile, int64_t i, int64_t parity) const {
+  Line line(const BandTile& tile, int64_t i, int64_t parity) const {
     Line at;
     at.y = 2 * tile.y + i % 2, at.x = tile.x + i / 2, at.key_y = 2 * (tile.y + tile.below) + parity;
     const int64_t dy = at.key_y - at.y;
@@ -98,7 +77,7 @@ struct Tiling {
     return at;
   }
   template <class Visit>
-  void lines(const Tile& tile, const Visit& visit) const {
+  void lines(const BandTile& tile, const Visit& visit) const {
     for (int64_t i = 0; i < 2 * tile.columns; ++i)
       for (int64_t parity = 0; parity < 2; ++parity) {
         const Line at = line(tile, i, parity);
@@ -230,7 +209,7 @@ static inline void fill_products(const Channels& from, const Tiling& tiling, int
       const int64_t channels = std::min(kChannelChunk, (half + 1) * from.depth - c);
       for (int64_t t = 0; t < tiling.count; ++t)
         for (int64_t below = 0; below < tiling.below() && y + below < tiling.pairs; ++below) {
-          const Tile tile = tiling.tile(t, y, below, row);
+          const BandTile tile = tiling.tile(t, y, below, row);
           for (int64_t lane = 0; lane < 2 * tile.keys; lane += kTileVectors * kLanes) {
             const int64_t vectors = std::min<int64_t>((2 * tile.keys - lane + kLanes - 1) / kLanes, kTileVectors);
             products_for(tile.columns, vectors)(from.query(y, c) + 2 * tile.x, from.key(y + below, c) + 2 * tile.first + lane, from.row,
@@ -269,7 +248,7 @@ struct LaneLabels {
 // Calls visit(lane, equal, different) for the vectors of lanes in which query i has pairs: masks of those with its own label and of
 // those with another.
 template <class Visit>
-static inline void labelled_lanes(const Tile& tile, const Tiling& tiling, const LaneLabels& labels, int64_t i, const Visit& visit) {
+static inline void labelled_lanes(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, int64_t i, const Visit& visit) {
   const int32_t own = labels.values[tile.y * labels.row + 2 * tile.x + i];
   const Line lines[2] = {tiling.line(tile, i, 0), tiling.line(tile, i, 1)};
   vint lane, low, high;

@@ -2,7 +2,11 @@
 //
 // Data flow: each image row is summed by one thread, tap after tap, and the rows are then added in order: the same bits for any
 // number of threads. Floor: the window read once (forward) or its gradient written once (backward). Bound: memory.
-#include "affinity/band.h"
+#include <algorithm>
+
+#include "affinity/affinity.h"
+#include "common/rows.h"
+#include "common/threads.h"
 
 namespace afa {
 namespace AFA_ISA {
@@ -57,10 +61,7 @@ Status loss_of_window(const View<4>& window, const int32_t* labels, int64_t radi
     row_sums(window, at, labels + b * at.height * at.width, b, y, lines + thread_number() * at.width, rows + row);
   }
   *sums = PairSums();
-  for (int64_t row = 0; row < count; ++row) {
-    sums->same += rows[row].same, sums->different += rows[row].different;
-    sums->same_count += rows[row].same_count, sums->different_count += rows[row].different_count;
-  }
+  for (int64_t row = 0; row < count; ++row) add_sums(rows[row], sums);
   return Status::ok;
 }
 

@@ -1,12 +1,10 @@
 // Vectors of float for whichever instruction set the including source is compiled for, by the compiler's vector
-// extension (GCC and Clang): 16 lanes with AVX-512, 8 with AVX2, 4 otherwise. Plus conversion of rows from and to
-// half precision, and the exponential of the softmax.
+// extension (GCC and Clang): 16 lanes with AVX-512, 8 with AVX2, 4 otherwise. Plus the exponential of the softmax.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
-#include "common/common.h"
 #include "common/cpu.h"
 
 namespace afa {
@@ -33,6 +31,11 @@ static inline void store(float* to, vfloat value) { __builtin_memcpy(to, &value,
 static inline vfloat splat(float value) { return value - vfloat{}; }
 static inline vfloat max_of(vfloat a, vfloat b) { return a > b ? a : b; }
 static inline vfloat abs_of(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
+static inline float sum_of(vfloat values) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += values[i];
+  return sum;
+}
 // The value as it is rounded here, kept from being fused into the sum that follows.
 static inline vfloat rounded(vfloat value) {
 #if defined(__AVX512F__)
@@ -89,91 +92,6 @@ static inline vfloat exp_of(vfloat x) {
   vfloat scale = (vfloat)(((vint)shifted << 23) + (127 << 23));
   vfloat value = p * scale;
   return x < -87.3f ? vfloat{} : value;
-}
-
-static inline float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-static inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits;
-}
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-static inline float to_float(float value) { return value; }
-static inline float to_float(Bf16 value) { return from_bits(uint32_t(value.bits) << 16); }
-// Moving exponent and mantissa up by 13 bits and multiplying by 2^112 also gets subnormals right; infinity and NaN are mended.
-static inline float to_float(F16 value) {
-  uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
-  float scaled = from_bits(magnitude) * from_bits(0x77800000u);
-  uint32_t bits = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : to_bits(scaled);
-  return from_bits(bits | uint32_t(value.bits & 0x8000) << 16);
-}
-
-static inline void from_float(float value, float* to) { *to = value; }
-static inline void from_float(float value, Bf16* to) {
-  uint32_t bits = to_bits(value);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-  to->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
-// Round to nearest even: below the smallest normal half, adding 0.5 lets the float unit round at the right bit.
-static inline void from_float(float value, F16* to) {
-  uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  uint32_t result;
-  if (magnitude > 0x7f800000u) {
-    result = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {
-    result = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {
-    result = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    result = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
-  }
-  to->bits = uint16_t(result | sign);
-}
-
-template <class T>
-static inline void load_row_of(const T* from, int64_t stride, int64_t count, float* to) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * stride]);
-}
-template <class T>
-static inline void store_row_of(const float* from, int64_t count, int64_t stride, T* to) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) from_float(from[i], to + i);
-  else
-    for (int64_t i = 0; i < count; ++i) from_float(from[i], to + i * stride);
-}
-
-// Row y of channel c of image b, any stride and element type, as contiguous float.
-static inline void load_row(const View<4>& view, int64_t b, int64_t c, int64_t y, float* to) {
-  int64_t offset = b * view.stride[0] + c * view.stride[1] + y * view.stride[2];
-  int64_t stride = view.stride[3], count = view.size[3];
-  switch (view.dtype) {
-    case DType::f32: return load_row_of(static_cast<const float*>(view.data) + offset, stride, count, to);
-    case DType::f16: return load_row_of(static_cast<const F16*>(view.data) + offset, stride, count, to);
-    case DType::bf16: return load_row_of(static_cast<const Bf16*>(view.data) + offset, stride, count, to);
-  }
-}
-static inline void store_row(const View<4>& view, int64_t b, int64_t c, int64_t y, const float* from) {
-  int64_t offset = b * view.stride[0] + c * view.stride[1] + y * view.stride[2];
-  int64_t stride = view.stride[3], count = view.size[3];
-  switch (view.dtype) {
-    case DType::f32: return store_row_of(from, count, stride, static_cast<float*>(view.data) + offset);
-    case DType::f16: return store_row_of(from, count, stride, static_cast<F16*>(view.data) + offset);
-    case DType::bf16: return store_row_of(from, count, stride, static_cast<Bf16*>(view.data) + offset);
-  }
 }
 
 }  // namespace AFA_ISA

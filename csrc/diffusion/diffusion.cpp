@@ -11,11 +11,10 @@
 
 #include <algorithm>
 
+#include "common/arena.h"
+#include "common/rows.h"
 #include "common/simd.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "common/threads.h"
 
 namespace afa {
 namespace AFA_ISA {
@@ -27,32 +26,30 @@ constexpr int kChannelBlock = 4;
 #endif
 constexpr int kColumnTile = 128;  // columns done for all channels before moving on, so their weights stay in L1
 
-// Lengths and places in the workspace. Offsets count floats.
+// Lengths, and places in the workspace.
 struct Layout {
-  int64_t height, width, taps, channels, margin, row, mask_row;
-  int64_t weights, first, second, zeros, accumulator, tap_rows, channel_list, total;
+  int64_t height, width, taps, channels, margin, row, mask_row, bytes;
+  float *weights, *first, *second;  // [H][taps][row]; the masks that alternate, [H][present channels][mask_row]
+  float *zeros, *accumulators;      // [channels][mask_row], for each thread another
+  const float** tap_rows;           // [threads][taps]
+  int32_t* present;                 // channels of the image at hand
 
-  Layout(const DiffusionArgs& args, int threads) {
+  Layout(const DiffusionArgs& args, int threads, void* workspace) {
     height = args.masks.size[2], width = args.masks.size[3], taps = args.taps, channels = args.masks.size[1];
     int64_t reach = 0;
     for (int64_t t = 0; t < taps; ++t) reach = std::max<int64_t>(reach, std::abs(int64_t(args.offsets[2 * t + 1])));
     margin = round_up(std::min(reach, width), 16);
     row = round_up(width, 32);
     mask_row = margin + row + margin;
-    int64_t at = 0;
-    auto take = [&at](int64_t count) {
-      int64_t here = at;
-      at += round_up(count, 16);
-      return here;
-    };
-    weights = take(height * taps * row);
-    first = take(height * channels * mask_row);
-    second = take(height * channels * mask_row);
-    zeros = take(channels * mask_row);
-    accumulator = take(int64_t(threads) * channels * mask_row);
-    tap_rows = take(int64_t(threads) * taps * 2);  // pointers
-    channel_list = take(channels);                 // int32
-    total = at;
+    Arena arena(workspace);
+    weights = arena.take<float>(height * taps * row);
+    first = arena.take<float>(height * channels * mask_row);
+    second = arena.take<float>(height * channels * mask_row);
+    zeros = arena.take<float>(channels * mask_row);
+    accumulators = arena.take<float>(threads * channels * mask_row);
+    tap_rows = arena.take<const float*>(threads * taps);
+    present = arena.take<int32_t>(channels);
+    bytes = arena.used;
   }
 };
 
@@ -152,13 +149,13 @@ static void adjoint_row(const float* all_weights, const float* from, const Diffu
   }
 }
 
-// One thread's part of one image: rows [begin, end).
-static void image_rows(const DiffusionArgs& args, const WeightSource& source, const Layout& at, float* work, int64_t b,
-                       const int32_t* channel_of, int64_t channels, int64_t begin, int64_t end, int thread,
-                       const float** tap) {
+// One thread's part of one image, of which `channels` are present.
+static void image_rows(const DiffusionArgs& args, const WeightSource& source, const Layout& at, int64_t b, int64_t channels) {
+  const int64_t thread = thread_number(), team = team_size();
+  const int64_t begin = at.height * thread / team, end = at.height * (thread + 1) / team;
   const int64_t channel_rows = channels * at.mask_row;
-  float *from = work + at.first, *to = work + at.second;
-  const float* zeros = work + at.zeros;
+  const float** tap = at.tap_rows + thread * at.taps;
+  float *from = at.first, *to = at.second;
   // The adjoint must not pick up columns past the width; the forward replicates into its margins.
   const Border margins = args.transpose ? Border::zero : args.border;
   auto pixels = [&](float* buffer, int64_t y, int64_t c) { return buffer + y * channel_rows + c * at.mask_row + at.margin; };
@@ -167,27 +164,27 @@ static void image_rows(const DiffusionArgs& args, const WeightSource& source, co
     for (int64_t y = begin; y < end; ++y) source.prepare(source.context, b, y);
   for (int64_t y = begin; y < end; ++y)
     for (int64_t c = 0; c < channels; ++c) {
-      load_row(args.masks, b, channel_of[c], y, pixels(from, y, c));
+      load_row(args.masks, b, at.present[c], y, pixels(from, y, c));
       fill_margins(pixels(from, y, c), at, margins);
     }
 #pragma omp barrier
   for (int64_t y = begin; y < end && args.num_iter > 0; ++y)
-    source.fill(source.context, b, y, at.row, work + at.weights + y * at.taps * at.row);
+    source.fill(source.context, b, y, at.row, at.weights + y * at.taps * at.row);
   if (args.transpose) {
 #pragma omp barrier  // the adjoint reads other rows' weights
   }
   for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {
     for (int64_t y = begin; y < end; ++y) {
       if (args.transpose) {
-        adjoint_row(work + at.weights, from, args, at, channels, y, work + at.accumulator + thread * at.channels * at.mask_row,
+        adjoint_row(at.weights, from, args, at, channels, y, at.accumulators + thread * at.channels * at.mask_row,
                     to + y * channel_rows);
       } else {
         for (int64_t t = 0; t < at.taps; ++t) {
           const int64_t wanted = y + args.offsets[2 * t], row = std::clamp(wanted, int64_t(0), at.height - 1);
-          const float* base = row == wanted || args.border == Border::replicate ? from + row * channel_rows : zeros;
+          const float* base = row == wanted || args.border == Border::replicate ? from + row * channel_rows : at.zeros;
           tap[t] = base + at.margin + limit(args.offsets[2 * t + 1], at.width);
         }
-        gather_row(work + at.weights + y * at.taps * at.row, tap, at, channels, to + y * channel_rows + at.margin);
+        gather_row(at.weights + y * at.taps * at.row, tap, at, channels, to + y * channel_rows + at.margin);
       }
       for (int64_t c = 0; c < channels; ++c) fill_margins(pixels(to, y, c), at, margins);
     }
@@ -195,37 +192,19 @@ static void image_rows(const DiffusionArgs& args, const WeightSource& source, co
 #pragma omp barrier
   }
   for (int64_t y = begin; y < end; ++y)
-    for (int64_t c = 0; c < channels; ++c) store_row(args.out, b, channel_of[c], y, pixels(from, y, c));
+    for (int64_t c = 0; c < channels; ++c) store_row(args.out, b, at.present[c], y, pixels(from, y, c));
 }
 
 Status diffuse_with(const DiffusionArgs& args, const WeightSource& source, void* workspace, int threads) {
   if (args.taps < 1 || args.num_iter < 0 || threads < 1) return Status::bad_argument;
-  for (int i = 0; i < 4; ++i)
-    if (args.masks.size[i] != args.out.size[i] || args.masks.size[i] < 1) return Status::bad_argument;
-  const Layout at(args, threads);
-  float* work = static_cast<float*>(workspace);
-  std::fill(work + at.zeros, work + at.zeros + at.channels * at.mask_row, 0.0f);
-  int32_t* channel_of = reinterpret_cast<int32_t*>(work + at.channel_list);
-  const float** taps = reinterpret_cast<const float**>(work + at.tap_rows);
+  if (!same_size(args.masks, args.out) || is_empty(args.masks)) return Status::bad_argument;
+  const Layout at(args, threads, workspace);
+  std::fill(at.zeros, at.zeros + at.channels * at.mask_row, 0.0f);
   for (int64_t b = 0; b < args.masks.size[0]; ++b) {
-    int64_t present = 0;
-    for (int64_t c = 0; c < at.channels; ++c) {
-      if (!args.class_mask || args.class_mask[b * at.channels + c])
-        channel_of[present++] = int32_t(c);
-      else
-        for (int64_t y = 0; y < at.height; ++y) store_row(args.out, b, c, y, work + at.zeros);
-    }
-    if (present == 0) continue;
+    const int64_t channels = present_channels(args.class_mask, b, args.out, at.zeros, at.present);
+    if (channels == 0) continue;
 #pragma omp parallel num_threads(threads)
-    {
-#ifdef _OPENMP
-      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-      const int thread = 0, team = 1;
-#endif
-      image_rows(args, source, at, work, b, channel_of, present, at.height * thread / team,
-                 at.height * (thread + 1) / team, thread, taps + thread * at.taps);
-    }
+    image_rows(args, source, at, b, channels);
   }
   return Status::ok;
 }
@@ -239,12 +218,10 @@ static void fill_from_tensor(const void* context, int64_t b, int64_t y, int64_t 
   }
 }
 
-int64_t diffuse_bytes(const DiffusionArgs& args, int threads) { return Layout(args, threads).total * 4; }
+int64_t diffuse_bytes(const DiffusionArgs& args, int threads) { return Layout(args, threads, nullptr).bytes; }
 
 Status diffuse_tensor(const DiffusionArgs& args, void* workspace, int threads) {
-  if (args.weights.size[1] != args.taps) return Status::bad_argument;
-  for (int i : {0, 2, 3})
-    if (args.weights.size[i] != args.masks.size[i]) return Status::bad_argument;
+  if (args.weights.size[1] != args.taps || !same_images(args.weights, args.masks)) return Status::bad_argument;
   return diffuse_with(args, WeightSource{nullptr, fill_from_tensor, &args.weights}, workspace, threads);
 }
 

@@ -66,7 +66,7 @@ struct TensorWeights {
   static constexpr int kPlanes = 1;
   View<4> weights;
   template <class Word, int kHeld>
-  __device__ void fill(const ResidentArgs& args, const Tile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
+  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
                        SharedArray<float>) const {
     for_own_pixels<kHeld>(args.plan.pixels(), [&](int p, int j) {
       const int y = p / args.plan.tile_w, x = p - y * args.plan.tile_w;
@@ -85,11 +85,8 @@ struct TensorWeights {
 
 static Status check_sizes(const DiffusionArgs& args) {
   if (args.taps < 1 || args.num_iter < 0) return Status::bad_argument;
-  for (int i = 0; i < 4; ++i) {
-    if (args.masks.size[i] != args.out.size[i] || args.masks.size[i] < 1) return Status::bad_argument;
-    if (i != 1 && args.weights.size[i] != args.masks.size[i]) return Status::bad_argument;
-  }
-  if (args.weights.size[1] != args.taps) return Status::bad_argument;
+  if (!same_size(args.masks, args.out) || is_empty(args.masks)) return Status::bad_argument;
+  if (args.weights.size[1] != args.taps || !same_images(args.weights, args.masks)) return Status::bad_argument;
   // Rows and columns are counted in 32 bits, and the list of channels must fit in shared memory; offsets are 64 bits.
   const bool fits = args.masks.size[1] <= 8192 && args.masks.size[2] < (1 << 30) && args.masks.size[3] < (1 << 30);
   return fits ? Status::ok : Status::unsupported;

@@ -62,7 +62,7 @@ struct ResidentArgs {
 };
 
 // Where a block's tile lies: image b, its first pixel, and its size without the part that leaves the image.
-struct Tile {
+struct ImageTile {
   int64_t b;
   int y, x, height, width;
 };
@@ -76,7 +76,7 @@ constexpr int kTapsPerWord = std::is_same<Word, __half2>::value ? 2 : 1;
 // Loads `count` planes of a tile with its halo. `read(c, y, x)` gives the pixel of plane c at a place inside the image.
 // Several loads are in flight before the first is stored.
 template <class Read>
-__device__ inline void load_tile(const ResidentPlan& plan, const Tile& tile, int64_t height, int64_t width, bool zero_border,
+__device__ inline void load_tile(const ResidentPlan& plan, const ImageTile& tile, int64_t height, int64_t width, bool zero_border,
                                  int count, SharedArray<float> pixels, Read read) {
   constexpr int kRows = 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -124,7 +124,7 @@ __device__ inline void for_own_pixels(int count, Visit visit) {
 
 // One iteration of kChannels channels, whose tile is loaded. `write(c, y, x, value)` takes the result.
 template <int kChannels, int kHeld, class Word, class Write>
-__device__ inline void gather_tile(const ResidentArgs& args, const Tile& tile, SharedArray<Word> weights,
+__device__ inline void gather_tile(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> weights,
                                    const HeldWeights<kHeld>& held, SharedArray<float> pixels, Write write) {
   const ResidentPlan& plan = args.plan;
   const int count = plan.pixels(), plane = plan.rows * plan.pitch;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
   SharedArray<int> present = arena.take<int>(channels + 1);
 
   const int tiles = plan.tiles_y * plan.tiles_x, slot = blockIdx.x / tiles, place = blockIdx.x % tiles;
-  Tile tile;
+  ImageTile tile;
   tile.y = place / plan.tiles_x * plan.tile_h, tile.x = place % plan.tiles_x * plan.tile_w;
   tile.height = min(plan.tile_h, int(height) - tile.y), tile.width = min(plan.tile_w, int(width) - tile.x);
 

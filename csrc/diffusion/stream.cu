@@ -286,11 +286,6 @@ static Status launch_copy(const View<4>& in, const View<4>& out, const uint8_t* 
                 copy_present, zero_absent);
 }
 
-static bool wide_rows(const View<4>& view, int64_t pixels) {
-  return view.stride[3] == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride[0] % pixels == 0 &&
-         view.stride[1] % pixels == 0 && view.stride[2] % pixels == 0;
-}
-
 template <class T, int kPixels, int kChannels>
 static Status launch_step(const StepArgs& args, void* stream) {
   const auto& size = args.out.size;
@@ -317,8 +312,8 @@ static Status launch_iteration(const StepArgs& args, bool padded, bool transpose
     shape.shared_bytes = SharedArena::bytes<int>(channels + 1);
     return launch(diffuse_adjoint, shape, stream, args);
   }
-  const int64_t pixels = args.weights.dtype == DType::f32 ? 4 : 8;
-  if (!wide_rows(args.weights, pixels) || !(padded || args.weights.size[3] % pixels == 0)) return launch_step<float, 1, 7>(args, stream);
+  const bool whole = padded || args.weights.size[3] % vector_elements(args.weights) == 0;
+  if (!wide_rows(args.weights) || !whole) return launch_step<float, 1, 7>(args, stream);
   if (args.weights.dtype == DType::f16) return launch_step<__half, 8, 4>(args, stream);
   if (args.weights.dtype == DType::bf16) return launch_step<__nv_bfloat16, 8, 4>(args, stream);
   return channels > 4 ? launch_step<float, 4, 7>(args, stream) : launch_step<float, 4, 4>(args, stream);
@@ -327,8 +322,7 @@ static Status launch_iteration(const StepArgs& args, bool padded, bool transpose
 static View<4> buffer_view(const View<4>& masks, float* data) {
   View<4> view = masks;
   view.data = data, view.dtype = DType::f32;
-  view.stride[3] = 1, view.stride[2] = round_up(masks.size[3], 4);
-  view.stride[1] = view.stride[2] * masks.size[2], view.stride[0] = view.stride[1] * masks.size[1];
+  pack_rows(&view, 4);
   return view;
 }
 static int64_t buffer_floats(const View<4>& masks) {
@@ -370,7 +364,7 @@ Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace,
   for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {
     const View<4>& to = iteration + 1 == args.num_iter ? args.out : buffers[iteration & 1];
     const StepArgs step = {args.weights, static_cast<const float*>(in.data), {in.stride[0], in.stride[1], in.stride[2]},
-                           to, offsets, args.class_mask, args.border == Border::zero, wide_rows(in, 4)};
+                           to, offsets, args.class_mask, args.border == Border::zero, wide_rows(in)};
     AFA_TRY(launch_iteration(step, padded, args.transpose, stream));
     in = to;
   }

@@ -9,11 +9,9 @@
 
 #include <algorithm>
 
+#include "common/rows.h"
 #include "common/simd.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "common/threads.h"
 
 namespace afa {
 namespace AFA_ISA {
@@ -127,9 +125,7 @@ static bool fill(const ParRows& rows, int64_t y, int64_t row, float* weights) {
       store(weights + t * row + x, load(weights + t * row + x) * inverse + rows.position[t]);
   }
   for (int64_t t = 0; t < rows.taps; ++t) std::fill(weights + t * row + rows.width, weights + (t + 1) * row, 0.0f);
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += finite[i];
-  return total == 0.0f;
+  return sum_of(finite) == 0.0f;
 }
 
 static void fill_row(const void* context, int64_t, int64_t y, int64_t row, float* weights) {
@@ -141,8 +137,7 @@ int64_t par_bytes(const ParArgs& args) { return ParRows(args, nullptr, nullptr, 
 
 Status par_diffuse(const ParArgs& args, const DiffusionArgs& diffusion, const float* position, void* workspace, int threads) {
   ParRows rows(args, diffusion.offsets, position, static_cast<float*>(workspace));
-  for (int i : {0, 2, 3})
-    if (args.images.size[i] != diffusion.masks.size[i]) return Status::bad_argument;
+  if (!same_images(args.images, diffusion.masks)) return Status::bad_argument;
   return diffuse_with(diffusion, WeightSource{prepare_row, fill_row, &rows}, rows.image + rows.floats(), threads);
 }
 
@@ -154,11 +149,7 @@ Status par_weights(const ParArgs& args, const View<4>& out, const int32_t* offse
   for (int64_t b = 0; b < out.size[0]; ++b) {
 #pragma omp parallel num_threads(threads)
     {
-#ifdef _OPENMP
-      float* line = lines + omp_get_thread_num() * rows.taps * row;
-#else
-      float* line = lines;
-#endif
+      float* line = lines + thread_number() * rows.taps * row;
 #pragma omp for schedule(static)
       for (int64_t y = 0; y < rows.height; ++y) prepare_row(&rows, b, y);
 #pragma omp for schedule(static)

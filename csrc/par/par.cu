@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __
         __syncthreads();  // the last tile's readers are done
         ResidentPlan shape;
         shape.tile_w = kTileW, shape.reach_y = args.reach_y, shape.reach_x = args.reach_x, shape.rows = rows, shape.pitch = pitch;
-        load_tile(shape, Tile{b, int(y0), x0, 0, 0}, height, width, false, kColours, tile, [&](int c, int y, int x) {
+        load_tile(shape, ImageTile{b, int(y0), x0, 0, 0}, height, width, false, kColours, tile, [&](int c, int y, int x) {
           return load_element(images.data, images.dtype, offset_of(images, b, c, y) + x * images.stride[3]);
         });
         __syncthreads();
@@ -188,7 +188,7 @@ struct ParWeights {
   View<4> images;
   ParTaps taps;
   template <class Word, int kHeld>
-  __device__ void fill(const ResidentArgs& args, const Tile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
+  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
                        SharedArray<float> pixels) const {
     const ResidentPlan& plan = args.plan;
     const int count = plan.pixels(), plane = plan.rows * plan.pitch;
@@ -227,17 +227,14 @@ static ParTaps make_taps(const ParArgs& args) {
 }
 
 static Status check_images(const ParArgs& args) {
-  if (args.num_dilations < 1 || args.images.size[1] != kColours) return Status::bad_argument;
-  for (int i = 0; i < 4; ++i)
-    if (args.images.size[i] < 1) return Status::bad_argument;
+  if (args.num_dilations < 1 || args.images.size[1] != kColours || is_empty(args.images)) return Status::bad_argument;
   const bool fits = args.num_dilations <= kMaxDilations && args.images.size[2] < (1 << 30) && args.images.size[3] < (1 << 30);
   return fits ? Status::ok : Status::unsupported;
 }
 
 static Status launch_weights(const ParArgs& args, const View<4>& out, void* stream) {
   AFA_TRY(check_images(args));
-  for (int i = 0; i < 4; ++i)
-    if (out.size[i] != (i == 1 ? 8 * args.num_dilations : args.images.size[i])) return Status::bad_argument;
+  if (out.size[1] != 8 * args.num_dilations || !same_images(out, args.images)) return Status::bad_argument;
   const auto& size = args.images.size;
   WeightArgs weights = {args.images, out, int(farthest(args, args.images.size[2])), int(farthest(args, args.images.size[3])),
                         make_taps(args)};
@@ -276,8 +273,7 @@ struct Prepared {
     View<4>& weights = diffusion.weights;
     weights.dtype = half_weights ? DType::f16 : DType::f32;
     for (int i = 0; i < 4; ++i) weights.size[i] = i == 1 ? diffusion.taps : args.images.size[i];
-    weights.stride[3] = 1, weights.stride[2] = round_up(weights.size[3], 8);
-    weights.stride[1] = weights.stride[2] * weights.size[2], weights.stride[0] = weights.stride[1] * weights.size[1];
+    pack_rows(&weights, 8);
     resident = !plan_is_asked_for("streaming") && plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
   }
   // Whether it is the plan that was asked for; the adjoint and no iterations have but one.
@@ -289,8 +285,7 @@ struct Prepared {
   }
   int64_t weight_bytes() const {
     const View<4>& weights = diffusion.weights;
-    const int64_t each = weights.dtype == DType::f16 ? 2 : 4;
-    return diffusion.num_iter > 0 ? round_up(each * weights.stride[0] * weights.size[0], 256) : 0;
+    return diffusion.num_iter > 0 ? round_up(element_bytes(weights.dtype) * weights.stride[0] * weights.size[0], 256) : 0;
   }
 };
 
@@ -304,9 +299,7 @@ Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weigh
                 void* stream) {
   AFA_TRY(check_images(args));
   if (given.num_iter < 0 || given.masks.size[1] < 1) return Status::bad_argument;
-  for (int i = 0; i < 4; ++i)
-    if (given.masks.size[i] != given.out.size[i] || (i != 1 && given.masks.size[i] != args.images.size[i]))
-      return Status::bad_argument;
+  if (!same_size(given.masks, given.out) || !same_images(given.masks, args.images)) return Status::bad_argument;
   if (given.masks.size[1] > 8192) return Status::unsupported;
   DeviceGuard guard(device);
   Prepared prepared(args, given, half_weights);

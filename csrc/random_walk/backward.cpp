@@ -14,18 +14,20 @@ struct WalkGradient {
   View<4> states, grads;
   int64_t channels, state_row;
   float *slopes, *state, *grad, *sums;  // [taps][H][row], [H][C][state_row], [H][C][row], [H][line_length]
+  float* lines;                         // [threads][row]
 
-  WalkGradient(const Window& w, const View<4>& s, const View<4>& g)
-      : window(w), states(s), grads(g), channels(s.size[1]), state_row(w.row + 2 * w.margin) {}
-  int64_t floats() const {
-    return window.height * (window.taps * window.row + channels * (state_row + window.row) + window.line_length);
+  WalkGradient(const Window& w, const View<4>& s, const View<4>& g, int threads, Arena& arena)
+      : window(w), states(s), grads(g), channels(s.size[1]), state_row(w.row + 2 * w.margin) {
+    slopes = arena.take<float>(w.taps * w.height * w.row);
+    state = arena.take<float>(w.height * channels * state_row);
+    grad = arena.take<float>(w.height * channels * w.row);
+    sums = arena.take<float>(w.height * w.line_length);
+    lines = arena.take<float>(threads * w.row);
   }
-  void place(float* memory) {
-    slopes = memory;
-    state = slopes + window.height * window.taps * window.row;
-    grad = state + window.height * channels * state_row;
-    sums = grad + window.height * channels * window.row;
-    std::fill(state, memory + floats(), 0.0f);
+  void clear() const {
+    std::fill(state, state + window.height * channels * state_row, 0.0f);
+    std::fill(grad, grad + window.height * channels * window.row, 0.0f);
+    std::fill(sums, sums + window.height * window.line_length, 0.0f);
   }
   float* slope_at(int64_t dy, int64_t dx, int64_t y) const { return slopes + (window.at(dy, dx, y) - window.copy); }
   void load_rows(int64_t b, int64_t y) const {
@@ -70,22 +72,24 @@ struct WalkGradient {
 };
 
 int64_t walk_gradient_bytes(const WalkArgs& args, const View<4>& states, int threads) {
-  const Window window(args, threads, false, nullptr);
-  return 4 * (window.floats + WalkGradient(window, states, states).floats() + threads * window.row);
+  Arena arena(nullptr);
+  const Window window(args, threads, false, arena);
+  WalkGradient(window, states, states, threads, arena);
+  return arena.used;
 }
 
 Status walk_gradient(const WalkArgs& args, const View<4>& states, const View<4>& grads, const View<4>& out, void* workspace,
                      int threads) {
   if (!fits(args, states, threads) || states.size[1] != grads.size[1]) return Status::bad_argument;
-  Window window(args, threads, false, static_cast<float*>(workspace));
-  float* rest = static_cast<float*>(workspace) + window.floats;
-  WalkGradient gradient(window, states, grads);
+  Arena arena(workspace);
+  Window window(args, threads, false, arena);
+  const WalkGradient gradient(window, states, grads, threads, arena);
   for (int64_t b = 0; b < states.size[0]; ++b) {
     window.select(b);
-    gradient.place(rest);
+    gradient.clear();
 #pragma omp parallel num_threads(threads)
     {
-      float* line = rest + gradient.floats() + thread_number() * window.row;
+      float* line = gradient.lines + thread_number() * window.row;
 #pragma omp for schedule(static)
       for (int64_t y = 0; y < window.height; ++y) window.copy_row(b, y), gradient.load_rows(b, y);
 #pragma omp for schedule(static)

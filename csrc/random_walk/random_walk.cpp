@@ -161,39 +161,44 @@ static void scatter_lanes(const View<4>& out, int64_t b, const int32_t* channels
   }
 }
 
-// Floats of a thread: the table of weights, or the lines of a vector of channels.
-static int64_t table_floats(const Window& window) { return window.row * std::max<int64_t>(window.taps, kLanes); }
+// What a walk keeps in the workspace.
+struct WalkMemory {
+  Window window;
+  float *first, *second;  // the cams, and what a step makes of them
+  int32_t* present;       // channels of the image at hand
+  int64_t table;          // floats of a thread: its table of weights, or the lines of a vector of channels
+  float* tables;
+
+  WalkMemory(const WalkArgs& args, const WalkMasks& masks, int threads, Arena& arena)
+      : window(args, threads, true, arena), table(window.row * std::max<int64_t>(window.taps, kLanes)) {
+    const int64_t channels = masks.cams.size[1], floats = Lanes(window.height, window.width, channels).floats();
+    first = arena.take<float>(floats), second = arena.take<float>(floats);
+    present = arena.take<int32_t>(channels);
+    tables = arena.take<float>(threads * table);
+  }
+};
 
 int64_t walk_bytes(const WalkArgs& args, const WalkMasks& masks, int threads) {
-  const Window window(args, threads, true, nullptr);
-  const Lanes lanes(window.height, window.width, masks.cams.size[1]);
-  return 4 * (window.floats + 2 * round_up(lanes.floats(), 16) + round_up(masks.cams.size[1], 16) +
-              threads * table_floats(window));
+  Arena arena(nullptr);
+  WalkMemory(args, masks, threads, arena);
+  return arena.used;
 }
 
 Status walk(const WalkArgs& args, const WalkMasks& masks, void* workspace, int threads) {
   if (!fits(args, masks.cams, threads) || masks.num_steps < 0) return Status::bad_argument;
-  Window window(args, threads, true, static_cast<float*>(workspace));
-  const int64_t channels = masks.cams.size[1];
-  float* from = static_cast<float*>(workspace) + window.floats;
-  float* to = from + round_up(Lanes(window.height, window.width, channels).floats(), 16);
-  int32_t* present = reinterpret_cast<int32_t*>(to + (to - from));
-  float* lines = reinterpret_cast<float*>(present) + round_up(channels, 16);
+  Arena arena(workspace);
+  WalkMemory memory(args, masks, threads, arena);
+  Window& window = memory.window;
+  const int32_t* present = memory.present;
   for (int64_t b = 0; b < masks.cams.size[0]; ++b) {
-    int64_t count = 0;
-    std::fill(lines, lines + window.width, 0.0f);
-    for (int64_t c = 0; c < channels; ++c) {
-      if (!masks.class_mask || masks.class_mask[b * channels + c])
-        present[count++] = int32_t(c);
-      else
-        for (int64_t y = 0; y < window.height; ++y) store_row(masks.out, b, c, y, lines);
-    }
+    std::fill(memory.tables, memory.tables + window.width, 0.0f);
+    const int64_t count = present_channels(masks.class_mask, b, masks.out, memory.tables, memory.present);
     if (count == 0) continue;
     const Lanes lanes(window.height, window.width, count);
     window.select(b);
 #pragma omp parallel num_threads(threads)
     {
-      float *source = from, *target = to, *table = lines + thread_number() * table_floats(window);
+      float *source = memory.first, *target = memory.second, *table = memory.tables + thread_number() * memory.table;
       if (!window.in_place) {
 #pragma omp for schedule(static)
         for (int64_t y = 0; y < window.height; ++y) window.copy_row(b, y);

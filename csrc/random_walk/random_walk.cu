@@ -148,8 +148,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_gradient_kernel(const __
 static Status check_window(const WalkArgs& args, const View<4>& masks) {
   const int64_t side = 2 * args.radius + 1;
   if (args.radius < 0 || args.affinity.size[1] != side * side) return Status::bad_argument;
-  for (int i : {0, 2, 3})
-    if (args.affinity.size[i] != masks.size[i] || masks.size[i] < 1) return Status::bad_argument;
+  if (!same_images(args.affinity, masks)) return Status::bad_argument;
   // Rows, columns and taps are counted in 32 bits.
   const bool small = args.radius < (1 << 14) && masks.size[2] < (1 << 30) && masks.size[3] < (1 << 30) &&
                      blocks_for(masks.size[2] * masks.size[3], kWalkPixels) <= 0x7fffffff;
@@ -170,8 +169,7 @@ static DiffusionArgs diffusion_of(const WalkTaps& taps, const WalkMasks& masks, 
   DiffusionArgs args;
   args.weights = taps.affinity;
   args.weights.data = weights, args.weights.dtype = DType::f32, args.weights.size[1] = taps.count();
-  args.weights.stride[3] = 1, args.weights.stride[2] = taps.width, args.weights.stride[1] = taps.pixels();
-  args.weights.stride[0] = taps.count() * taps.pixels();
+  pack_rows(&args.weights, 1);
   args.masks = masks.cams, args.out = masks.out, args.class_mask = masks.class_mask, args.num_iter = masks.num_steps;
   args.offsets = offsets.data(), args.taps = taps.count(), args.border = Border::zero, args.transpose = masks.transpose;
   return args;
@@ -211,8 +209,7 @@ int64_t random_walk_affinity_gradient_cuda_workspace(const WalkArgs& args) {
 Status random_walk_affinity_gradient_cuda(const WalkArgs& args, const View<4>& states, const View<4>& grads,
                                           const View<4>& grad_affinity, void* workspace, int device, void* stream) {
   AFA_TRY(check_window(args, states));
-  for (int i = 0; i < 4; ++i)
-    if (states.size[i] != grads.size[i]) return Status::bad_argument;
+  if (!same_size(states, grads)) return Status::bad_argument;
   DeviceGuard guard(device);
   const WalkTaps taps(args);
   float* slopes = static_cast<float*>(workspace);

@@ -4,23 +4,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/arena.h"
+#include "common/rows.h"
 #include "common/simd.h"
+#include "common/threads.h"
 #include "random_walk/random_walk.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace afa {
 namespace AFA_ISA {
-
-static inline int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // The window of one image, in place or copied, and 1 / D.
 struct Window {
@@ -33,9 +24,8 @@ struct Window {
   int64_t plane_y, plane_x, line;           // strides over dy, dx and y
   int32_t* inside;                          // [2 * reach_x + 1][row]: all ones where the tap's column is in the image
   float *inverse, *lines, *copy;            // [H][row]; [threads][2 * reach_x + 1][line_length]; [taps][H][row] + slack
-  int64_t floats;
 
-  Window(const WalkArgs& walk, int threads, bool may_read_in_place, float* memory) : args(walk) {
+  Window(const WalkArgs& walk, int threads, bool may_read_in_place, Arena& arena) : args(walk) {
     const View<4>& view = args.affinity;
     height = view.size[2], width = view.size[3], row = round_up(width, 16);
     reach_y = std::min(args.radius, height - 1), reach_x = std::min(args.radius, width - 1);
@@ -43,19 +33,12 @@ struct Window {
     margin = round_up(reach_x, 16), line_length = row + 2 * margin;
     power = args.power == 2 ? 2 : 1;
     in_place = may_read_in_place && view.dtype == DType::f32 && view.stride[3] == 1 && (args.power == 2 || args.power == 1);
-    int64_t used = 0;
-    auto take = [&](int64_t count) {
-      float* here = memory ? memory + used : nullptr;
-      used += round_up(count, 16);
-      return here;
-    };
-    inside = reinterpret_cast<int32_t*>(take((2 * reach_x + 1) * row));
-    inverse = take(height * row);
-    lines = take(threads * (2 * reach_x + 1) * line_length);
-    copy = take(in_place ? 0 : taps * height * row);
-    floats = used;
+    inside = arena.take<int32_t>((2 * reach_x + 1) * row);
+    inverse = arena.take<float>(height * row);
+    lines = arena.take<float>(threads * (2 * reach_x + 1) * line_length);
+    copy = arena.take<float>(in_place ? 0 : taps * height * row);
     if (!in_place) power = 1;
-    if (!memory) return;
+    if (!arena.base) return;
     std::fill(lines, lines + threads * (2 * reach_x + 1) * line_length, 0.0f);
     for (int64_t dx = -reach_x; dx <= reach_x; ++dx)
       for (int64_t x = 0; x < row; ++x) inside[(reach_x + dx) * row + x] = x < width && x + dx >= 0 && x + dx < width ? -1 : 0;
@@ -148,9 +131,7 @@ struct Window {
 };
 
 static inline bool fits(const WalkArgs& args, const View<4>& masks, int threads) {
-  for (int i : {0, 2, 3})
-    if (args.affinity.size[i] != masks.size[i] || masks.size[i] < 1) return false;
-  return args.radius >= 0 && args.affinity.size[1] == (2 * args.radius + 1) * (2 * args.radius + 1) && threads > 0;
+  return same_images(args.affinity, masks) && args.radius >= 0 && args.affinity.size[1] == (2 * args.radius + 1) * (2 * args.radius + 1) && threads > 0;
 }
 
 }  // namespace AFA_ISA
