@@ -28,6 +28,44 @@ struct PairArgs {
 
 // ---- scores --------------------------------------------------------------------------------------------------------------
 
+// What a thread brings of the four operands: queries and keys of the tile, queries and keys of its neighbour. A step is one chunk of
+// kChannels channels of one head; four threads share those of a pixel.
+template <int kChannels>
+struct OperandReader {
+  const PairArgs& args;
+  int64_t b;
+  int pixel, channel;  // of the tile and its neighbour; the first of the thread's in a chunk
+  int chunks, steps;
+  bool present, other_present;
+  int64_t n, other_n;
+  uint4 ahead[4];
+
+  __device__ OperandReader(const PairArgs& pairs, int64_t image, int64_t tile, int64_t other)
+      : args(pairs), b(image), pixel(threadIdx.x / 4), channel(threadIdx.x % 4 * (kChannels / 4)) {
+    const TilePlace place(args.grid, tile), other_place(args.grid, other);
+    chunks = (int(args.query.size[3]) + kChannels - 1) / kChannels, steps = int(args.query.size[1]) * chunks;
+    present = place.inside(args.grid, pixel), other_present = other_place.inside(args.grid, pixel);
+    n = place.pixel(args.grid, pixel), other_n = other_place.pixel(args.grid, pixel);
+  }
+  // On their way to registers, if rows may be read 16 bytes at a time.
+  __device__ __forceinline__ void fetch(int step) {
+    const int64_t h = step / chunks;
+    const int first = step % chunks * kChannels + channel;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const View<4>& view = k % 2 ? args.key : args.query;
+      if (args.wide) ahead[k] = load_wide(view, offset_of(view, b, h, k < 2 ? n : other_n), k < 2 ? present : other_present, first);
+    }
+  }
+  // If not: channel i of the thread's, of operand k.
+  template <class T>
+  __device__ __forceinline__ T read(int step, int k, int i) const {
+    const View<4>& view = k % 2 ? args.key : args.query;
+    const int64_t line = offset_of(view, b, step / chunks, k < 2 ? n : other_n);
+    return load_narrow<T>(view, line, k < 2 ? present : other_present, step % chunks * kChannels + channel + i);
+  }
+};
+
 // Scores in float32 by fused multiply-adds, operands of any type. Channels are multiplied by their head's weight on the way in.
 struct SimtScores {
   static constexpr bool kTensor = false;
@@ -35,70 +73,56 @@ struct SimtScores {
   static constexpr int kBuffer = 4 * kChannels * kPitch;
   static int64_t shared_bytes() { return SharedArena::bytes<float>(2 * kBuffer); }
 
-  // Operands in the order: queries and keys of the tile, queries and keys of its neighbour.
-  __device__ static void sum(const PairArgs& args, int64_t b, int64_t tile, int64_t other, SharedArena& arena, float (&total)[16]) {
-    SharedArray<float> shared = arena.take<float>(2 * kBuffer);
-    const TilePlace place(args.grid, tile), other_place(args.grid, other);
-    const int pixel = threadIdx.x / 4, channel = threadIdx.x % 4 * 4, depth = int(args.query.size[3]);
-    const bool present = place.inside(args.grid, pixel), other_present = other_place.inside(args.grid, pixel);
-    const int64_t n = place.pixel(args.grid, pixel), other_n = other_place.pixel(args.grid, pixel);
-    const int chunks = (depth + kChannels - 1) / kChannels, steps = int(args.query.size[1]) * chunks;
-    uint4 ahead[4];
-    auto fetch = [&](int step) {
-      const int64_t h = step / chunks;
-      const int first = step % chunks * kChannels + channel;
+  __device__ static __forceinline__ void keep(const OperandReader<kChannels>& from, int step, SharedArray<float> shared) {
+    const float weight = from.args.head[step / from.chunks];
+    const SharedArray<float> to = shared + (step % 2 * kBuffer + from.channel * kPitch + from.pixel);
+    if (from.args.wide) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const View<4>& view = k % 2 ? args.key : args.query;
-        if (args.wide) ahead[k] = load_wide(view, offset_of(view, b, h, k < 2 ? n : other_n), k < 2 ? present : other_present, first);
+        const float scale = k % 2 ? 1.0f : weight;
+        to[k * kChannels * kPitch] = __uint_as_float(from.ahead[k].x) * scale;
+        to[(k * kChannels + 1) * kPitch] = __uint_as_float(from.ahead[k].y) * scale;
+        to[(k * kChannels + 2) * kPitch] = __uint_as_float(from.ahead[k].z) * scale;
+        to[(k * kChannels + 3) * kPitch] = __uint_as_float(from.ahead[k].w) * scale;
       }
-    };
-    auto keep = [&](int step) {
-      const float weight = args.head[step / chunks];
-      const SharedArray<float> to = shared + (step % 2 * kBuffer + channel * kPitch + pixel);
-      if (args.wide) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float scale = k % 2 ? 1.0f : weight;
-          to[k * kChannels * kPitch] = __uint_as_float(ahead[k].x) * scale;
-          to[(k * kChannels + 1) * kPitch] = __uint_as_float(ahead[k].y) * scale;
-          to[(k * kChannels + 2) * kPitch] = __uint_as_float(ahead[k].z) * scale;
-          to[(k * kChannels + 3) * kPitch] = __uint_as_float(ahead[k].w) * scale;
-        }
-      } else {
-        const int first = step % chunks * kChannels + channel;
+    } else {
 #pragma unroll 1
-        for (int at = 0; at < 16; ++at) {
-          const int k = at / 4;
-          const View<4>& view = k % 2 ? args.key : args.query;
-          const int64_t line = offset_of(view, b, step / chunks, k < 2 ? n : other_n);
-          to[(k * kChannels + at % 4) * kPitch] = load_narrow<float>(view, line, k < 2 ? present : other_present, first + at % 4) * (k % 2 ? 1.0f : weight);
-        }
+      for (int at = 0; at < 16; ++at) {
+        const int k = at / 4;
+        to[(k * kChannels + at % 4) * kPitch] = from.read<float>(step, k, at % 4) * (k % 2 ? 1.0f : weight);
       }
-      __syncthreads();
-    };
+    }
     __syncthreads();
-    fetch(0);
-    keep(0);
+  }
+
+  // One chunk's products, q_i k_j and k_i q_j, of the thread's 4 x 4 pairs.
+  __device__ static __forceinline__ void multiply(SharedArray<float> shared, int buffer, float (&total)[16]) {
     const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
-    for (int step = 0; step < steps; ++step) {
-      if (step + 1 < steps) fetch(step + 1);
 #pragma unroll 4
-      for (int c = 0; c < kChannels; ++c) {
-        auto four = [&](int k, int at) {
-          return *reinterpret_cast<const float4*>(&shared[step % 2 * kBuffer + (k * kChannels + c) * kPitch + at]);
-        };
+    for (int c = 0; c < kChannels; ++c) {
+      auto four = [&](int k, int at) { return *reinterpret_cast<const float4*>(&shared[buffer + (k * kChannels + c) * kPitch + at]); };
 #pragma unroll
-        for (int order = 0; order < 2; ++order) {
-          const float4 left = four(order, row), right = four(3 - order, column);
-          const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
+      for (int order = 0; order < 2; ++order) {
+        const float4 left = four(order, row), right = four(3 - order, column);
+        const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
-        }
+          for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
       }
-      if (step + 1 < steps) keep(step + 1);
+    }
+  }
+
+  __device__ static void sum(const PairArgs& args, int64_t b, int64_t tile, int64_t other, SharedArena& arena, float (&total)[16]) {
+    SharedArray<float> shared = arena.take<float>(2 * kBuffer);
+    OperandReader<kChannels> operands(args, b, tile, other);
+    __syncthreads();
+    operands.fetch(0);
+    keep(operands, 0, shared);
+    for (int step = 0; step < operands.steps; ++step) {
+      if (step + 1 < operands.steps) operands.fetch(step + 1);
+      multiply(shared, step % 2 * kBuffer, total);
+      if (step + 1 < operands.steps) keep(operands, step + 1, shared);
     }
     __syncthreads();
   }
@@ -112,71 +136,56 @@ struct TensorScores {
   static constexpr int kBuffer = 4 * kTilePixels * kPitch;
   static int64_t shared_bytes() { return SharedArena::bytes<T>(2 * kBuffer); }
 
+  __device__ static __forceinline__ void keep(const OperandReader<kChannels>& from, int step, SharedArray<T> shared) {
+    const SharedArray<T> to = shared + (step % 2 * kBuffer + from.pixel * kPitch + from.channel);
+    if (from.args.wide) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) *reinterpret_cast<uint4*>(&to[k * kTilePixels * kPitch]) = from.ahead[k];
+    } else {
+#pragma unroll 1
+      for (int at = 0; at < 32; ++at) to[at / 8 * kTilePixels * kPitch + at % 8] = from.template read<T>(step, at / 8, at % 8);
+    }
+    __syncthreads();
+  }
+
+  // One chunk's products, q_i k_j and k_i q_j, of the warp's 16 x 32 pairs.
+  __device__ static __forceinline__ void multiply(SharedArray<T> shared, int buffer, float (&sums)[4][4]) {
+    const int warp = threadIdx.x / 32, row = warp % 4 * 16, column = warp / 4 * 32;
+#pragma unroll
+    for (int c = 0; c < kChannels; c += 16)
+#pragma unroll
+      for (int order = 0; order < 2; ++order) {
+        unsigned left[4], right[4];
+        load_matrices<false>(left, [&](int m, int r) {
+          return &shared[buffer + (order * kTilePixels + row + m % 2 * 8 + r) * kPitch + c + m / 2 * 8];
+        });
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          load_matrices<false>(right, [&](int m, int r) {
+            return &shared[buffer + ((3 - order) * kTilePixels + column + half * 16 + m / 2 * 8 + r) * kPitch + c + m % 2 * 8];
+          });
+          multiply_fragments<T>(sums[2 * half], left, right);
+          multiply_fragments<T>(sums[2 * half + 1], left, right + 2);
+        }
+      }
+  }
+
   __device__ static void sum(const PairArgs& args, int64_t b, int64_t tile, int64_t other, SharedArena& arena, float (&total)[16]) {
     SharedArray<T> shared = arena.take<T>(2 * kBuffer);
-    const TilePlace place(args.grid, tile), other_place(args.grid, other);
-    const int depth = int(args.query.size[3]), chunks = (depth + kChannels - 1) / kChannels;
-    const int steps = int(args.query.size[1]) * chunks, pixel = threadIdx.x / 4, channel = threadIdx.x % 4 * 8;
-    const bool present = place.inside(args.grid, pixel), other_present = other_place.inside(args.grid, pixel);
-    const int64_t n = place.pixel(args.grid, pixel), other_n = other_place.pixel(args.grid, pixel);
-    uint4 ahead[4];
-    auto fetch = [&](int step) {
-      const int64_t h = step / chunks;
-      const int first = step % chunks * kChannels + channel;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const View<4>& view = k % 2 ? args.key : args.query;
-        if (args.wide) ahead[k] = load_wide(view, offset_of(view, b, h, k < 2 ? n : other_n), k < 2 ? present : other_present, first);
-      }
-    };
-    auto keep = [&](int step) {
-      const SharedArray<T> to = shared + (step % 2 * kBuffer + pixel * kPitch + channel);
-      if (args.wide) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) *reinterpret_cast<uint4*>(&to[k * kTilePixels * kPitch]) = ahead[k];
-      } else {
-        const int first = step % chunks * kChannels + channel;
-#pragma unroll 1
-        for (int at = 0; at < 32; ++at) {
-          const int k = at / 8;
-          const View<4>& view = k % 2 ? args.key : args.query;
-          const int64_t line = offset_of(view, b, step / chunks, k < 2 ? n : other_n);
-          to[k * kTilePixels * kPitch + at % 8] = load_narrow<T>(view, line, k < 2 ? present : other_present, first + at % 8);
-        }
-      }
-      __syncthreads();
-    };
+    OperandReader<kChannels> operands(args, b, tile, other);
     __syncthreads();
-    fetch(0);
-    keep(0);
-    const int warp = threadIdx.x / 32, row = warp % 4 * 16, column = warp / 4 * 32;
+    operands.fetch(0);
+    keep(operands, 0, shared);
     float sums[4][4] = {};
-    for (int step = 0; step < steps; ++step) {
-      if (step + 1 < steps) fetch(step + 1);
-      const SharedArray<T> buffer = shared + step % 2 * kBuffer;
-#pragma unroll
-      for (int c = 0; c < kChannels; c += 16)
-#pragma unroll
-        for (int order = 0; order < 2; ++order) {
-          unsigned left[4], right[4];
-          load_matrices<false>(left, [&](int m, int r) {
-            return &buffer[(order * kTilePixels + row + m % 2 * 8 + r) * kPitch + c + m / 2 * 8];
-          });
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            load_matrices<false>(right, [&](int m, int r) {
-              return &buffer[((3 - order) * kTilePixels + column + half * 16 + m / 2 * 8 + r) * kPitch + c + m % 2 * 8];
-            });
-            multiply_fragments<T>(sums[2 * half], left, right);
-            multiply_fragments<T>(sums[2 * half + 1], left, right + 2);
-          }
-        }
-      if ((step + 1) % chunks == 0) {
-        const float weight = args.head[step / chunks];
+    for (int step = 0; step < operands.steps; ++step) {
+      if (step + 1 < operands.steps) operands.fetch(step + 1);
+      multiply(shared, step % 2 * kBuffer, sums);
+      if ((step + 1) % operands.chunks == 0) {
+        const float weight = args.head[step / operands.chunks];
 #pragma unroll
         for (int e = 0; e < 16; ++e) total[e] = fmaf(weight, sums[e / 4][e % 4], total[e]), sums[e / 4][e % 4] = 0.0f;
       }
-      if (step + 1 < steps) keep(step + 1);
+      if (step + 1 < operands.steps) keep(operands, step + 1, shared);
     }
     __syncthreads();
   }

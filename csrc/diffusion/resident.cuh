@@ -153,6 +153,18 @@ __device__ inline void gather_tile(const ResidentArgs& args, const ImageTile& ti
   });
 }
 
+// Zeros in the tile of the channels that are not present.
+__device__ inline void clear_absent(const ResidentArgs& args, const ImageTile& tile, int channels) {
+  if (args.class_mask == nullptr) return;
+  for (int c = 0; c < channels; ++c) {
+    if (args.class_mask[tile.b * channels + c] != 0) continue;
+    for (int p = threadIdx.x; p < tile.height * tile.width; p += blockDim.x) {
+      const int y = p / tile.width, x = p - y * tile.width;
+      store_element(args.out.data, args.out.dtype, offset_of(args.out, tile.b, c, tile.y + y) + (tile.x + x) * args.out.stride[3], 0.0f);
+    }
+  }
+}
+
 template <class Word, int kHeld, class Source>
 __global__ void __launch_bounds__(resident_threads(kHeld), 1)
     diffuse_resident(const __grid_constant__ ResidentArgs args, const __grid_constant__ Source source) {
@@ -176,14 +188,7 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
     int found = 0;
     if (!idle) {
       found = present_channels(args.class_mask, tile.b, channels, present);
-      if (args.class_mask != nullptr)
-        for (int c = 0; c < channels; ++c)
-          if (args.class_mask[tile.b * channels + c] == 0)
-            for (int p = threadIdx.x; p < tile.height * tile.width; p += blockDim.x) {
-              const int y = p / tile.width, x = p - y * tile.width;
-              store_element(args.out.data, args.out.dtype,
-                            offset_of(args.out, tile.b, c, tile.y + y) + (tile.x + x) * args.out.stride[3], 0.0f);
-            }
+      clear_absent(args, tile, channels);
       if (found > 0) source.template fill<Word, kHeld>(args, tile, weights, held, pixels);
     }
     for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {

@@ -56,6 +56,27 @@ __device__ inline float wide_deviation(const ParTaps& taps, int dilations, int c
   return sqrtf(variance < 0.0f ? 0.0f : variance) * (1.0f / kShrink);
 }
 
+// 1 / (the divisor of one colour's differences).
+template <class Pixel>
+__device__ inline float inverse_divisor(const ParTaps& taps, int dilations, int c, float centre, Pixel pixel) {
+  const float origin = pixel(c, -taps.dy[0], -taps.dx[0]), away = centre - origin;
+  // PAMR's deviation has the centre among the values, once for each dilation.
+  const float centres = taps.pamr ? float(dilations) : 0.0f, count = float(8 * dilations) + centres;
+  float sum = away * centres, squares = away * away * centres;
+  for (int i = 0; i < dilations; ++i)
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const float value = pixel(c, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]) - origin;
+      sum += value;
+      squares = fmaf(value, value, squares);
+    }
+  // max() would turn NaN into 0.
+  const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
+  float sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
+  if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, dilations, c, count, pixel);
+  return taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
+}
+
 // The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; keeper.keep(t, weight) takes them, taps ascending,
 // those of the first kHeldDilations keeper.hold(t, weight) with a constant t. kDilations: how many there are, if the kernel was made
 // for that number, else 0.
@@ -66,22 +87,7 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& 
 #pragma unroll
   for (int c = 0; c < kColours; ++c) {
     centre[c] = pixel(c, 0, 0);
-    const float origin = pixel(c, -taps.dy[0], -taps.dx[0]), away = centre[c] - origin;
-    // PAMR's deviation has the centre among the values, once for each dilation.
-    const float centres = taps.pamr ? float(dilations) : 0.0f, count = float(8 * dilations) + centres;
-    float sum = away * centres, squares = away * away * centres;
-    for (int i = 0; i < dilations; ++i)
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const float value = pixel(c, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]) - origin;
-        sum += value;
-        squares = fmaf(value, value, squares);
-      }
-    // max() would turn NaN into 0.
-    const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
-    float sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
-    if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, dilations, c, count, pixel);
-    scale[c] = taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
+    scale[c] = inverse_divisor(taps, dilations, c, centre[c], pixel);
   }
   // The maximum is taken of one evaluation and subtracted from another, so both must round alike: where sigma is 0, kappa is about
   // 1e15, and half a unit in its last place is 3e7 in the exponent. Left to the compiler, the last product is fused into the
