@@ -45,7 +45,7 @@ __device__ inline void finish_loss(const PairArgs& args, SharedArena& arena) {
   SharedArray<double> sums = arena.take<double>(kPairThreads / 32);
   SharedArray<int> last = arena.take<int>(1);
   if (!comes_last(args.counter, last)) return;
-  double same = 0, different = 0, same_count = 0, different_count = 0;  // counts stay exact far beyond 2^32
+  double same = 0, different = 0, same_count = 0, different_count = 0;
   const int64_t pairs = args.grid.batch * args.grid.tiles() * args.grid.neighbours;
   for (int64_t pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
     const float4 share = __ldcg(args.shares + pair);
@@ -53,11 +53,8 @@ __device__ inline void finish_loss(const PairArgs& args, SharedArena& arena) {
     same_count += __float_as_int(share.z), different_count += __float_as_int(share.w);
   }
   same = block_sum(same, sums), different = block_sum(different, sums);
-  same_count = block_sum(same_count, sums) + 1, different_count = block_sum(different_count, sums) + 1;
-  if (threadIdx.x == 0) {
-    *args.results.loss = float(0.5 * same / same_count + 0.5 * different / different_count);
-    *args.results.pos_count = int64_t(same_count), *args.results.neg_count = int64_t(different_count);
-  }
+  same_count = block_sum(same_count, sums), different_count = block_sum(different_count, sums);
+  if (threadIdx.x == 0) write_loss(args.results, same, different, same_count, different_count);
 }
 
 __device__ inline void keep_share(const PairArgs& args, int64_t pair, bool mirrored, float same, float different, int same_count,
@@ -132,9 +129,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
   } else {
     float values[16], same = 0, different = 0;
     int same_count = 0, different_count = 0;
-    const float half = kGoal == Goal::gradient ? 0.5f * *args.slopes.grad : 0.0f;
-    const float same_slope = kGoal == Goal::gradient ? -half / float(*args.slopes.pos_count) : 0.0f;
-    const float different_slope = kGoal == Goal::gradient ? half / float(*args.slopes.neg_count) : 0.0f;
+    const LossSlopes slopes = kGoal == Goal::gradient ? loss_slopes(args.slopes) : LossSlopes();
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
       const ScorePlace at = score_place<kTensor, true>(args, place, other_place, labels, e);
@@ -144,7 +139,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
       same += at.same ? (z >= 0 ? decay * inverse : inverse) : 0.0f;
       different += at.counts && !at.same ? affinity : 0.0f;
       same_count += at.same, different_count += at.counts && !at.same;
-      values[e] = at.counts ? 2.0f * (at.same ? same_slope : different_slope) * decay * inverse * inverse : 0.0f;
+      values[e] = at.counts ? 2.0f * (at.same ? slopes.same : slopes.different) * decay * inverse * inverse : 0.0f;
     }
     if constexpr (kGoal == Goal::loss)
       keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch, counts);
@@ -206,8 +201,6 @@ static Status launch_products(const PairArgs& args, void* stream) {
   if (args.query.dtype == DType::f16) return launch_pairs<TensorScores<__half>, kGoal>(args, stream);
   return launch_pairs<TensorScores<__nv_bfloat16>, kGoal>(args, stream);
 }
-
-bool have_tensor_cores() { return compiled_architecture() >= 80; }
 
 static Status fits(const AttentionArgs& args) {
   if (!same_size(args.query, args.key) || is_empty(args.query)) return Status::bad_argument;

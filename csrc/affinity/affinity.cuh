@@ -1,4 +1,4 @@
-// What the CUDA files of the affinity share: pairs of tiles, tensor-core fragments, sums over a block.
+// What the CUDA files of the affinity share: pairs of tiles, rows of queries and keys, the loss of sums.
 //
 // The grid of pixels is cut into tiles of 8 x 8, and the band into pairs of tiles: a tile, and itself or one of its neighbours below
 // or to the right. A block owns one pair, 64 x 64 scores; the pairs above and to the left are the mirror images of these.
@@ -8,7 +8,9 @@
 #include <type_traits>
 
 #include "affinity/affinity.h"
+#include "common/block.cuh"
 #include "common/cuda_common.cuh"
+#include "common/tensor_cores.cuh"
 
 namespace afa {
 
@@ -87,86 +89,7 @@ __device__ inline T load_narrow(const View<4>& view, int64_t line, bool present,
     return static_cast<const T*>(view.data)[at];
 }
 
-// ---- tensor cores --------------------------------------------------------------------------------------------------------
-
-#if defined(AFA_CUDA_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
-#define AFA_TENSOR_CORES 1
-#else
-#define AFA_TENSOR_CORES 0  // such code is not asked to, see have_tensor_cores()
-#endif
-
-// Four 8 x 8 matrices of 16-bit elements from shared memory. row(m, r) gives the address of row r of matrix m. Register m of a lane
-// holds elements (lane / 4, 2 * (lane % 4) + {0, 1}) of matrix m, or of its transpose.
-template <bool kTranspose, class Row>
-__device__ inline void load_matrices(unsigned (&to)[4], Row row) {
-  const int lane = threadIdx.x % 32;
-#if defined(AFA_CUDA_EMULATOR)
-  for (int m = 0; m < 4; ++m) {
-    uint16_t values[2];
-    for (int e = 0; e < 2; ++e) {
-      const int across = lane / 4, along = 2 * (lane % 4) + e;
-      memcpy(&values[e], row(m, kTranspose ? along : across) + (kTranspose ? across : along), 2);
-    }
-    memcpy(&to[m], values, 4);
-  }
-#else
-  const unsigned address = unsigned(__cvta_generic_to_shared(row(lane / 8, lane % 8)));
-  if (kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-#endif
-}
-
-#if defined(AFA_CUDA_EMULATOR)
-// sum += a b by the definition of the fragments: every lane shows its registers to the others, which is no race.
-template <class T>
-__attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
-  if (emulator::settings().compiled < 80) emulator::fail("trap: tensor cores in code of an architecture without", {__FILE__, __LINE__});
-  struct Fragments {
-    const unsigned *a, *b;
-  } own = {a, b};
-  const int lane = threadIdx.x % 32;
-  const uint64_t* all = emulator::warp_exchange(0xffffffffu, reinterpret_cast<uint64_t>(&own), {__FILE__, __LINE__});
-  auto element = [](unsigned packed, int half) {
-    T value;
-    const uint16_t bits = uint16_t(packed >> (16 * half));
-    memcpy(&value, &bits, 2);
-    return to_float(value);
-  };
-  for (int e = 0; e < 4; ++e)
-    for (int k = 0; k < 16; ++k) {
-      const int row = lane / 4 + e / 2 * 8, column = 2 * (lane % 4) + e % 2;
-      const auto* left = reinterpret_cast<const Fragments*>(all[row % 8 * 4 + k % 8 / 2]);
-      const auto* right = reinterpret_cast<const Fragments*>(all[column * 4 + k % 8 / 2]);
-      sum[e] += element(left->a[row / 8 + 2 * (k / 8)], k % 2) * element(right->b[k / 8], k % 2);
-    }
-  emulator::warp_exchange(0xffffffffu, 0, {__FILE__, __LINE__});
-}
-#else
-// sum [16 x 8] += a [16 x 16] b [16 x 8], in float32.
-template <class T>
-__device__ inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
-#if AFA_TENSOR_CORES
-  if constexpr (std::is_same<T, __half>::value)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  __trap();  // rather than sums of nothing
-#endif
-}
-#endif
+// ---- results of a pair --------------------------------------------------------------------------------------------------
 
 // Where a thread's 16 numbers of a 64 x 64 result lie: with tensor cores a warp has 16 rows x 32 columns, each of its 4 fragments 8
 // columns; without, a thread has 4 x 4.
@@ -184,36 +107,32 @@ struct ResultPlace {
   }
 };
 
-// ---- sums over a block, in a fixed order -----------------------------------------------------------------------------------
-
-template <class T>
-__device__ inline T block_sum(T value, SharedArray<T> scratch) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  T total = 0;
-  for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) total += scratch[warp];
-  return total;
-}
-__device__ inline float block_max(float value, SharedArray<float> scratch) {
-  for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  float largest = scratch[0];
-  for (int warp = 1; warp < int(blockDim.x) / 32; ++warp) largest = fmaxf(largest, scratch[warp]);
-  return largest;
+// Adds the products of 4 numbers with 4 others to 16 sums, a row of them for each of `left`.
+__device__ inline void add_outer(float4 left, float4 right, float (&total)[16]) {
+  const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
 }
 
-// True in every thread of the block that comes last, which then sees what all others have written to global memory.
-__device__ inline bool comes_last(unsigned* counter, SharedArray<int> scratch) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) scratch[0] = atomicAdd(counter, 1u) == gridDim.x * gridDim.y * gridDim.z - 1;
-  __syncthreads();
-  __threadfence();
-  return scratch[0] != 0;
+// ---- the loss -----------------------------------------------------------------------------------------------------------
+
+// The derivative of the loss by the affinity of a pair with the same label, and with different ones.
+struct LossSlopes {
+  float same = 0, different = 0;
+};
+__device__ inline LossSlopes loss_slopes(const DeviceSlopes& slopes) {
+  const float half = 0.5f * *slopes.grad;
+  LossSlopes by;
+  by.same = -half / float(*slopes.pos_count), by.different = half / float(*slopes.neg_count);
+  return by;
+}
+
+// From sums over all pairs and their counts, which stay exact far beyond 2^32 in double.
+__device__ inline void write_loss(const PairResults& results, double same, double different, double same_count, double different_count) {
+  *results.loss = float(0.5 * same / (same_count + 1) + 0.5 * different / (different_count + 1));
+  *results.pos_count = int64_t(same_count) + 1, *results.neg_count = int64_t(different_count) + 1;
 }
 
 // ---- what the CUDA files ask of one another --------------------------------------------------------------------------------
@@ -228,6 +147,5 @@ struct PairBuffers {
 
 // From the loss; float, or the operands' type if buffers.tensor.
 Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
-bool have_tensor_cores();  // in the code that the current device runs
 
 }  // namespace afa

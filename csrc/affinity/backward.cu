@@ -125,15 +125,9 @@ struct ProductStep<float, false> {
     __syncthreads();
     const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
 #pragma unroll 4
-    for (int j = 0; j < kTilePixels; ++j) {
-      const float4 left = *reinterpret_cast<const float4*>(&weights[j * kPitch + row]);
-      const float4 right = *reinterpret_cast<const float4*>(&rows[j * kPitch + column]);
-      const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) total[4 * i + c] = fmaf(l[i], r[c], total[4 * i + c]);
-    }
+    for (int j = 0; j < kTilePixels; ++j)
+      add_outer(*reinterpret_cast<const float4*>(&weights[j * kPitch + row]),
+                *reinterpret_cast<const float4*>(&rows[j * kPitch + column]), total);
   }
 };
 

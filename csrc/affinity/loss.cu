@@ -68,24 +68,20 @@ __global__ void __launch_bounds__(kPairThreads, 4) window_loss_kernel(const __gr
     for (int i = 0; i < 4; ++i) total[i] += __ldcg(shares + 4 * at + i);
 #pragma unroll
   for (int i = 0; i < 4; ++i) total[i] = block_sum(total[i], sums);
-  if (threadIdx.x == 0) {
-    *args.results.loss = float(0.5 * total[0] / (total[2] + 1) + 0.5 * total[1] / (total[3] + 1));
-    *args.results.pos_count = int64_t(total[2]) + 1, *args.results.neg_count = int64_t(total[3]) + 1;
-  }
+  if (threadIdx.x == 0) write_loss(args.results, total[0], total[1], total[2], total[3]);
 }
 
 __global__ void __launch_bounds__(kPairThreads, 4) window_loss_gradient_kernel(const __grid_constant__ WindowLossArgs args) {
   const View<4>& out = args.window;
   const int64_t width = out.size[3], pixels = out.size[2] * width;
-  const float half = 0.5f * *args.slopes.grad;
-  const float same = -half / float(*args.slopes.pos_count), different = half / float(*args.slopes.neg_count);
+  const LossSlopes slopes = loss_slopes(args.slopes);
   const int64_t pixel = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (pixel >= pixels) return;
   const int y = int(pixel / width), x = int(pixel % width);
   for (int64_t b = blockIdx.y; b < out.size[0]; b += gridDim.y) {
     const int32_t *labels = args.slopes.labels + b * pixels, own = labels[pixel];
     walk_taps(args, labels, y, x, [&](int tap, int other) {
-      const float value = own < 0 || other < 0 ? 0.0f : other == own ? same : different;
+      const float value = own < 0 || other < 0 ? 0.0f : other == own ? slopes.same : slopes.different;
       store_element(out.data, out.dtype, offset_of(out, b, tap, y) + x * out.stride[3], value);
     });
   }

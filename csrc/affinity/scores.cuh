@@ -102,14 +102,7 @@ struct SimtScores {
     for (int c = 0; c < kChannels; ++c) {
       auto four = [&](int k, int at) { return *reinterpret_cast<const float4*>(&shared[buffer + (k * kChannels + c) * kPitch + at]); };
 #pragma unroll
-      for (int order = 0; order < 2; ++order) {
-        const float4 left = four(order, row), right = four(3 - order, column);
-        const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
-      }
+      for (int order = 0; order < 2; ++order) add_outer(four(order, row), four(3 - order, column), total);
     }
   }
 
