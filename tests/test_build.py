@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -55,15 +56,32 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
         assert not shared, f"{source}: {shared}"
 
 
-def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    for name in ("setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+TOP = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
+
+
+def _copy(folder: Path) -> None:
+    for name in TOP:
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for package in ("afa_kernels", "afa_model"):
         ignored = shutil.ignore_patterns("_native*.so", "_build_info.py", "__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+
+
+def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    _copy(folder)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_a_source_distribution_can_be_built_from(tmp_path):
+    _copy(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        held = {name.partition("/")[2] for name in files.getnames()}
+    assert held >= {str(path.relative_to(ROOT)) for path in SOURCES} | set(TOP)
 
 
 def test_without_a_compiler_it_installs_and_says_what_is_missing(tmp_path):
