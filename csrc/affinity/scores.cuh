@@ -36,6 +36,7 @@ struct OperandReader {
   int64_t b;
   int pixel, channel;  // of the tile and its neighbour; the first of the thread's in a chunk
   int chunks, steps;
+  bool wide;  // beside args, as a flag in a register: it is asked for in every step
   bool present, other_present;
   int64_t n, other_n;
   uint4 ahead[4];
@@ -44,6 +45,7 @@ struct OperandReader {
       : args(pairs), b(image), pixel(threadIdx.x / 4), channel(threadIdx.x % 4 * (kChannels / 4)) {
     const TilePlace place(args.grid, tile), other_place(args.grid, other);
     chunks = (int(args.query.size[3]) + kChannels - 1) / kChannels, steps = int(args.query.size[1]) * chunks;
+    wide = args.wide;
     present = place.inside(args.grid, pixel), other_present = other_place.inside(args.grid, pixel);
     n = place.pixel(args.grid, pixel), other_n = other_place.pixel(args.grid, pixel);
   }
@@ -54,7 +56,7 @@ struct OperandReader {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const View<4>& view = k % 2 ? args.key : args.query;
-      if (args.wide) ahead[k] = load_wide(view, offset_of(view, b, h, k < 2 ? n : other_n), k < 2 ? present : other_present, first);
+      if (wide) ahead[k] = load_wide(view, offset_of(view, b, h, k < 2 ? n : other_n), k < 2 ? present : other_present, first);
     }
   }
   // If not: channel i of the thread's, of operand k.
@@ -76,7 +78,7 @@ struct SimtScores {
   __device__ static __forceinline__ void keep(const OperandReader<kChannels>& from, int step, SharedArray<float> shared) {
     const float weight = from.args.head[step / from.chunks];
     const SharedArray<float> to = shared + (step % 2 * kBuffer + from.channel * kPitch + from.pixel);
-    if (from.args.wide) {
+    if (from.wide) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float scale = k % 2 ? 1.0f : weight;
@@ -131,7 +133,7 @@ struct TensorScores {
 
   __device__ static __forceinline__ void keep(const OperandReader<kChannels>& from, int step, SharedArray<T> shared) {
     const SharedArray<T> to = shared + (step % 2 * kBuffer + from.pixel * kPitch + from.channel);
-    if (from.args.wide) {
+    if (from.wide) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) *reinterpret_cast<uint4*>(&to[k * kTilePixels * kPitch]) = from.ahead[k];
     } else {
