@@ -89,7 +89,7 @@ __device__ inline T load_narrow(const View<4>& view, int64_t line, bool present,
     return static_cast<const T*>(view.data)[at];
 }
 
-// ---- results of a pair --------------------------------------------------------------------------------------------------
+// ---- results of a pair ---------------------------------------------------------------------------------------------------
 
 // Where a thread's 16 numbers of a 64 x 64 result lie: with tensor cores a warp has 16 rows x 32 columns, each of its 4 fragments 8
 // columns; without, a thread has 4 x 4.
@@ -116,7 +116,7 @@ __device__ inline void add_outer(float4 left, float4 right, float (&total)[16]) 
     for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
 }
 
-// ---- the loss -----------------------------------------------------------------------------------------------------------
+// ---- the loss ------------------------------------------------------------------------------------------------------------
 
 // The derivative of the loss by the affinity of a pair with the same label, and with different ones.
 struct LossSlopes {

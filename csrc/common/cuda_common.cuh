@@ -117,13 +117,15 @@ template <int N>
 __host__ __device__ inline int64_t offset_of(const View<N>& view, int64_t b, int64_t c, int64_t y) {
   return b * view.stride[0] + c * view.stride[1] + y * view.stride[2];
 }
-// Rows that may be read in vectors of 16 bytes, as far as the vectors reach, and the elements of such a vector.
+
+// The elements of 16 bytes, and whether every row lies in one piece and begins on a boundary of so many.
 inline int64_t vector_elements(const View<4>& view) { return 16 / element_bytes(view.dtype); }
 inline bool wide_rows(const View<4>& view) {
   bool wide = view.stride[3] == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
   for (int i = 0; i < 3; ++i) wide = wide && view.stride[i] % vector_elements(view) == 0;
   return wide;
 }
+
 __host__ __device__ inline int clamp_to(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
 // ---- classes -------------------------------------------------------------------------------------------------------------
