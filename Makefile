@@ -11,7 +11,7 @@ WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 .PHONY: demo test test-slow bench lint clean
 
 # Installed again whenever something that is compiled changes. Python files are used in place.
-NATIVE := $(wildcard csrc/* csrc/bind/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
+NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
 $(VENV)/installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
-#include "../affinity.h"
+#include "affinity/affinity.h"
 
 #include <array>
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace py = pybind11;
 
@@ -121,6 +121,23 @@ static void bind_maps(py::module_& module) {
   });
 }
 
+static void bind_loss(py::module_& module) {
+  module.def("affinity_loss_cpu", [](const View<4>& window, uint64_t labels, int64_t radius, int threads) {
+    PairSums sums;
+    {
+      py::gil_scoped_release release;
+      check(affinity_loss_cpu(window, pointer<int32_t>(labels), radius, &sums, threads), "affinity_loss_cpu");
+    }
+    return as_tuple(sums);
+  });
+  module.def("affinity_loss_backward_cpu", [](const View<4>& grad_window, uint64_t labels, int64_t radius, float same,
+                                              float different, int threads) {
+    py::gil_scoped_release release;
+    check(affinity_loss_backward_cpu(grad_window, pointer<int32_t>(labels), radius, same, different, threads),
+          "affinity_loss_backward_cpu");
+  });
+}
+
 #if AFA_WITH_CUDA
 // On a GPU the head is a tensor there, [heads + 1], and so are a loss's results: addresses (loss, pos_count, neg_count).
 static AttentionArgs device_args(const View<4>& query, const View<4>& key, const Grid& grid) {
@@ -157,8 +174,9 @@ static DeviceGradients gradients(const View<4>& query, const View<4>& key, uint6
   return out;
 }
 
-static void bind_cuda(py::module_& module) {
-  typedef const View<4>& V;
+typedef const View<4>& V;
+
+static void bind_attention_cuda(py::module_& module) {
   module.def("attention_cuda_workspace",
              [](V query, V key, const Grid& grid) { return attention_cuda_workspace(device_args(query, key, grid)); });
   module.def("window_affinity_cuda", [](V query, V key, uint64_t head, const Grid& grid, V out, int device, uint64_t stream) {
@@ -194,6 +212,9 @@ static void bind_cuda(py::module_& module) {
                                                   pointer<void>(stream)),
                           "attention_affinity_loss_backward_cuda");
              });
+}
+
+static void bind_maps_cuda(py::module_& module) {
   module.def("affinity_from_maps_cuda", [](V maps, uint64_t head, const Grid& grid, V out, int device, uint64_t stream) {
     py::gil_scoped_release release;
     check_cuda(affinity_from_maps_cuda(device_args(maps, grid), pointer<float>(head), out, device, pointer<void>(stream)),
@@ -210,6 +231,9 @@ static void bind_cuda(py::module_& module) {
                                                            pointer<void>(workspace), device, pointer<void>(stream)),
                           "affinity_from_maps_backward_cuda");
              });
+}
+
+static void bind_loss_cuda(py::module_& module) {
   module.def("affinity_loss_cuda_workspace", [](V window) { return affinity_loss_cuda_workspace(window); });
   module.def("affinity_loss_cuda", [](V window, uint64_t labels, int64_t radius, const Addresses& results, uint64_t workspace,
                                       int device, uint64_t stream) {
@@ -230,23 +254,12 @@ static void bind_cuda(py::module_& module) {
 void bind_affinity(py::module_& module) {
   bind_attention(module);
   bind_maps(module);
+  bind_loss(module);
 #if AFA_WITH_CUDA
-  bind_cuda(module);
+  bind_attention_cuda(module);
+  bind_maps_cuda(module);
+  bind_loss_cuda(module);
 #endif
-  module.def("affinity_loss_cpu", [](const View<4>& window, uint64_t labels, int64_t radius, int threads) {
-    PairSums sums;
-    {
-      py::gil_scoped_release release;
-      check(affinity_loss_cpu(window, pointer<int32_t>(labels), radius, &sums, threads), "affinity_loss_cpu");
-    }
-    return as_tuple(sums);
-  });
-  module.def("affinity_loss_backward_cpu", [](const View<4>& grad_window, uint64_t labels, int64_t radius, float same,
-                                              float different, int threads) {
-    py::gil_scoped_release release;
-    check(affinity_loss_backward_cpu(grad_window, pointer<int32_t>(labels), radius, same, different, threads),
-          "affinity_loss_backward_cpu");
-  });
 }
 
 }  // namespace afa

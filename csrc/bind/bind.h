@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "../common.h"
-#include "../device.h"
+#include "common/common.h"
+#include "common/device.h"
 
 namespace afa {
 

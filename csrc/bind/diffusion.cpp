@@ -1,6 +1,6 @@
-#include "../diffusion.h"
+#include "diffusion/diffusion.h"
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,6 @@
 // The module afa_kernels._native.
-#include "../cpu.h"
-#include "bind.h"
+#include "common/cpu.h"
+#include "bind/bind.h"
 
 #ifdef _OPENMP
 #include <omp.h>

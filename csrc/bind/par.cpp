@@ -1,6 +1,6 @@
-#include "../par.h"
+#include "par/par.h"
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace py = pybind11;
 

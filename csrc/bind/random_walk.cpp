@@ -1,6 +1,6 @@
-#include "../random_walk.h"
+#include "random_walk/random_walk.h"
 
-#include "bind.h"
+#include "bind/bind.h"
 
 namespace py = pybind11;
 

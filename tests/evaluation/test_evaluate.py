@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
 
 import numpy as np
-import dataclasses
-
 import pytest
 import torch
 import torch.distributed as dist

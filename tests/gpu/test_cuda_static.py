@@ -90,7 +90,7 @@ def has(kernels: list[Kernel], arch: str) -> None:
 
 def notes() -> str:
     """The header comments of all CUDA sources, joined to one line each."""
-    texts = [path.read_text() for path in sorted(CSRC.glob("*.cu*"))]
+    texts = [path.read_text() for path in sorted(CSRC.rglob("*.cu*"))]
     return "\n".join(re.sub(r"\s*\n//\s*", " ", text.split("#include")[0].split("#pragma")[0]) for text in texts)
 
 

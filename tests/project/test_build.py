@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
             "-DAFA_ISA=avx2",
             "-DAFA_WITH_X86_ISAS=1",
             "-Wno-psabi",
+            f"-I{ROOT / 'csrc'}",
         ]
         subprocess.run([cxx, *flags, "-c", str(ROOT / source), "-o", str(out)], check=True)
         symbols = subprocess.run([nm, "-C", str(out)], capture_output=True, text=True, check=True).stdout
@@ -54,9 +57,12 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
         assert not shared, f"{source}: {shared}"
 
 
+TOP = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
+
+
 def _copy(folder: Path) -> None:
     """The sources as they are checked out, without what a build has left in them."""
-    for name in ("setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+    for name in TOP:
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for package in ("afa_kernels", "afa_model"):
@@ -68,6 +74,16 @@ def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     _copy(folder)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_a_source_distribution_can_be_built_from(tmp_path):
+    _copy(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        held = {name.partition("/")[2] for name in files.getnames()}
+    assert held >= {str(path.relative_to(ROOT)) for path in SOURCES} | set(TOP)
 
 
 def test_without_a_compiler_it_installs_and_says_what_is_missing(tmp_path):

@@ -174,9 +174,9 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_goes_on(root, tmp_path, ca
     state = checkpoint.read(path)
     config = state["config"]
     labels = config.pop("labels")
-    now = {"radius": "radius", "cam_scales": "cam_scales", "high_score": "high_score", "low_score": "low_score",
-           "walk_power": "walk_power", "walk_eps": "walk_eps", "dilations": "par_dilations", "num_iter": "par_iters"}  # fmt: skip
-    config["step"] |= {old: labels[new] for new, old in now.items()}
+    same = ("radius", "cam_scales", "high_score", "low_score", "walk_power", "walk_eps")
+    config["step"] |= {name: labels[name] for name in same}
+    config["step"] |= {"par_dilations": labels["dilations"], "par_iters": labels["num_iter"]}
     config["step"] |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     scored = {new: config["eval"].pop(new) or labels[new] for new in ("cam_scales", "radius", "dilations", "num_iter")}
     config["eval"] |= {"par_dilations": scored.pop("dilations"), "par_iterations": scored.pop("num_iter"), **scored}

@@ -104,7 +104,8 @@ def _build(cxx: str, folder: Path, files: list[Path], kind: str) -> Path:
     def compile_one(file: Path) -> Path:
         flags = [*common, *_flags_of(file, kind)]
         key = hashlib.sha256(_headers_digest() + file.read_bytes() + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
-        target = folder / f"{file.name}.{key}.o"
+        # Operators' files share names: csrc/affinity/backward.cpp, csrc/random_walk/backward.cpp.
+        target = folder / f"{'.'.join(file.relative_to(ROOT).parts)}.{key}.o"
         if not target.exists():
             unfinished = target.with_suffix(f".{os.getpid()}")
             subprocess.run([cxx, *flags, "-x", "c++", "-c", str(file), "-o", str(unfinished)], check=True)

@@ -1,7 +1,7 @@
 // Kernels with one fault each: the emulator must complain of every one of them. `sound` is the same work without a fault.
 #include <string>
 
-#include "cuda_common.cuh"
+#include "common/cuda_common.cuh"
 
 namespace afa {
 

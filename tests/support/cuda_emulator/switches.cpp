@@ -1,5 +1,5 @@
 // The emulator's settings for the tests, by ctypes.
-#include "device.h"
+#include "common/device.h"
 #include "emulator.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,6 +1,6 @@
-// Stands in for CUDA's own header when g++ compiles csrc/*.cu for the emulator: the language (qualifiers, built-in variables,
+// Stands in for CUDA's own header when g++ compiles csrc/*/*.cu for the emulator: the language (qualifiers, built-in variables,
 // vector types, barriers, warp collectives, atomics) and as much of the runtime API as the sources use.
-// What is missing here fails to compile: `__shared__` on purpose, kernels take shared memory from SharedArena (cuda_common.cuh).
+// What is missing here fails to compile: `__shared__` on purpose, kernels take shared memory from SharedArena (common/cuda_common.cuh).
 #pragma once
 
 #include <chrono>

@@ -1,0 +1,277 @@
+// Affinity and its loss on a GPU: the scores of pairs of tiles (affinity.cuh) and what becomes of them.
+//
+// Data flow of pair_kernel: a block sums the 64 x 64 scores of one pair of tiles, both orders at once (q_i k_j and k_i q_j), over all
+// heads, in registers; a chunk of channels of the four operands is in shared memory while the next is on its way to registers.
+// Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
+// float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
+// pair's share of the loss, or the gradient of the scores. Shares of the loss are summed in a fixed order by the block that comes
+// last, in the same launch: the same bits every run.
+// Floor: 2 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band. Bytes: queries and keys,
+// each tile read (reach + 1) * (2 reach + 1) times, from L2.
+// Occupancy: pair_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
+// Wide loads: pair_kernel<SimtScores, *>, pair_kernel<TensorScores<__half>, *>, pair_kernel<TensorScores<__nv_bfloat16>, *>.
+#include "affinity/scores.cuh"
+
+namespace afa {
+
+// ---- what becomes of them ------------------------------------------------------------------------------------------------
+
+// One score of a pair: where it belongs and what its labels say.
+struct ScorePlace {
+  bool near, counts, same;
+  int64_t pixel, other;
+  int tap, back;  // channel of the window, and of the mirror image
+};
+template <bool kTensor, bool kLabels>
+__device__ inline ScorePlace score_place(const PairArgs& args, const TilePlace& place, const TilePlace& other, SharedArray<int> labels,
+                                         int e) {
+  const PairGrid& grid = args.grid;
+  const int i = ResultPlace<kTensor>::row(e), j = ResultPlace<kTensor>::column(e);
+  const int dy = other.row(j) - place.row(i), dx = other.column(j) - place.column(i), centre = args.side / 2;
+  ScorePlace at;
+  at.near = abs(dy) <= grid.radius && abs(dx) <= grid.radius && place.inside(grid, i) && other.inside(grid, j);
+  at.pixel = place.pixel(grid, i), at.other = other.pixel(grid, j);
+  at.tap = (centre + dy) * args.side + centre + dx, at.back = (centre - dy) * args.side + centre - dx;
+  at.counts = at.same = false;
+  if (kLabels) {
+    const int own = labels[i], theirs = labels[kTilePixels + j];
+    at.counts = at.near && own >= 0 && theirs >= 0, at.same = at.counts && own == theirs;
+  }
+  return at;
+}
+
+// The last block turns the shares, read in order, into the loss.
+__device__ inline void finish_loss(const PairArgs& args, SharedArena& arena) {
+  SharedArray<double> sums = arena.take<double>(kPairThreads / 32);
+  SharedArray<int> last = arena.take<int>(1);
+  if (!comes_last(args.counter, last)) return;
+  double same = 0, different = 0, same_count = 0, different_count = 0;
+  const int64_t pairs = args.grid.batch * args.grid.tiles() * args.grid.neighbours;
+  for (int64_t pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+    const float4 share = __ldcg(args.shares + pair);
+    same += share.x, different += share.y;
+    same_count += __float_as_int(share.z), different_count += __float_as_int(share.w);
+  }
+  same = block_sum(same, sums), different = block_sum(different, sums);
+  same_count = block_sum(same_count, sums), different_count = block_sum(different_count, sums);
+  if (threadIdx.x == 0) write_loss(args.results, same, different, same_count, different_count);
+}
+
+__device__ inline void keep_share(const PairArgs& args, int64_t pair, bool mirrored, float same, float different, int same_count,
+                                  int different_count, SharedArray<float> scratch, SharedArray<int> counts) {
+  const int weight = mirrored ? 2 : 1;  // a pair of two tiles stands for both orders
+  same = block_sum(same, scratch), different = block_sum(different, scratch);
+  same_count = block_sum(same_count, counts), different_count = block_sum(different_count, counts);
+  if (threadIdx.x == 0)
+    args.shares[pair] = make_float4(weight * same, weight * different, __int_as_float(weight * same_count),
+                                    __int_as_float(weight * different_count));
+}
+
+// G of one pair to memory, scaled to at most 1 and in the operands' type for tensor cores: gradients of a mean over many pairs lie
+// below half precision's range.
+template <class T>
+__device__ inline void keep_gradients(const PairBuffers& buffers, int64_t pair, bool mirrored, const float (&values)[16],
+                                      SharedArray<float> scratch) {
+  constexpr bool kTensor = sizeof(T) == 2;
+  float sum = 0, largest = 0;
+#pragma unroll
+  for (int e = 0; e < 16; ++e) sum += values[e], largest = fmaxf(largest, fabsf(values[e]));
+  sum = block_sum(sum, scratch);
+  float scale = 1;
+  if (kTensor) {
+    largest = block_max(largest, scratch);
+    scale = largest > 0 ? largest : 1;
+  }
+#pragma unroll
+  for (int e = 0; e < 16; ++e) {
+    const int64_t at = pair * kPairScores + ResultPlace<kTensor>::row(e) * kTilePixels + ResultPlace<kTensor>::column(e);
+    if constexpr (std::is_same<T, __half>::value)
+      static_cast<T*>(buffers.values)[at] = __float2half_rn(values[e] / scale);
+    else if constexpr (std::is_same<T, __nv_bfloat16>::value)
+      static_cast<T*>(buffers.values)[at] = __float2bfloat16_rn(values[e] / scale);
+    else
+      static_cast<T*>(buffers.values)[at] = values[e];
+  }
+  if (threadIdx.x == 0) {
+    buffers.sums[pair] = mirrored ? 2 * sum : sum;
+    if (kTensor) buffers.scale[pair] = scale;
+  }
+}
+
+template <class Scores>
+struct GradientType {
+  typedef float type;
+};
+template <class T>
+struct GradientType<TensorScores<T>> {
+  typedef T type;
+};
+
+// One pair of tiles of image b.
+template <class Scores, Goal kGoal>
+__device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile, int64_t other, int64_t pair, bool mirrored,
+                                   const float (&scores)[16], SharedArray<int> labels, SharedArray<float> scratch,
+                                   SharedArray<int> counts) {
+  constexpr bool kTensor = Scores::kTensor;
+  const TilePlace place(args.grid, tile), other_place(args.grid, other);
+  const float bias = args.head[args.query.size[1]];
+  if constexpr (kGoal == Goal::window) {
+    const View<4>& out = args.window;
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      const ScorePlace at = score_place<kTensor, false>(args, place, other_place, labels, e);
+      if (!at.near) continue;
+      const float affinity = 1.0f / (1.0f + __expf(-scores[e] - bias));
+      const int64_t image = b * out.stride[0];
+      store_element(out.data, out.dtype, image + at.tap * out.stride[1] + at.pixel, affinity);
+      if (mirrored) store_element(out.data, out.dtype, image + at.back * out.stride[1] + at.other, affinity);
+    }
+  } else {
+    float values[16], same = 0, different = 0;
+    int same_count = 0, different_count = 0;
+    const LossSlopes slopes = kGoal == Goal::gradient ? loss_slopes(args.slopes) : LossSlopes();
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      const ScorePlace at = score_place<kTensor, true>(args, place, other_place, labels, e);
+      // From e = exp(-|z|) both 1/(1+e) and e/(1+e) come without cancellation.
+      const float z = scores[e] + bias, decay = __expf(-fabsf(z)), inverse = 1.0f / (1.0f + decay);
+      const float affinity = z >= 0 ? inverse : decay * inverse;
+      same += at.same ? (z >= 0 ? decay * inverse : inverse) : 0.0f;
+      different += at.counts && !at.same ? affinity : 0.0f;
+      same_count += at.same, different_count += at.counts && !at.same;
+      values[e] = at.counts ? 2.0f * (at.same ? slopes.same : slopes.different) * decay * inverse * inverse : 0.0f;
+    }
+    if constexpr (kGoal == Goal::loss)
+      keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch, counts);
+    else
+      keep_gradients<typename GradientType<Scores>::type>(args.buffers, pair, mirrored, values, scratch);
+  }
+}
+
+template <class Scores, Goal kGoal>
+__device__ inline void walk_pairs(const PairArgs& args) {
+  SharedArena arena;
+  SharedArray<int> labels = arena.take<int>(2 * kTilePixels);
+  SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
+  SharedArray<int> counts = arena.take<int>(kPairThreads / 32);
+  const int64_t tile = blockIdx.x;
+  const int neighbour = int(blockIdx.y);
+  const int64_t other = neighbour_of(args.grid, tile, middle_of(args.grid) + neighbour);
+  for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
+    const int64_t pair = args.grid.pair(b, tile, neighbour);
+    if (other < 0) {
+      if (kGoal == Goal::loss && threadIdx.x == 0) args.shares[pair] = make_float4(0, 0, __int_as_float(0), __int_as_float(0));
+      if (kGoal == Goal::gradient && threadIdx.x == 0) args.buffers.sums[pair] = 0;
+      continue;
+    }
+    if (kGoal != Goal::window) {
+      __syncthreads();
+      if (threadIdx.x < 2 * kTilePixels) {
+        const TilePlace place(args.grid, threadIdx.x < kTilePixels ? tile : other);
+        const int i = threadIdx.x % kTilePixels;
+        labels[threadIdx.x] = place.inside(args.grid, i) ? args.labels[b * args.grid.pixels() + place.pixel(args.grid, i)] : -1;
+      }
+      __syncthreads();
+    }
+    SharedArena operands = arena;
+    float scores[16] = {};
+    Scores::sum(args, b, tile, other, operands, scores);
+    finish_pair<Scores, kGoal>(args, b, tile, other, pair, neighbour > 0, scores, labels, scratch, counts);
+  }
+  if (kGoal == Goal::loss) finish_loss(args, arena);
+}
+
+template <class Scores, Goal kGoal>
+__global__ void __launch_bounds__(kPairThreads, 2) pair_kernel(const __grid_constant__ PairArgs args) {
+  walk_pairs<Scores, kGoal>(args);
+}
+
+// ---- launching -----------------------------------------------------------------------------------------------------------
+
+template <class Scores, Goal kGoal>
+static Status launch_pairs(const PairArgs& args, void* stream) {
+  const int64_t finish = SharedArena::bytes<double>(kPairThreads / 32) + SharedArena::bytes<int>(1), sum = Scores::shared_bytes();
+  const int64_t fixed = SharedArena::bytes<int>(2 * kTilePixels) + 2 * SharedArena::bytes<float>(kPairThreads / 32);
+  return launch(pair_kernel<Scores, kGoal>, args.grid.shape(fixed + (sum > finish ? sum : finish)), stream, args);
+}
+
+template <Goal kGoal>
+static Status launch_products(const PairArgs& args, void* stream) {
+  if (!args.tensor) return launch_pairs<SimtScores, kGoal>(args, stream);
+  if (args.query.dtype == DType::f16) return launch_pairs<TensorScores<__half>, kGoal>(args, stream);
+  return launch_pairs<TensorScores<__nv_bfloat16>, kGoal>(args, stream);
+}
+
+static Status fits(const AttentionArgs& args) {
+  if (!same_size(args.query, args.key) || is_empty(args.query)) return Status::bad_argument;
+  const bool agree = args.query.size[2] == args.height * args.width && args.radius >= 0 && args.query.dtype == args.key.dtype;
+  if (!agree) return Status::bad_argument;
+  // Rows, columns, channels and taps are counted in 32 bits.
+  const bool small = args.height < (1 << 30) && args.width < (1 << 30) && args.query.size[1] < (1 << 20) && args.query.size[3] < (1 << 20);
+  const PairGrid grid(args.query.size[0], args.height, args.width, args.radius);
+  return small && args.radius < (1 << 14) && grid.launchable() ? Status::ok : Status::unsupported;
+}
+
+static PairArgs pair_args(const AttentionArgs& args, const float* head, bool tensor) {
+  PairArgs pairs = {};
+  pairs.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
+  pairs.query = args.query, pairs.key = args.key, pairs.head = head, pairs.side = int(2 * args.radius + 1);
+  pairs.tensor = tensor && args.query.dtype != DType::f32;
+  // Without tensor cores half precision is widened on its way in, one element at a time.
+  pairs.wide = whole_vectors(args.query) && whole_vectors(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
+  return pairs;
+}
+
+static Status clear_window(const View<4>& out, void* stream) {
+  const int64_t bytes = contiguous_bytes(out);
+  if (bytes < 0) return Status::bad_argument;
+  return cuda_failed(cudaMemsetAsync(out.data, 0, size_t(bytes), static_cast<cudaStream_t>(stream)));
+}
+
+Status window_affinity_cuda(const AttentionArgs& args, const float* head, const View<4>& out, int device, void* stream) {
+  AFA_TRY(fits(args));
+  DeviceGuard guard(device);
+  AFA_TRY(clear_window(out, stream));  // taps that leave the image
+  PairArgs pairs = pair_args(args, head, have_tensor_cores());
+  pairs.window = out;
+  return launch_products<Goal::window>(pairs, stream);
+}
+
+Status affinity_from_maps_cuda(const MapsArgs& args, const float* head, const View<4>& out, int device, void* stream) {
+  const int64_t pixels = args.height * args.width;
+  if (args.maps.size[2] != pixels || args.maps.size[3] != pixels || args.radius < 0) return Status::bad_argument;
+  DeviceGuard guard(device);
+  PairArgs pairs = {};
+  pairs.grid = PairGrid(args.maps.size[0], args.height, args.width, args.radius);
+  if (!pairs.grid.launchable() || args.radius >= (1 << 14)) return Status::unsupported;
+  AFA_TRY(clear_window(out, stream));
+  pairs.query = args.maps, pairs.head = head, pairs.window = out, pairs.side = int(2 * args.radius + 1);
+  return launch_pairs<MapScores, Goal::window>(pairs, stream);
+}
+
+// The counter of finished blocks, then the shares.
+int64_t attention_cuda_workspace(const AttentionArgs& args) {
+  return 64 + int64_t(sizeof(float4)) * PairGrid(args.query.size[0], args.height, args.width, args.radius).pairs();
+}
+
+Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head, const int32_t* labels, const PairResults& results,
+                                    void* workspace, int device, void* stream) {
+  AFA_TRY(fits(args));
+  DeviceGuard guard(device);
+  PairArgs pairs = pair_args(args, head, have_tensor_cores());
+  pairs.labels = labels, pairs.results = results;
+  pairs.counter = static_cast<unsigned*>(workspace);
+  pairs.shares = reinterpret_cast<float4*>(static_cast<char*>(workspace) + 64);
+  AFA_TRY(cuda_failed(cudaMemsetAsync(workspace, 0, 64, static_cast<cudaStream_t>(stream))));
+  return launch_products<Goal::loss>(pairs, stream);
+}
+
+Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers,
+                      void* stream) {
+  AFA_TRY(fits(args));
+  PairArgs pairs = pair_args(args, head, buffers.tensor);
+  pairs.labels = slopes.labels, pairs.slopes = slopes, pairs.buffers = buffers;
+  return launch_products<Goal::gradient>(pairs, stream);
+}
+
+}  // namespace afa

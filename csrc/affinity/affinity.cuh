@@ -1,0 +1,151 @@
+// What the CUDA files of the affinity share: pairs of tiles, rows of queries and keys, the loss of sums.
+//
+// The grid of pixels is cut into tiles of 8 x 8, and the band into pairs of tiles: a tile, and itself or one of its neighbours below
+// or to the right. A block owns one pair, 64 x 64 scores; the pairs above and to the left are the mirror images of these.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "affinity/affinity.h"
+#include "common/block.cuh"
+#include "common/cuda_common.cuh"
+#include "common/tensor_cores.cuh"
+
+namespace afa {
+
+constexpr int kTileSide = 8, kTilePixels = kTileSide * kTileSide;
+constexpr int kPairThreads = 256;  // each has 16 of a pair's 4096 scores
+constexpr int kPairScores = kTilePixels * kTilePixels;
+
+struct PairGrid {
+  int height = 0, width = 0, radius = 0, tiles_y = 0, tiles_x = 0, reach = 0, neighbours = 0;
+  int64_t batch = 0;
+  PairGrid() = default;
+  PairGrid(int64_t b, int64_t h, int64_t w, int64_t r) : height(int(h)), width(int(w)), batch(b) {
+    const int64_t longest = h > w ? h : w;
+    radius = int(r < longest ? r : longest);  // a larger one reaches no further pixel
+    tiles_y = int(blocks_for(h, kTileSide)), tiles_x = int(blocks_for(w, kTileSide));
+    reach = int(blocks_for(radius, kTileSide));
+    neighbours = ((2 * reach + 1) * (2 * reach + 1) + 1) / 2;
+  }
+  __host__ __device__ int64_t tiles() const { return int64_t(tiles_y) * tiles_x; }
+  __host__ __device__ int64_t pixels() const { return int64_t(height) * width; }
+  int64_t pairs() const { return batch * tiles() * neighbours; }
+  __device__ int64_t pair(int64_t b, int64_t tile, int neighbour) const { return (b * tiles() + tile) * neighbours + neighbour; }
+  // Grid dimensions that fit; the batch is walked over.
+  bool launchable() const { return tiles() <= 0x7fffffff && neighbours <= 65535; }
+  LaunchShape shape(int64_t shared_bytes) const {
+    LaunchShape launch;
+    launch.grid = dim3(unsigned(tiles()), unsigned(neighbours), grid_limit(batch)), launch.block = dim3(kPairThreads);
+    launch.shared_bytes = shared_bytes;
+    return launch;
+  }
+};
+
+// Pixel i of a tile.
+struct TilePlace {
+  int y, x;  // of its first pixel
+  __device__ TilePlace(const PairGrid& grid, int64_t tile) : y(int(tile / grid.tiles_x) * kTileSide), x(int(tile % grid.tiles_x) * kTileSide) {}
+  __device__ int row(int i) const { return y + i / kTileSide; }
+  __device__ int column(int i) const { return x + i % kTileSide; }
+  __device__ bool inside(const PairGrid& grid, int i) const { return row(i) < grid.height && column(i) < grid.width; }
+  __device__ int64_t pixel(const PairGrid& grid, int i) const { return int64_t(row(i)) * grid.width + column(i); }
+};
+
+// The neighbour number `place` of a tile, among all (2 reach + 1)^2 of which it is itself the middle one; -1 if there is none.
+__device__ inline int64_t neighbour_of(const PairGrid& grid, int64_t tile, int place) {
+  const int side = 2 * grid.reach + 1;
+  const int y = int(tile / grid.tiles_x) + place / side - grid.reach, x = int(tile % grid.tiles_x) + place % side - grid.reach;
+  if (y < 0 || y >= grid.tiles_y || x < 0 || x >= grid.tiles_x) return -1;
+  return int64_t(y) * grid.tiles_x + x;
+}
+// Among those, the first of the lower half, which is the tile itself.
+__device__ inline int middle_of(const PairGrid& grid) { return (2 * grid.reach + 1) * grid.reach + grid.reach; }
+
+// ---- elements ------------------------------------------------------------------------------------------------------------
+
+// Whether load_wide may be used: the vectors of a row end where the row does.
+inline bool whole_vectors(const View<4>& view) { return wide_rows(view) && view.size[3] % vector_elements(view) == 0; }
+
+// 16 bytes from `channel` on of one line of a head, zeros where the line ends or is absent.
+__device__ inline uint4 load_wide(const View<4>& view, int64_t line, bool present, int channel) {
+  if (!present || channel >= view.size[3]) return make_uint4(0, 0, 0, 0);
+  const int64_t bytes = view.dtype == DType::f32 ? 4 : 2;
+  return __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(view.data) + (line + channel) * bytes));
+}
+// One element, of any type as float or of T as it is.
+template <class T>
+__device__ inline T load_narrow(const View<4>& view, int64_t line, bool present, int channel) {
+  if (!present || channel >= view.size[3]) {
+    T none;
+    memset(&none, 0, sizeof none);
+    return none;
+  }
+  const int64_t at = line + channel * view.stride[3];
+  if constexpr (std::is_same<T, float>::value)
+    return load_element(view.data, view.dtype, at);
+  else
+    return static_cast<const T*>(view.data)[at];
+}
+
+// ---- results of a pair ---------------------------------------------------------------------------------------------------
+
+// Where a thread's 16 numbers of a 64 x 64 result lie: with tensor cores a warp has 16 rows x 32 columns, each of its 4 fragments 8
+// columns; without, a thread has 4 x 4.
+template <bool kTensor>
+struct ResultPlace {
+  __device__ static int row(int e) {
+    const int thread = threadIdx.x;
+    if (kTensor) return thread / 32 % 4 * 16 + thread % 32 / 4 + e % 4 / 2 * 8;
+    return thread / 16 * 4 + e / 4;
+  }
+  __device__ static int column(int e) {
+    const int thread = threadIdx.x;
+    if (kTensor) return thread / 128 * 32 + e / 4 * 8 + 2 * (thread % 4) + e % 2;
+    return thread % 16 * 4 + e % 4;
+  }
+};
+
+// Adds the products of 4 numbers with 4 others to 16 sums, a row of them for each of `left`.
+__device__ inline void add_outer(float4 left, float4 right, float (&total)[16]) {
+  const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
+}
+
+// ---- the loss ------------------------------------------------------------------------------------------------------------
+
+// The derivative of the loss by the affinity of a pair with the same label, and with different ones.
+struct LossSlopes {
+  float same = 0, different = 0;
+};
+__device__ inline LossSlopes loss_slopes(const DeviceSlopes& slopes) {
+  const float half = 0.5f * *slopes.grad;
+  LossSlopes by;
+  by.same = -half / float(*slopes.pos_count), by.different = half / float(*slopes.neg_count);
+  return by;
+}
+
+// From sums over all pairs and their counts, which stay exact far beyond 2^32 in double.
+__device__ inline void write_loss(const PairResults& results, double same, double different, double same_count, double different_count) {
+  *results.loss = float(0.5 * same / (same_count + 1) + 0.5 * different / (different_count + 1));
+  *results.pos_count = int64_t(same_count) + 1, *results.neg_count = int64_t(different_count) + 1;
+}
+
+// ---- what the CUDA files ask of one another --------------------------------------------------------------------------------
+
+// The gradients of the scores, G, of every pair of tiles: [pairs][64][64] in float, or in the type of the operands, scaled by `scale`.
+struct PairBuffers {
+  void* values = nullptr;
+  bool tensor = false;      // in the operands' type
+  float* scale = nullptr;   // [pairs]
+  float* sums = nullptr;    // [pairs]: of G, both orders
+};
+
+// From the loss; float, or the operands' type if buffers.tensor.
+Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
+
+}  // namespace afa

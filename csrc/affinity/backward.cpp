@@ -1,0 +1,327 @@
+// Affinity on the CPU, backward.
+//
+// Data flow, one image at a time. First G_ij = dL/dz_ij + dL/dz_ji for every pair of the window, [N][side][side + margins]: from the
+// loss by computing the scores again, or from the gradient of a window and the window itself. Then, since z = u v^T + bias,
+//   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G :
+// each thread takes up to 4 vectors of one head's channels at a time, copies them for all pixels (which then stay in L2), and
+// sums 6 pixels' gradients in registers over their joint window; G is 0 in the margins, where a pixel's neighbour has run ahead.
+// Floor: 2 * N * (2r+1)^2 * heads * d fused multiply-adds beside the forward's. Bound: arithmetic.
+#include "affinity/band.h"
+
+namespace afa {
+namespace AFA_ISA {
+
+constexpr int kBackQueries = 6;
+#if defined(__AVX512F__)
+constexpr int kBackVectors = 4;
+#else
+constexpr int kBackVectors = 2;
+#endif
+constexpr int kPanel = kBackVectors * kLanes;  // channels of one head that a thread takes at a time
+constexpr int kMargin = kBackQueries - 1;
+
+// G of one image.
+struct PairGradients {
+  int64_t height, width, radius, side, row;
+  float* values;  // [N][side][row], a pixel's own column at kMargin + radius
+  double* sums;   // [h]: of G over a row of pixels
+
+  PairGradients(const Tiling& tiling, Arena& arena)
+      : height(tiling.height), width(tiling.width), radius(tiling.radius), side(2 * radius + 1), row(side + 2 * kMargin) {
+    values = arena.take<float>(height * width * side * row);
+    sums = arena.take<double>(height);
+  }
+  float* at(int64_t y, int64_t x, int64_t dy) const {
+    return values + ((y * width + x) * side + radius + dy) * row + kMargin + radius;
+  }
+  void clear() const { std::fill(values, values + height * width * side * row, 0.0f); }
+  void add_up(int threads) const {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t y = 0; y < height; ++y) {
+      sums[y] = 0;
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t dy = -radius; dy <= radius; ++dy) {
+          float line = 0;
+          for (int64_t dx = -radius; dx <= radius; ++dx) line += at(y, x, dy)[dx];
+          sums[y] += line;
+        }
+    }
+  }
+};
+
+static void pair_gradients_of_loss(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, const PairGradient& gradient,
+                                   float bias, const PairGradients& to) {
+  const vfloat same = splat(2.0f * gradient.same), different = splat(2.0f * gradient.different);
+  for (int64_t i = 0; i < 2 * tile.columns; ++i) {
+    if (labels.values[tile.y * labels.row + 2 * tile.x + i] < 0) continue;
+    float* scores = tile.scores + i * tile.stride;
+    labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
+      const vfloat factor = (vfloat)(((vint)same & is_same) | ((vint)different & is_different));
+      const vfloat slope = (vfloat)((vint)sigmoid_slope(load(scores + lane) + bias) & (is_same | is_different));
+      store(scores + lane, factor * slope);
+    });
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      const Line at = tiling.line(tile, i, parity);
+      const int64_t dy = at.key_y - at.y;
+      float *here = to.at(at.y, at.x, dy) - at.x, *there = to.at(at.key_y, 0, -dy) + at.x;
+      const int64_t step = to.side * to.row - 1;  // to the next pixel's gradient at the same key
+      for (int64_t k = at.begin; k < at.end; ++k) here[k] = there[k * step] = at.scores[2 * k];
+    }
+  }
+}
+
+// `lines` holds three rows of pixels.
+static void pair_gradients_of_window(const PairGradient& gradient, int64_t b, int64_t y, const Tiling& tiling,
+                                     const PairGradients& to, float* lines) {
+  const int64_t centre = tiling.side / 2, width = tiling.width, r = tiling.radius;
+  float *affinity = lines, *own = lines + width, *mirrored = lines + 2 * width;
+  for (int64_t dy = std::max(-r, -y); dy <= std::min(r, tiling.height - 1 - y); ++dy)
+    for (int64_t dx = -r; dx <= r; ++dx) {
+      load_row(gradient.window, b, (centre + dy) * tiling.side + centre + dx, y, affinity);
+      load_row(gradient.grad_window, b, (centre + dy) * tiling.side + centre + dx, y, own);
+      load_row(gradient.grad_window, b, (centre - dy) * tiling.side + centre - dx, y + dy, mirrored);
+      for (int64_t x = std::max(-dx, int64_t(0)); x < std::min(width - dx, width); ++x)
+        to.at(y, x, dy)[dx] = affinity[x] * (1.0f - affinity[x]) * (own[x] + mirrored[x + dx]);
+    }
+}
+
+// --- G times queries or keys ---
+
+template <int kQueries>
+static void multiply_tile(const PairGradients& from, int64_t y, int64_t x, const float* panel, float* out) {
+  const int64_t step = from.side * from.row - 1;  // to the next query's gradient at the same key
+  const int64_t low = std::max(x - from.radius, int64_t(0)), high = std::min(x + kQueries + from.radius, from.width);
+  vfloat sum[kQueries][kBackVectors] = {};
+  for (int64_t dy = std::max(-from.radius, -y); dy <= std::min(from.radius, from.height - 1 - y); ++dy) {
+    const float* gradient = from.at(y, x, dy) - x;
+    const float* values = panel + (y + dy) * from.width * kPanel;
+    for (int64_t key = low; key < high; ++key) {
+      vfloat value[kBackVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kBackVectors; ++v) value[v] = load(values + key * kPanel + v * kLanes);
+#pragma GCC unroll 6
+      for (int q = 0; q < kQueries; ++q)
+#pragma GCC unroll 4
+        for (int v = 0; v < kBackVectors; ++v) sum[q][v] += gradient[q * step + key] * value[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int q = 0; q < kQueries; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < kBackVectors; ++v) store(out + q * kPanel + v * kLanes, sum[q][v]);
+}
+
+typedef void (*MultiplyTile)(const PairGradients&, int64_t, int64_t, const float*, float*);
+static const MultiplyTile kMultiply[] = {nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
+                                         multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
+
+// One thread's share: channels [begin, begin + count) of one head, of the gradient of the queries or of the keys.
+struct Share {
+  bool of_query;
+  int64_t head, begin, count;
+  Share(const AttentionArgs& args, int64_t number) {
+    const int64_t panels = (args.query.size[3] + kPanel - 1) / kPanel;
+    of_query = number / (panels * args.query.size[1]) == 0;
+    head = number / panels % args.query.size[1];
+    begin = number % panels * kPanel;
+    count = std::min<int64_t>(args.query.size[3] - begin, kPanel);
+  }
+  static int64_t total(const AttentionArgs& args) {
+    return 2 * args.query.size[1] * ((args.query.size[3] + kPanel - 1) / kPanel);
+  }
+};
+
+// Returns this share's part of the head weight's gradient. `panel` [N][kPanel], `lines` [kBackQueries + 1][kPanel].
+static double multiply_share(const AttentionArgs& args, const PairGradients& from, const Share& share, int64_t b,
+                             const View<4>& out, float* panel, float* lines) {
+  const View<4> other = line_of(share.of_query ? args.key : args.query, share.begin, share.count);
+  const View<4> own = line_of(args.query, share.begin, share.count);
+  const View<4> to = out.data ? line_of(out, share.begin, share.count) : out;
+  float *result = lines, *line = lines + kBackQueries * kPanel;
+  const bool in_place = other.dtype == DType::f32 && other.stride[3] == 1 && other.stride[2] == kPanel && share.count == kPanel;
+  const float* values = panel;
+  if (in_place) {
+    values = static_cast<const float*>(other.data) + b * other.stride[0] + share.head * other.stride[1];
+  } else {
+    for (int64_t n = 0; n < from.height * from.width; ++n) {
+      std::fill(panel + n * kPanel + share.count, panel + (n + 1) * kPanel, 0.0f);
+      load_row(other, b, share.head, n, panel + n * kPanel);
+    }
+  }
+  std::fill(line, line + kPanel, 0.0f);
+  const int64_t tiles = (from.width + kBackQueries - 1) / kBackQueries, queries = (from.width + tiles - 1) / tiles;
+  double dot = 0;
+  for (int64_t y = 0; y < from.height; ++y)
+    for (int64_t x = 0; x < from.width; x += queries) {
+      const int64_t count = std::min(queries, from.width - x);
+      kMultiply[count](from, y, x, values, result);
+      for (int64_t q = 0; q < count; ++q) {
+        float* sums = result + q * kPanel;
+        if (share.of_query) {
+          load_row(own, b, share.head, y * from.width + x + q, line);
+          vfloat products = {};
+          for (int64_t c = 0; c < kPanel; c += kLanes) products += load(line + c) * load(sums + c);
+          dot += sum_of(products);
+        }
+        if (!to.data) continue;
+        for (int64_t c = 0; c < kPanel; c += kLanes) store(sums + c, load(sums + c) * args.head_weight[share.head]);
+        store_row(to, b, share.head, y * from.width + x + q, sums);
+      }
+    }
+  return dot;
+}
+
+static void multiply(const AttentionArgs& args, const PairGradients& from, int64_t b, const AttentionGradients& out, Arena arena,
+                     int threads) {
+  const int64_t shares = Share::total(args), pixels = from.height * from.width;
+  float* panels = arena.take<float>(threads * pixels * kPanel);
+  float* lines = arena.take<float>(threads * (kBackQueries + 1) * kPanel);
+  double* dots = arena.take<double>(shares);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t number = 0; number < shares; ++number) {
+    const Share share(args, number);
+    const View<4>& to = share.of_query ? out.query : out.key;
+    dots[number] = 0;
+    if (to.data || (share.of_query && out.head))
+      dots[number] = multiply_share(args, from, share, b, to, panels + thread_number() * pixels * kPanel,
+                                    lines + thread_number() * (kBackQueries + 1) * kPanel);
+  }
+  if (!out.head) return;
+  for (int64_t number = 0; number < shares; ++number) out.head[Share(args, number).head] += dots[number];
+  for (int64_t y = 0; y < from.height; ++y) out.head[args.query.size[1]] += 0.5 * from.sums[y];
+}
+
+// The two phases use the same memory one after the other.
+int64_t backward_bytes(const AttentionArgs& args, int threads) {
+  const Tiling tiling(args.height, args.width, args.radius);
+  Arena first(nullptr), second(nullptr);
+  PairGradients(tiling, first), PairGradients(tiling, second);
+  Channels(args, first, threads);
+  LaneLabels(tiling, first);
+  first.take<float>(threads * std::max(tiling.floats(), 3 * args.width));
+  second.take<float>(threads * args.height * args.width * kPanel);
+  second.take<float>(threads * (kBackQueries + 1) * kPanel);
+  second.take<double>(Share::total(args));
+  return std::max(first.used, second.used);
+}
+
+Status backward_of_attention(const AttentionArgs& args, const PairGradient& gradient, const AttentionGradients& out,
+                             void* workspace, int threads) {
+  if (args.query.size[2] != args.height * args.width || args.radius < 0 || threads < 1) return Status::bad_argument;
+  const Tiling tiling(args.height, args.width, args.radius);
+  Arena arena(workspace);
+  const PairGradients pairs(tiling, arena);
+  if (out.head) std::fill(out.head, out.head + args.query.size[1] + 1, 0.0);
+  for (int64_t b = 0; b < args.query.size[0]; ++b) {
+    Arena rest = arena;
+    pairs.clear();
+    if (gradient.labels) {
+      const Channels channels(args, rest, threads);
+      const LaneLabels labels(tiling, rest);
+      labels.load(gradient.labels + b * args.height * args.width, tiling);
+      pack_channels(args, b, channels, threads);
+      for_each_tile(
+          tiling, rest.take<float>(threads * tiling.floats()), threads,
+          [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
+          [&](const BandTile& tile) { pair_gradients_of_loss(tile, tiling, labels, gradient, args.head_bias, pairs); });
+    } else {
+      float* lines = rest.take<float>(threads * 3 * args.width);
+#pragma omp parallel for schedule(static) num_threads(threads)
+      for (int64_t y = 0; y < args.height; ++y)
+        pair_gradients_of_window(gradient, b, y, tiling, pairs, lines + thread_number() * 3 * args.width);
+    }
+    pairs.add_up(threads);
+    multiply(args, pairs, b, out, arena, threads);
+  }
+  return Status::ok;
+}
+
+// --- of score maps ---
+
+int64_t maps_backward_bytes(const MapsArgs& args, int threads) {
+  const Tiling tiling(args.height, args.width, args.radius);
+  Arena arena(nullptr);
+  PairGradients(tiling, arena);
+  arena.take<float>(threads * (std::max(2 * args.height, int64_t(3)) * args.width));
+  arena.take<double>(args.height * args.maps.size[1]);
+  return arena.used;
+}
+
+// dL/dS_h,ij = w_h G_ij and dL/dw_h = sum G_ij S_h,ij, for the queries of image row y; `lines` holds 2 N floats.
+static void maps_row(const MapsArgs& args, const PairGradients& from, int64_t b, int64_t y, const View<4>& out, double* dots,
+                     float* lines) {
+  const int64_t pixels = from.height * from.width;
+  float *dense = lines, *line = lines + pixels;
+  for (int64_t x = 0; x < from.width; ++x) {
+    const int64_t low = std::max(x - from.radius, int64_t(0)), high = std::min(x + from.radius + 1, from.width);
+    const int64_t top = std::max(y - from.radius, int64_t(0)), bottom = std::min(y + from.radius + 1, from.height);
+    std::fill(dense, dense + pixels, 0.0f);
+    for (int64_t head = 0; head < args.maps.size[1]; ++head) {
+      for (int64_t row = top; row < bottom; ++row) {
+        const float* gradient = from.at(y, x, row - y) - x;
+        load_row(line_of(args.maps, row * from.width + low, high - low), b, head, y * from.width + x, line);
+        float part = 0;
+        for (int64_t k = low; k < high; ++k) {
+          part += gradient[k] * line[k - low];
+          dense[row * from.width + k] = gradient[k] * args.head_weight[head];
+        }
+        dots[head] += part;
+      }
+      if (out.data) store_row(out, b, head, y * from.width + x, dense);
+    }
+  }
+}
+
+Status backward_of_maps(const MapsArgs& args, const PairGradient& gradient, const View<4>& grad_maps, double* head, void* workspace,
+                        int threads) {
+  if (args.maps.size[2] != args.height * args.width || gradient.labels || threads < 1) return Status::bad_argument;
+  const Tiling tiling(args.height, args.width, args.radius);
+  const int64_t heads = args.maps.size[1], line = std::max(2 * args.height, int64_t(3)) * args.width;
+  Arena arena(workspace);
+  const PairGradients pairs(tiling, arena);
+  float* lines = arena.take<float>(threads * line);
+  double* dots = arena.take<double>(args.height * heads);
+  std::fill(head, head + heads + 1, 0.0);
+  for (int64_t b = 0; b < args.maps.size[0]; ++b) {
+    pairs.clear();
+    std::fill(dots, dots + args.height * heads, 0.0);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t y = 0; y < args.height; ++y)
+      pair_gradients_of_window(gradient, b, y, tiling, pairs, lines + thread_number() * line);
+    pairs.add_up(threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t y = 0; y < args.height; ++y)
+      maps_row(args, pairs, b, y, grad_maps, dots + y * heads, lines + thread_number() * line);
+    for (int64_t y = 0; y < args.height; ++y) {
+      for (int64_t h = 0; h < heads; ++h) head[h] += dots[y * heads + h];
+      head[heads] += 0.5 * pairs.sums[y];
+    }
+  }
+  return Status::ok;
+}
+
+}  // namespace AFA_ISA
+
+#if AFA_ISA_IS_BASELINE
+AFA_DECLARE_PER_ISA(int64_t backward_bytes(const AttentionArgs& args, int threads))
+AFA_DECLARE_PER_ISA(Status backward_of_attention(const AttentionArgs& args, const PairGradient& gradient,
+                                                 const AttentionGradients& out, void* workspace, int threads))
+AFA_DECLARE_PER_ISA(int64_t maps_backward_bytes(const MapsArgs& args, int threads))
+AFA_DECLARE_PER_ISA(Status backward_of_maps(const MapsArgs& args, const PairGradient& gradient, const View<4>& grad_maps,
+                                            double* head, void* workspace, int threads))
+
+int64_t attention_backward_cpu_workspace(const AttentionArgs& args, int threads) { AFA_DISPATCH(backward_bytes, args, threads) }
+Status attention_backward_cpu(const AttentionArgs& args, const PairGradient& gradient, const AttentionGradients& out,
+                              void* workspace, int threads) {
+  AFA_DISPATCH(backward_of_attention, args, gradient, out, workspace, threads)
+}
+int64_t affinity_from_maps_backward_cpu_workspace(const MapsArgs& args, int threads) {
+  AFA_DISPATCH(maps_backward_bytes, args, threads)
+}
+Status affinity_from_maps_backward_cpu(const MapsArgs& args, const PairGradient& gradient, const View<4>& grad_maps, double* head,
+                                       void* workspace, int threads) {
+  AFA_DISPATCH(backward_of_maps, args, gradient, grad_maps, head, workspace, threads)
+}
+#endif
+
+}  // namespace afa

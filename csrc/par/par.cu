@@ -1,0 +1,321 @@
+// PAR and PAMR on a GPU: the weights, for the resident diffusion (diffusion/resident.cuh) or written out for the streaming one.
+//
+// Data flow of par_weights_kernel: a block takes 32 x 16 pixels; the image tile with a halo as wide as the farthest tap goes to
+// shared memory as float32 with the border resolved; each pixel then walks its taps twice: for the deviation of each colour,
+// and for kappa, which stays in registers (48 taps: PAR's six dilations) through the softmax. For other dilation sets kappa is
+// computed once more instead, with a running maximum and sum. Weights leave as one 128-byte line per warp and tap. A halo that
+// does not fit in shared memory is read through the cache in its place.
+// Floor: 4 (half: 2) bytes * taps per pixel written; 6 * taps shared loads and about 30 * taps operations per pixel.
+// Sums of squares are taken about one of the neighbours themselves, so a constant neighbourhood has a deviation of exactly 0 and
+// cancellation costs at most a factor of the number of taps.
+// Occupancy: par_weights_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
+#include "par/par.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "diffusion/resident.cuh"
+
+namespace afa {
+
+constexpr int kMaxDilations = 64;
+constexpr int kColours = 3;
+constexpr int kTileW = 32, kTileH = 16, kWeightThreads = 256;
+
+struct ParTaps {
+  int count;  // dilations
+  bool pamr;
+  float inverse_w1;
+  int dy[kMaxDilations], dx[kMaxDilations];  // distances, one image length at most: from there on they reach its border alike
+  float straight[kMaxDilations], diagonal[kMaxDilations];  // position weights
+};
+
+// Direction k of 8, row-major with the centre left out.
+__device__ inline int direction_y(int k) { return (k + (k >= 4)) / 3 - 1; }
+__device__ inline int direction_x(int k) { return (k + (k >= 4)) % 3 - 1; }
+__device__ inline bool is_diagonal(int k) { return 0xA5 >> k & 1; }
+
+// The deviation of one colour where squares overflow (pixels beyond 1e18), rare and so kept small: of the pixels times 2^-80.
+template <class Pixel>
+__device__ inline float wide_deviation(const ParTaps& taps, int dilations, int c, float count, Pixel pixel) {
+  constexpr float kShrink = 0x1p-80f;
+  // Rounded before the origin is taken off, or pixels equal to it would not give 0.
+  auto shrunk = [&](int dy, int dx) { return __fmul_rn(pixel(c, dy, dx), kShrink); };
+  const float origin = shrunk(-taps.dy[0], -taps.dx[0]), away = shrunk(0, 0) - origin;
+  const float centres = count - float(8 * dilations);
+  float sum = away * centres, squares = away * away * centres;
+#pragma unroll 1
+  for (int t = 0; t < 8 * dilations; ++t) {
+    const float value = shrunk(direction_y(t % 8) * taps.dy[t / 8], direction_x(t % 8) * taps.dx[t / 8]) - origin;
+    sum += value;
+    squares = fmaf(value, value, squares);
+  }
+  const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
+  return sqrtf(variance < 0.0f ? 0.0f : variance) * (1.0f / kShrink);
+}
+
+// 1 / (the divisor of one colour's differences).
+template <class Pixel>
+__device__ inline float inverse_divisor(const ParTaps& taps, int dilations, int c, float centre, Pixel pixel) {
+  const float origin = pixel(c, -taps.dy[0], -taps.dx[0]), away = centre - origin;
+  // PAMR's deviation has the centre among the values, once for each dilation.
+  const float centres = taps.pamr ? float(dilations) : 0.0f, count = float(8 * dilations) + centres;
+  float sum = away * centres, squares = away * away * centres;
+  for (int i = 0; i < dilations; ++i)
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const float value = pixel(c, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]) - origin;
+      sum += value;
+      squares = fmaf(value, value, squares);
+    }
+  // max() would turn NaN into 0.
+  const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
+  float sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
+  if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, dilations, c, count, pixel);
+  return taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
+}
+
+// The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; keeper.keep(t, weight) takes them, taps ascending,
+// those of the first kHeldDilations keeper.hold(t, weight) with a constant t. kDilations: how many there are, if the kernel was made
+// for that number, else 0.
+template <int kDilations, int kHeldDilations, class Pixel, class Keeper>
+__device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& keeper) {
+  const int dilations = kDilations > 0 ? kDilations : taps.count;
+  float centre[kColours], scale[kColours];
+#pragma unroll
+  for (int c = 0; c < kColours; ++c) {
+    centre[c] = pixel(c, 0, 0);
+    scale[c] = inverse_divisor(taps, dilations, c, centre[c], pixel);
+  }
+  // The maximum is taken of one evaluation and subtracted from another, so both must round alike: where sigma is 0, kappa is about
+  // 1e15, and half a unit in its last place is 3e7 in the exponent. Left to the compiler, the last product is fused into the
+  // subtraction. Every rounding is therefore spelled out.
+  auto kappa = [&](int i, int k) {
+    const int dy = direction_y(k) * taps.dy[i], dx = direction_x(k) * taps.dx[i];
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kColours; ++c) {
+      const float distance = __fmul_rn(pixel(c, dy, dx) - centre[c], scale[c]);
+      sum = __fadd_rn(sum, taps.pamr ? fabsf(distance) : __fmul_rn(distance, distance));
+    }
+    return __fmul_rn(sum, -1.0f / kColours);
+  };
+  auto position = [&](int i, int k) { return is_diagonal(k) ? taps.diagonal[i] : taps.straight[i]; };
+  if constexpr (kDilations > 0) {
+    float value[kDilations > 0 ? 8 * kDilations : 1], highest = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int t = 0; t < 8 * kDilations; ++t) highest = fmaxf(highest, value[t] = kappa(t / 8, t % 8));
+#pragma unroll
+    for (int t = 0; t < 8 * kDilations; ++t) sum += value[t] = __expf(value[t] - highest);
+    const float inverse = 1.0f / sum;
+#pragma unroll
+    for (int t = 0; t < 8 * kDilations; ++t) keeper.keep(t, fmaf(value[t], inverse, position(t / 8, t % 8)));
+  } else {
+    float highest = -INFINITY, sum = 0.0f;
+    for (int i = 0; i < dilations; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float value = kappa(i, k), higher = fmaxf(highest, value);
+        sum = (highest == -INFINITY ? 0.0f : sum * __expf(highest - higher)) + __expf(value - higher);
+        highest = higher;
+      }
+    const float inverse = 1.0f / sum;
+    auto weight = [&](int i, int k) { return fmaf(__expf(kappa(i, k) - highest), inverse, position(i, k)); };
+    if constexpr (kHeldDilations > 0) {
+#pragma unroll
+      for (int t = 0; t < 8 * kHeldDilations; ++t) keeper.hold(t, weight(t / 8, t % 8));
+    }
+    for (int i = kHeldDilations; i < dilations; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) keeper.keep(8 * i + k, weight(i, k));
+  }
+}
+
+// ---- the weights alone ---------------------------------------------------------------------------------------------------
+
+struct WeightArgs {
+  View<4> images, out;  // [B, 3, H, W], [B, 8 * D, H, W]
+  int reach_y, reach_x;
+  ParTaps taps;
+};
+
+struct WeightWriter {
+  const View<4>& out;
+  int64_t at;  // the pixel's first weight
+  __device__ void keep(int t, float weight) { store_element(out.data, out.dtype, at + t * out.stride[1], weight); }
+};
+
+template <int kDilations, bool kShared>
+__global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __grid_constant__ WeightArgs args) {
+  const View<4>& images = args.images;
+  const int height = int(images.size[2]), width = int(images.size[3]);
+  const int rows = kTileH + 2 * args.reach_y, pitch = kTileW + 2 * args.reach_x;
+  SharedArena arena;
+  SharedArray<float> tile = arena.take<float>(kShared ? kColours * rows * pitch : 0);
+  const int x0 = int(blockIdx.x) * kTileW, column = threadIdx.x % kTileW, x = x0 + column;
+  for (int64_t b = blockIdx.z; b < images.size[0]; b += gridDim.z)
+    for (int64_t y0 = int64_t(blockIdx.y) * kTileH; y0 < height; y0 += int64_t(gridDim.y) * kTileH) {
+      if constexpr (kShared) {
+        __syncthreads();  // the last tile's readers are done
+        ResidentPlan shape;
+        shape.tile_w = kTileW, shape.reach_y = args.reach_y, shape.reach_x = args.reach_x, shape.rows = rows, shape.pitch = pitch;
+        load_tile(shape, ImageTile{b, int(y0), x0, 0, 0}, height, width, false, kColours, tile, [&](int c, int y, int x) {
+          return load_element(images.data, images.dtype, offset_of(images, b, c, y) + x * images.stride[3]);
+        });
+        __syncthreads();
+      }
+      for (int row = threadIdx.x / kTileW; row < kTileH; row += kWeightThreads / kTileW) {
+        const int y = int(y0) + row;
+        if (y >= height || x >= width) continue;
+        WeightWriter writer{args.out, offset_of(args.out, b, 0, y) + x * args.out.stride[3]};
+        if constexpr (kShared) {
+          const SharedArray<float> centre = tile + ((row + args.reach_y) * pitch + column + args.reach_x);
+          const int plane = rows * pitch;
+          pixel_weights<kDilations, 0>(args.taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * pitch + dx]; }, writer);
+        } else {
+          pixel_weights<kDilations, 0>(
+              args.taps,
+              [&](int c, int dy, int dx) {
+                const int64_t row_at = offset_of(images, b, c, clamp_to(y + dy, 0, height - 1));
+                return load_element(images.data, images.dtype, row_at + clamp_to(x + dx, 0, width - 1) * images.stride[3]);
+              },
+              writer);
+        }
+      }
+    }
+}
+
+// ---- the weights of a resident tile --------------------------------------------------------------------------------------
+
+struct ParWeights {
+  static constexpr int kPlanes = kColours;
+  View<4> images;
+  ParTaps taps;
+  template <class Word, int kHeld>
+  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
+                       SharedArray<float> pixels) const {
+    const ResidentPlan& plan = args.plan;
+    const int count = plan.pixels(), plane = plan.rows * plan.pitch;
+    load_tile(plan, tile, images.size[2], images.size[3], false, kColours, pixels, [&](int c, int y, int x) {
+      return load_element(images.data, images.dtype, offset_of(images, tile.b, c, y) + x * images.stride[3]);
+    });
+    __syncthreads();
+    for_own_pixels<kHeld>(count, [&](int p, int j) {
+      const int y = p / plan.tile_w, x = p - y * plan.tile_w;
+      if (y >= tile.height || x >= tile.width) return;
+      const SharedArray<float> centre = pixels + ((y + plan.reach_y) * plan.pitch + x + plan.reach_x);
+      pixel_weights<0, kHeld / 8>(
+          taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * plan.pitch + dx]; },
+          WeightKeeper<Word, kHeld>(to, &held, count, p, j));
+    });
+  }
+};
+
+// ---- entry points --------------------------------------------------------------------------------------------------------
+
+static int64_t farthest(const ParArgs& args, int64_t size) {
+  return std::min<int64_t>(*std::max_element(args.dilations, args.dilations + args.num_dilations), size);
+}
+
+static ParTaps make_taps(const ParArgs& args) {
+  ParTaps taps = {};
+  std::vector<float> position(8 * args.num_dilations);
+  par_position_weights(args, position.data());
+  taps.count = int(args.num_dilations), taps.pamr = args.variant == ParVariant::pamr, taps.inverse_w1 = 1.0f / args.w1;
+  for (int64_t i = 0; i < args.num_dilations; ++i) {
+    taps.dy[i] = int(std::min<int64_t>(args.dilations[i], args.images.size[2]));
+    taps.dx[i] = int(std::min<int64_t>(args.dilations[i], args.images.size[3]));
+    taps.diagonal[i] = position[8 * i], taps.straight[i] = position[8 * i + 1];
+  }
+  return taps;
+}
+
+static Status check_images(const ParArgs& args) {
+  if (args.num_dilations < 1 || args.images.size[1] != kColours || is_empty(args.images)) return Status::bad_argument;
+  const bool fits = args.num_dilations <= kMaxDilations && args.images.size[2] < (1 << 30) && args.images.size[3] < (1 << 30);
+  return fits ? Status::ok : Status::unsupported;
+}
+
+static Status launch_weights(const ParArgs& args, const View<4>& out, void* stream) {
+  AFA_TRY(check_images(args));
+  if (out.size[1] != 8 * args.num_dilations || !same_images(out, args.images)) return Status::bad_argument;
+  const auto& size = args.images.size;
+  WeightArgs weights = {args.images, out, int(farthest(args, args.images.size[2])), int(farthest(args, args.images.size[3])),
+                        make_taps(args)};
+  LaunchShape shape;
+  shape.block = dim3(kWeightThreads);
+  shape.grid = dim3(unsigned(blocks_for(size[3], kTileW)), grid_limit(blocks_for(size[2], kTileH)), grid_limit(size[0]));
+  const int64_t tile = int64_t(kTileH + 2 * weights.reach_y) * (kTileW + 2 * weights.reach_x);
+  if (4 * kColours * tile > std::min(device_limits().shared_bytes, 110 * 1024))
+    return launch(par_weights_kernel<0, false>, shape, stream, weights);
+  shape.shared_bytes = SharedArena::bytes<float>(kColours * tile);
+  if (args.num_dilations == 6) return launch(par_weights_kernel<6, true>, shape, stream, weights);
+  return launch(par_weights_kernel<0, true>, shape, stream, weights);
+}
+
+Status par_weights_cuda(const ParArgs& args, const View<4>& out, int device, void* stream) {
+  DeviceGuard guard(device);
+  return launch_weights(args, out, stream);
+}
+
+// AFA_PLAN=resident or streaming asks for one plan of the forward, to time it; read at every call.
+static bool plan_is_asked_for(const char* name) {
+  const char* wish = std::getenv("AFA_PLAN");
+  return wish != nullptr && std::strcmp(wish, name) == 0;
+}
+
+struct Prepared {
+  std::vector<int32_t> offsets;
+  DiffusionArgs diffusion;
+  ResidentPlan plan;
+  bool resident;
+
+  Prepared(const ParArgs& args, const DiffusionArgs& given, bool half_weights) : offsets(16 * args.num_dilations), diffusion(given) {
+    par_offsets(args.dilations, args.num_dilations, offsets.data());
+    diffusion.offsets = offsets.data(), diffusion.taps = 8 * args.num_dilations, diffusion.border = Border::replicate;
+    // Streamed weights lie in the workspace, their rows padded to 16 bytes.
+    View<4>& weights = diffusion.weights;
+    weights.dtype = half_weights ? DType::f16 : DType::f32;
+    for (int i = 0; i < 4; ++i) weights.size[i] = i == 1 ? diffusion.taps : args.images.size[i];
+    pack_rows(&weights, 8);
+    resident = !plan_is_asked_for("streaming") && plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
+  }
+  // Whether it is the plan that was asked for; the adjoint and no iterations have but one.
+  bool as_wished() const {
+    return resident || diffusion.transpose || diffusion.num_iter < 1 || !plan_is_asked_for("resident");
+  }
+  int64_t workspace() const {
+    return resident ? resident_workspace(diffusion, plan) : weight_bytes() + stream_workspace(diffusion);
+  }
+  int64_t weight_bytes() const {
+    const View<4>& weights = diffusion.weights;
+    return diffusion.num_iter > 0 ? round_up(element_bytes(weights.dtype) * weights.stride[0] * weights.size[0], 256) : 0;
+  }
+};
+
+int64_t par_cuda_workspace(const ParArgs& args, const DiffusionArgs& diffusion, bool half_weights, int device) {
+  if (check_images(args) != Status::ok) return 0;
+  DeviceGuard guard(device);
+  return Prepared(args, diffusion, half_weights).workspace();
+}
+
+Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weights, void* workspace, int64_t bytes, int device,
+                void* stream) {
+  AFA_TRY(check_images(args));
+  if (given.num_iter < 0 || given.masks.size[1] < 1) return Status::bad_argument;
+  if (!same_size(given.masks, given.out) || !same_images(given.masks, args.images)) return Status::bad_argument;
+  if (given.masks.size[1] > 8192) return Status::unsupported;
+  DeviceGuard guard(device);
+  Prepared prepared(args, given, half_weights);
+  if (!prepared.as_wished()) return Status::unsupported;
+  if (bytes < prepared.workspace()) return Status::not_resident;
+  if (prepared.resident)
+    return launch_resident(prepared.diffusion, prepared.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
+  prepared.diffusion.weights.data = workspace;
+  if (given.num_iter > 0) AFA_TRY(launch_weights(args, prepared.diffusion.weights, stream));
+  return stream_diffusion(prepared.diffusion, true, static_cast<char*>(workspace) + prepared.weight_bytes(), stream);
+}
+
+}  // namespace afa
