@@ -243,7 +243,6 @@ def test_bench_data_measures_the_loader(root, capsys):
 # --- errors, modules ---
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "bench"])
 ENDS = [
     (ConfigError("x: wrong"), 2),
     (DataError("files", ["a", "b"]), 2),
@@ -252,6 +251,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "bench"])
 @pytest.mark.parametrize(("error", "code"), ENDS)
 def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):
     def broken(argv):
