@@ -14,28 +14,24 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+import torch
+import torch.nn.functional as F
+from machine import commit, device_name
+from published_step import PublishedStep
+from rich.console import Console
+from rich.table import Table
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from machine import commit, device_name  # noqa: E402
-from published_step import PublishedStep  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from afa_model.conventions import MEAN, STD  # noqa: E402
-from afa_model.networks.afa import AFA  # noqa: E402
-from afa_model.runs.memory import keep_freed_memory  # noqa: E402
-from afa_model.runtime.phases import PhaseTimer  # noqa: E402
-from afa_model.runtime.processes import autocast  # noqa: E402
-from afa_model.training.schedule import build_optimizer  # noqa: E402
-from afa_model.training.step import StepSettings, TrainingStep  # noqa: E402
+from afa_model.conventions import MEAN, STD
+from afa_model.networks.afa import AFA
+from afa_model.runs.memory import keep_freed_memory
+from afa_model.runtime.phases import PhaseTimer
+from afa_model.runtime.processes import autocast
+from afa_model.training.schedule import build_optimizer
+from afa_model.training.step import StepSettings, TrainingStep
 
 WAYS = ("published", "fused")
 ITERATION = 10_000  # past aff_iters: everything is computed and has its weight

@@ -10,10 +10,9 @@ import importlib
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+import torch
 
-import torch  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 
 def tables() -> list[str]:

@@ -57,8 +57,10 @@ class BackendTable(list):
         return "\n".join(lines)
 
 
-def register(operator: str, samples: Callable[[proof.Draw], list[proof.Sample]]) -> None:
-    """An operator with a native and a Triton backend; the reference path always can.
+def register(
+    operator: str, samples: Callable[[proof.Draw], list[proof.Sample]], backends: Sequence[str] = ("native", "triton")
+) -> None:
+    """An operator and the backends that it has beside the reference, which always can.
 
     ``samples(draw)`` gives the small calls with which a backend proves itself: odd sizes, several of the kernels'
     tiles, all arguments that choose another kernel.
@@ -67,7 +69,8 @@ def register(operator: str, samples: Callable[[proof.Draw], list[proof.Sample]])
     def native_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
         return native_module.native_can_run(operator, device, *tensors)
 
-    _registry[operator] = {"native": native_reason, "triton": triton_reason}
+    predicates = {"native": native_reason, "triton": triton_reason}
+    _registry[operator] = {name: predicates[name] for name in backends}
     proof.samples[operator] = samples
 
 

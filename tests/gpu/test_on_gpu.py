@@ -185,11 +185,12 @@ def test_each_file_that_uses_the_device_is_run_once(machine):
     machine.run("--second")
     stages = ("cuda_tests", "operators", "suite")
     ran = {stage: set(re.findall(r"tests/\S+\.py", machine.calls(stage)[0])) for stage in stages}
-    assert "tests/test_cuda.py" in ran["cuda_tests"] and "tests/test_par.py" in ran["operators"]
-    assert "tests/test_model.py" in ran["suite"]
-    assert sum(map(len, ran.values())) == len(set.union(*ran.values())), "no file twice"
+    assert "tests/gpu/test_cuda.py" in ran["cuda_tests"] and "tests/ops/test_par.py" in ran["operators"]
+    names = {Path(file).name for file in set.union(*ran.values())}
+    assert "test_model.py" in {Path(file).name for file in ran["suite"]}
+    assert sum(map(len, ran.values())) == len(names), "no file twice"
     for name in ("on_gpu", "cuda_emulator", "triton_bounds", "cli", "benchmarks_gpu"):
-        assert not any(f"tests/test_{name}.py" in files for files in ran.values()), name
+        assert f"test_{name}.py" not in names, name
     assert all(file in machine.left("second.log") for file in ran["suite"])
 
 
