@@ -4,9 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Files of tests side by side, a core each; WORKERS= runs them one after the other.
-# In their order: the longest have few tests in them and would come last.
-WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Tests side by side, a core each; WORKERS= runs them one after the other.
+WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow bench lint clean
 
