@@ -1,0 +1,1 @@
+"""The commands of `afa`: each file parses, calls and prints."""

@@ -1,0 +1,1 @@
+"""Data sets: files, classes, image labels, checks, order, transforms, generated pictures."""

@@ -1,0 +1,1 @@
+"""Scores of a model against masks, and prediction for photographs."""

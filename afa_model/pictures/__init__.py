@@ -1,0 +1,1 @@
+"""Pictures of what a model sees: overlays, panels, head weights."""

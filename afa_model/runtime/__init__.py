@@ -1,0 +1,1 @@
+"""Processes, sums over them, phases, progress bars. Knows no AFA."""

@@ -1,0 +1,1 @@
+"""What one training step computes: losses, phases, optimizer and schedule, acceleration."""
