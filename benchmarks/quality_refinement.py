@@ -23,8 +23,8 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.functional import gaussian_blur
 
-import afa_kernels
 from afa_kernels.ops.par import DILATIONS
+from afa_model.labels.refinement import REFINEMENTS
 
 STRIDE = 16
 CLASSES = 21
@@ -32,24 +32,25 @@ CLASSES = 21
 Refine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def par(dilations=DILATIONS, iterations=15, w=0.3, w3=0.01) -> Refine:
-    return lambda image, scores: afa_kernels.par(image, scores, dilations, iterations, w, w, w3)
+def by_name(name: str, dilations=DILATIONS, num_iter=15, **factors: float) -> Refine:
+    """One of the refinements that training chooses from, with settings of its own."""
+    return lambda image, scores: REFINEMENTS[name](image, scores, dilations, num_iter, class_mask=None, **factors)
 
 
-def pamr(iterations=15) -> Refine:
-    return lambda image, scores: afa_kernels.pamr(image, scores, DILATIONS, iterations)
+def par(dilations=DILATIONS, num_iter=15, w=0.3, w3=0.01) -> Refine:
+    return by_name("par", dilations, num_iter, w1=w, w2=w, w3=w3)
 
 
 # Row of the paper's Table 2: (name, refinement, its mIoU on VOC train).
 TABLE_2: list[tuple[str, Refine, float]] = [
-    ("coarse (CAM)", lambda image, scores: scores, 48.2),
-    ("PAMR, six dilations", pamr(), 51.4),
+    ("coarse (CAM)", by_name("none"), 48.2),
+    ("PAMR, six dilations", by_name("pamr"), 51.4),
     ("PAR, dilations 1-4, 15 iterations", par((1, 2, 4)), 48.8),
     ("PAR, dilations 1-8, 15 iterations", par((1, 2, 4, 8)), 49.9),
     ("PAR, dilations 1-12, 15 iterations", par((1, 2, 4, 8, 12)), 51.3),
     ("PAR, six, no position kernel, 15 iterations", par(w3=0.0), 51.5),
     ("PAR, six, 15 iterations", par(), 52.9),
-    ("PAR, six, 20 iterations", par(iterations=20), 52.9),
+    ("PAR, six, 20 iterations", par(num_iter=20), 52.9),
 ]
 # Table 3: w1 = w2 down, w3 across; None where the paper has no number.
 W12, W3 = (0.1, 0.3, 0.5, 0.7), (0.005, 0.01, 0.02, 0.03)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from afa_kernels.ops.par import DILATIONS
+
 from .refinement import check_refinement
 
 
@@ -30,7 +32,7 @@ class LabelSettings:
     walk_power: float = 2.0
     walk_eps: float = 0.1
     refinement: str = "par"
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    dilations: tuple[int, ...] = DILATIONS
     num_iter: int = 10
     high_score: float = 0.55
     low_score: float = 0.35

@@ -226,15 +226,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(root, tmp_path):
 def test_labels_that_are_all_ignored_give_a_finite_loss(root, tmp_path):
     # no pixel is background under the low score 0, none is foreground under the high score 1.1
     run(root, tmp_path / "run", labels__low_score=0, labels__high_score=1.1)
-    steps = rows(tmp_path / "run" / "train.csv")
-    assert all(math.isfinite(float(row["loss"])) for row in steps)
-    assert [float(row["seg_loss"]) for row in steps[1:]] == [0, 0, 0]
+    steps = rows(tmp_path / "run" / "train.csv")[1:]
+    assert [float(row["seg_loss"]) for row in steps] == [float(row["aff_loss"]) for row in steps] == [0, 0, 0]
+    assert {(float(row["pos_count"]), float(row["neg_count"])) for row in steps} == {(1, 1)}
+    assert [row["loss"] for row in steps] == [row["cls_loss"] for row in steps], "the classifier goes on learning"
 
 
 def test_the_cam_only_baseline_trains(root, tmp_path):
     run(root, tmp_path / "run", model__backbone="resnet18", eval__every=4, log__pictures_every=4)
     steps = rows(tmp_path / "run" / "train.csv")
-    assert all(math.isfinite(float(row["loss"])) and row["seg_loss"] == "" for row in steps)
+    assert all(row["loss"] == row["cls_loss"] and row["seg_loss"] == row["aff_loss"] == "" for row in steps)
+    assert all(0 < float(row["loss"]) < 2 for row in steps), "near the ln 2 of a classifier that knows nothing"
     assert set(rows(tmp_path / "run" / "eval.csv")[0]) == {"iteration", "cam", "refined_cam"}
 
 

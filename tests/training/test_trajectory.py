@@ -148,9 +148,12 @@ def test_all_ignored_labels_give_a_finite_loss_and_gradient():
 def test_batch_without_box_or_without_classes():
     step = TrainingStep(tiny(), StepSettings(0, 1), NEAR)
     without_box = {name: value for name, value in batch().items() if name != "img_box"}
-    assert step(without_box, 2).loss.isfinite()
+    got, want = step(without_box, 2), step(batch(img_box=torch.tensor([[0, 64, 0, 64]] * 2)), 2)
+    assert torch.equal(got.aff_label, want.aff_label) and torch.equal(got.refined_label, want.refined_label)
+    assert float(got.loss.detach()) == pytest.approx(float(want.loss.detach()), rel=1e-6)
     result = step(batch(cls_labels=torch.zeros(2, 4)), 2)
-    assert result.loss.isfinite() and set(result.aff_label.unique().tolist()) == {0, 255}
+    assert set(result.aff_label.unique().tolist()) == {0, 255}, "what is not open is background"
+    assert int(result.neg_count) == 1 and float(result.seg_loss) > 0
 
 
 def test_odd_sizes_and_bfloat16_autocast():

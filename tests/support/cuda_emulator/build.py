@@ -30,6 +30,7 @@ THREAD_SANITIZER = HERE.parent / "thread_sanitizer" / "openmp.cpp"
 CONTRACTED = ["-O2", "-ffp-contract=fast", "-mfma"]
 ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 THREAD = ["-g", "-fsanitize=thread"]
+BINDINGS = "bindings.cpp"  # all of them in one, for pybind11's headers take longer than what is bound
 # A call less at every use of a thread's own variables, in processes that load little else.
 FAST_LOCALS = "-ftls-model=initial-exec"
 
@@ -42,7 +43,7 @@ def _flags_of(file: Path, kind: str) -> list[str]:
         return ["-O1", "-DAFA_EMULATOR_RACES", FAST_LOCALS, *(THREAD if file.suffix == ".cu" else [])]
     if file.suffix == ".cu" or file.parent == HERE:
         return ["-O1", *([*ADDRESS, FAST_LOCALS] if kind == "address" else [])]
-    if kind == "thread" and file.parent != CSRC / "bind":
+    if kind == "thread" and file.name != BINDINGS:
         return ["-O1", "-fopenmp", *THREAD]
     return ["-O0"]
 
@@ -88,14 +89,23 @@ def build(kind: str = "plain") -> Path:
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
-    files = sources("AFA_CUDA_SOURCES", "AFA_BINDINGS", "AFA_CPU_KERNELS", "AFA_CPU_SOURCES")
+    files = sources("AFA_CUDA_SOURCES", "AFA_CPU_KERNELS", "AFA_CPU_SOURCES")
     files += [HERE / "emulator.cpp", HERE / "switches.cpp", HERE / "faults.cu"]
     files += [THREAD_SANITIZER] if kind == "thread" else []
     folder = ROOT / "build" / "cuda_emulator"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side build it once
-        return _build(cxx, folder, files, kind)
+        return _build(cxx, folder, [_bindings(folder), *files], kind)
+
+
+def _bindings(folder: Path) -> Path:
+    """The file that includes all of the bindings, and changes where one of them does."""
+    parts = sources("AFA_BINDINGS")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
+    lines = [f"// {digest}", *(f'#include "{path.relative_to(CSRC).as_posix()}"' for path in parts)]
+    (folder / BINDINGS).write_text("\n".join(lines) + "\n")
+    return folder / BINDINGS
 
 
 def _build(cxx: str, folder: Path, files: list[Path], kind: str) -> Path:
