@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Tests side by side, a core each; WORKERS= runs them one after the other.
-WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
+# Tests side by side, and one more than there are cores, for some wait; WORKERS= runs them one after the other.
+WORKERS ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow bench lint clean
 

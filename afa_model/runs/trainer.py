@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, to_dict
-from ..config.renamed import with_new_names
+from ..config import Config, from_dict, to_dict
 from ..data.datasets import EvaluationSet, TrainingSet
 from ..data.order import training_loader
 from ..errors import CheckpointError, DataError
@@ -89,7 +88,8 @@ class Trainer:
                 f"warning: the checkpoint is from {len(states)} process(es), this run has"
                 f" {self.here.world_size}: it goes on, but not to the same losses"
             )
-        changed = list(_differences(with_new_names(state["config"]), to_dict(self.config)))
+        before = to_dict(from_dict(state["config"]))  # with the names and what else there is to set today
+        changed = list(_differences(before, to_dict(self.config)))
         if changed:
             self.notes.append("warning: changed since the checkpoint: " + ", ".join(changed))
 

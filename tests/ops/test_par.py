@@ -174,8 +174,9 @@ def test_constant_neighbourhood_with_another_centre(backend):
 @pytest.mark.parametrize("operator", [par, pamr])
 def test_half_precision_error_is_that_of_rounding(rng, backend, operator, dtype):
     images, masks = inputs(rng, 2, 4, 25, 31, dtype)
-    exact = operator(images.float(), masks.float(), SIX, 4, backend="reference")
-    got = operator(images, masks, SIX, 4, backend=backend)
+    steps = 1 if backend == "triton" and DEVICE == "cpu" else 4  # the interpreter takes seconds for each
+    exact = operator(images.float(), masks.float(), SIX, steps, backend="reference")
+    got = operator(images, masks, SIX, steps, backend=backend)
     assert got.dtype == dtype
     # Weights and sums are float32 inside, so only the result is rounded.
     assert relative_error(got, exact) <= 2 * relative_error(exact.to(dtype), exact)
@@ -291,9 +292,14 @@ def test_inputs_stay_as_they_are(rng, backend):
 # --- gradients ---
 
 
-@pytest.mark.parametrize("backend", FAST, indirect=True)
-@pytest.mark.parametrize("operator", [par, pamr])
-@pytest.mark.parametrize("shape", SHAPES)
+def every_gradient():
+    """All combinations; for Triton's interpreter every shape by one operator, whose gradient is the other's too."""
+    rows = list(itertools.product(FAST, (par, pamr), SHAPES))
+    slow = "triton" if DEVICE == "cpu" else None
+    return [row for row in rows if row[0] != slow or (SHAPES.index(row[2]) + (row[1] is pamr)) % 2 == 0]
+
+
+@pytest.mark.parametrize(("backend", "operator", "shape"), every_gradient(), indirect=["backend"])
 def test_gradient_of_masks_equals_reference(rng, backend, operator, shape):
     images, masks = inputs(rng, *shape)
     grad = torch.rand(masks.shape, generator=rng).to(DEVICE)
