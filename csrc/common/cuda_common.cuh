@@ -1,7 +1,7 @@
 // What every CUDA source shares: the launch, shared memory, element access, the list of present channels.
 //
 // Kernels are launched by launch() alone and take shared memory from SharedArena alone, never by <<<>>> or __shared__, so that
-// the same sources also compile as C++ and run thread by thread on a CPU (tests/cuda_emulator).
+// the same sources also compile as C++ and run thread by thread on a CPU (tests/support/cuda_emulator).
 #pragma once
 
 #include <cooperative_groups.h>
