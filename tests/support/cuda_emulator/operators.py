@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import afa_kernels
+from afa_kernels import ops
 from afa_kernels.core import native_module
 
 from .build import Emulator
@@ -17,6 +20,9 @@ from .build import Emulator
 def emulated(emulator: Emulator, order: int = 0) -> Iterator[Emulator]:
     """Within the block the native backend runs the CUDA sources, emulated, threads and blocks in this order."""
     original = native_module.native
+    # An operator imports its calls when it is first called: within the block it would keep the emulator for good.
+    for operator in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+        importlib.import_module(f"{operator.name}.native")
     emulator.set_order(order)
     with mock.patch.multiple(native_module, on_cuda=lambda tensor: True, cuda_stream=lambda device: (0, 0)):
         patches = [
