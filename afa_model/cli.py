@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import AfaError
+from .errors import AfaError, ConfigError, DataError
 
 # name -> what it does; commands/NAME.py has a `main` that takes the rest of the line and may return an exit code
 COMMANDS = {
@@ -48,10 +48,12 @@ def _with_underscores(word: str) -> str:
 
 
 def _tell(argv: Sequence[str], error: AfaError) -> None:
-    """The mistake in one line; of several processes, which all find the same one in what was asked, the first tells."""
+    """The mistake in one line. In settings and data all processes find the same one, and the first tells; what goes
+    wrong with files or numbers may be one process's alone.
+    """
     from .runtime.processes import announced_rank
 
-    if error.exit_code == AfaError.exit_code and announced_rank() > 0:
+    if isinstance(error, (ConfigError, DataError)) and announced_rank() > 0:
         return
     part = [word for word in argv[1:2] if word in SUBCOMMANDS.get(argv[0], ())]
     print(f"afa {' '.join([argv[0], *part])}: error: {error}", file=sys.stderr)

@@ -28,7 +28,13 @@ class DataError(AfaError):
 
 
 class CheckpointError(AfaError, RuntimeError):
-    """A checkpoint that is missing, broken, or of another model; or one that cannot be written."""
+    """A checkpoint that is missing, broken, or of another model; or the processes found different ones."""
+
+
+class SavingError(CheckpointError):
+    """A checkpoint that cannot be written: the disk is full, or the folder gone."""
+
+    exit_code = 1
 
 
 class TrainingError(AfaError, RuntimeError):

@@ -1,4 +1,2 @@
 """What every operator stands on: choosing a backend, checking arguments, calling kernels, counting taps.
-
-Nothing in here knows an operator by name.
 """

@@ -27,6 +27,7 @@ from ..conventions import denormalize
 from ..data.classes import voc_palette
 from ..data.datasets import EvaluationSet
 from ..data.synthetic import SyntheticSettings, synthetic_data
+from ..errors import ConfigError
 from ..evaluation.scores import ScoreKeeper, Scores
 from ..labels.kinds import KINDS
 from ..labels.label_maps import MapSettings, label_maps, pseudo_label
@@ -91,6 +92,8 @@ def demo(config: Config, data: SyntheticSettings | None = None) -> DemoResult:
         ConfigError, DataError, CheckpointError, TrainingError: as :func:`afa_model.runs.loop.train`;
         KeyboardInterrupt if the training was stopped.
     """
+    if config.labels.refinement != "par":
+        raise ConfigError(f"labels.refinement: the demo sets PAR beside PAMR, got {config.labels.refinement!r}")
     data = data or SyntheticSettings()
     config.data.root = str(synthetic_data(data, config.data.root or None))
     summary = train(config)

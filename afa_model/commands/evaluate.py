@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -19,8 +20,8 @@ def main(argv: Sequence[str]) -> None:
     """`afa evaluate --checkpoint RUN [--data.root DIR] [--json FILE] [--csv FILE]`."""
     parser = parser_of(
         "afa evaluate",
-        "Score a checkpoint against masks: IoU per class, mIoU and pixel accuracy of the CAM, the CAM refined"
-        " by PAR, the random-walk label (these know the image-level labels) and the segmentation. Settings"
+        "Score a checkpoint against masks: IoU per class, mIoU and pixel accuracy of the CAM, the CAM refined,"
+        " the random-walk label (these know the image-level labels) and the segmentation. Settings"
         " that are not given are those of the run.",
     )
     parser.add_argument("--json", type=str, default=None, help="also write the scores to this JSON file")
@@ -30,7 +31,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(LabelSettings, "labels")
     run = restored(argv)
     if run is not None:
-        config = to_dict(run.config)
+        # As the run scores: where its evaluation differs from its training, that is the default here, and an option
+        # --labels.KEY has the last word.
+        labels = run.config.eval.labels(run.config.labels)
+        scoring = replace(run.config, labels=labels, eval=run.config.eval.as_in_training())
+        config = to_dict(scoring)
         set_defaults(parser, flatten({name: config[name] for name in ("data", "eval", "labels")}))
     options = parser.parse_args(argv)
     data = section(DataSettings, options.data, "data.")

@@ -54,7 +54,7 @@ def class_names(dataset: object, num_classes: int | None = None) -> tuple[str, .
         if path.is_file():
             names, source = _read_class_file(path), str(path)
         else:
-            known = {len(value): value for value in _KNOWN_CLASSES.values()}
+            known = {len(value): value for value in reversed(_KNOWN_CLASSES.values())}  # the first of a length
             names, source = known.get(num_classes or len(VOC_CLASSES), ()), str(dataset)
             if not names:
                 raise DataError(

@@ -10,12 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.datasets import EvaluationSet
-from ..labels.kinds import kinds_of
+from ..labels.kinds import check_kinds, kinds_of
 from ..labels.label_maps import MapSettings, label_maps
 from ..labels.settings import LabelSettings
 from ..runtime.processes import place
 from ..runtime.progress import progress
 from .scores import EvaluationResult, ScoreKeeper
+
+_OWN = ("cam_scales", "radius", "dilations", "num_iter")  # what evaluation may do otherwise than training
 
 
 @dataclass
@@ -48,14 +50,20 @@ class EvaluateSettings(MapSettings):
         super().__post_init__()
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: expected at least 1 image, got {self.limit}")
+        if self.kinds is not None:
+            check_kinds(self.kinds)
         if self.num_workers < 0:
             raise ValueError(f"num_workers: expected at least 0, got {self.num_workers}")
         self.labels(LabelSettings())
 
     def labels(self, training: LabelSettings) -> LabelSettings:
         """How labels are made here: as in training but for what is said otherwise."""
-        own = {name: getattr(self, name) for name in ("cam_scales", "radius", "dilations", "num_iter")}
+        own = {name: getattr(self, name) for name in _OWN}
         return replace(training, **{name: value for name, value in own.items() if value is not None})
+
+    def as_in_training(self) -> EvaluateSettings:
+        """These settings without what they say otherwise than training."""
+        return replace(self, **dict.fromkeys(_OWN))
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..conventions import IGNORE
-from ..labels.kinds import KINDS
+from ..labels.kinds import title
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,9 @@ class EvaluationResult:
             title_justify="left",
         )
         table.add_column("class", no_wrap=True)
+        refinement = self.about.get("labels", {}).get("refinement", "par")
         for kind in self.scores:
-            table.add_column(KINDS.get(kind, kind), justify="right")
+            table.add_column(title(kind, refinement), justify="right")
         if per_class:
             for row, name in enumerate(self.class_names):
                 values = [float(scores.iou[row]) for scores in self.scores.values()]
@@ -170,14 +171,14 @@ class EvaluationResult:
                 if not all(map(math.isnan, values)):
                     table.add_row(name, *(_percent(value, bold=value == best) for value in values))
             table.add_section()
-        for title, name in (
+        for mean, name in (
             ("mIoU", "miou"),
             ("pixel accuracy", "pixel_accuracy"),
             ("mean accuracy", "mean_accuracy"),
         ):
             values = [getattr(scores, name) for scores in self.scores.values()]
             table.add_row(
-                title, *(_percent(value) for value in values), style="bold" if name == "miou" else None
+                mean, *(_percent(value) for value in values), style="bold" if name == "miou" else None
             )
         return table
 

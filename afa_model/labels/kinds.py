@@ -16,6 +16,24 @@ KINDS = {
 CAM_KINDS = ("cam", "refined_cam")  # what a model without attention and decoder gives
 
 
+def title(kind: str, refinement: str = "par") -> str:
+    """What tables call a kind of label map, with the name of the refinement that made it."""
+    called = "no refinement" if refinement == "none" else refinement.upper()
+    return KINDS.get(kind, kind).replace("PAR", called)
+
+
+def check_kinds(asked: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: there is no such kind, or none is asked for.
+    """
+    for kind in asked:
+        if kind not in KINDS:
+            raise ValueError(f"kinds: unknown kind {kind!r}, expected some of {', '.join(KINDS)}")
+    if not asked:
+        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got none")
+
+
 def kinds_of(model: nn.Module, asked: Sequence[str] | None = None) -> tuple[str, ...]:
     """The kinds of label map a model can give; those asked for, if any were.
 
@@ -25,9 +43,8 @@ def kinds_of(model: nn.Module, asked: Sequence[str] | None = None) -> tuple[str,
     offered = tuple(KINDS) if model.has_affinity else CAM_KINDS
     if asked is None:
         return offered
+    check_kinds(asked)
     for kind in asked:
-        if kind not in KINDS:
-            raise ValueError(f"kinds: unknown kind {kind!r}, expected some of {', '.join(KINDS)}")
         if kind not in offered:
             raise ValueError(f"kinds: {kind!r} needs a MiT backbone; this model gives {', '.join(offered)}")
     return tuple(kind for kind in KINDS if kind in asked)

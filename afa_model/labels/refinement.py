@@ -13,7 +13,8 @@ def _none(images01: Tensor, maps: Tensor, dilations: tuple[int, ...], num_iter: 
     return maps
 
 
-# name -> function(images01 [B, 3, H, W], maps [B, C, h, w], dilations, num_iter, class_mask=[B, C]) -> [B, C, H, W]
+# name -> function(images01 [B, 3, H, W], maps [B, C, h, w], dilations, num_iter, class_mask=[B, C]) -> [B, C, ...], of
+# the image's size, or of the maps' where it changes nothing.
 REFINEMENTS = {"par": par, "pamr": pamr, "none": _none}
 
 
@@ -35,11 +36,11 @@ def refine(
     Args:
         name: of :data:`REFINEMENTS`.
         images01: [B, 3, H, W] in 0..1.
-        maps: [B, stacks x C, H, W].
+        maps: [B, stacks x C, h, w], of any size.
         shown: [B, C] bool; channels of what an image does not show cost nothing and come back as 0.
 
     Returns:
-        [B, stacks x C, H, W].
+        [B, stacks x C, ...] of the image's size; without a refinement the maps as they are.
     """
     mask = shown.repeat(1, maps.shape[1] // shown.shape[1])
     return REFINEMENTS[check_refinement(name)](images01, maps, tuple(dilations), num_iter, class_mask=mask)

@@ -18,7 +18,7 @@ class LabelSettings:
         radius: of the affinity's window, in cells of the model's grid.
         walk_power: exponent of the affinity in the random walk.
         walk_eps: added to the sums that normalise the random walk.
-        refinement: what mends the borders of labels: par, pamr or none.
+        refinement: what mends the borders of labels, by its name in refinement.py: par, pamr or none.
         dilations: distances of the refinement's neighbours in pixels.
         num_iter: its iterations.
         high_score: CAM value in 0..1 below which a pixel is background; training leaves open what lies between it and

@@ -15,8 +15,8 @@ from . import mit  # noqa: F401  (registers mit_b0..mit_b5 with timm)
 from .cnn import create_cnn
 from .weights import load_mit_weights
 
-# The files here that register backbones with attention with timm.
-WITH_ATTENTION = ("mit",)
+# The files here that register backbones with attention with timm, and what reads their weight files.
+WITH_ATTENTION = {"mit": load_mit_weights}
 
 
 def create_backbone(
@@ -30,9 +30,10 @@ def create_backbone(
     """
     if not timm.is_model(name):
         raise ValueError(f"backbone: expected mit_b0 .. mit_b5 or a CNN of timm's, got {name!r}")
-    if not is_model_in_modules(name, WITH_ATTENTION):
+    family = next((module for module in WITH_ATTENTION if is_model_in_modules(name, [module])), None)
+    if family is None:
         return create_cnn(name, math.prod(stride), pretrained, dict(arguments))
     backbone = timm.create_model(name, pretrained=pretrained is True, num_classes=0, stride=stride, **arguments)
     if not isinstance(pretrained, bool):
-        load_mit_weights(backbone, pretrained)
+        WITH_ATTENTION[family](backbone, pretrained)
     return backbone

@@ -325,5 +325,5 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG; its folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", format="png")
     return path

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SavingError
 
 FORMAT = 1
 """Layout of the file; a checkpoint with a newer one is refused with a clear message."""
@@ -95,7 +95,7 @@ def write_atomically(path: str | os.PathLike, value: Any) -> Path:
             error, (OSError, RuntimeError)
         ):  # torch's zip writer turns a full disk into the latter
             raise
-        raise CheckpointError(f"could not write {path}: {_reason(error)}") from error
+        raise SavingError(f"could not write {path}: {_reason(error)}") from error
     _flush_folder(path.parent)
     return path
 
@@ -132,7 +132,7 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
         raise CheckpointError(
             f"checkpoint {path} is damaged or not a checkpoint: {_reason(error)}"
         ) from error
-    if not isinstance(state, dict) or "model" not in state or "format" not in state:
+    if not isinstance(state, dict) or not _holds(state, {"format": int, "model": dict}):
         raise CheckpointError(
             f"checkpoint {path} was not written by `afa train` (backbone weights go to model.pretrained)"
         )
@@ -140,7 +140,13 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
         raise CheckpointError(
             f"checkpoint {path} has layout {state['format']}, this version reads up to {FORMAT}: update afa"
         )
+    if not _holds(state, {"config": dict, "class_names": (list, tuple), "progress": dict}):
+        raise CheckpointError(f"checkpoint {path} lacks its configuration, class names or progress")
     return state
+
+
+def _holds(state: dict[str, Any], parts: dict[str, Any]) -> bool:
+    return all(isinstance(state.get(name), kind) for name, kind in parts.items())
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -217,7 +223,7 @@ class CheckpointKeeper:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"could not write {target}: {_reason(error)}") from error
+            raise SavingError(f"could not write {target}: {_reason(error)}") from error
 
 
 def pack(

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..labels.kinds import KINDS
+from ..labels.kinds import title
 from ..runtime.collectives import process_count, sum_over_processes
 
 
@@ -212,8 +212,8 @@ class RunLog:
         else:
             self.say(f"iter {iteration:>{len(str(self.total))}}/{self.total}  {note}")
 
-    def evaluation(self, iteration: int, scores: Mapping[str, float]) -> None:
-        """Scores of an evaluation (percent)."""
+    def evaluation(self, iteration: int, scores: Mapping[str, float], refinement: str = "par") -> None:
+        """Scores of an evaluation (percent); ``refinement`` is the one of the labels."""
         if not self.writes:
             return
         with self._survive():
@@ -221,7 +221,7 @@ class RunLog:
             if self._board is not None:
                 for name, value in scores.items():
                     self._board.add_scalar(f"eval/{name}", value, iteration)
-        told = ", ".join(f"{KINDS.get(name, name)} {value:.1f}" for name, value in scores.items())
+        told = ", ".join(f"{title(name, refinement)} {value:.1f}" for name, value in scores.items())
         self.say(f"evaluation after step {iteration}, mIoU in percent: {told}")
 
     def picture(self, iteration: int, name: str, image: np.ndarray) -> None:

@@ -171,7 +171,7 @@ class _Loop:
         trainer, progress = self.trainer, self.trainer.progress
         with self.log.aside():
             self.scores = trainer.evaluate()
-        self.log.evaluation(progress.iteration, self.scores)
+        self.log.evaluation(progress.iteration, self.scores, trainer.config.labels.refinement)
         headline = _headline(self.scores)
         better = headline >= progress.best
         progress.best = max(progress.best, headline)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..config import Config, from_dict, to_dict
 from ..data.datasets import EvaluationSet, TrainingSet
 from ..data.order import training_loader
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import evaluate
+from ..labels.kinds import kinds_of
 from ..runtime.collectives import gather_from_all
 from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
@@ -22,6 +23,8 @@ from .restore import build_model
 
 # What decides the course of a run: changed at a resume, the losses differ from an uninterrupted run's.
 _COURSE = ("seed", "amp", "augment", "loader", "model", "labels", "step", "optim", "schedule")
+
+_SCORES_ONLY = ("labels.bkg_score",)  # but this changes what is scored, not what is learned
 
 NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "pos_count", "neg_count")
 
@@ -42,6 +45,8 @@ class Trainer:
         seed_everything(config.seed)  # the same starting weights in every process
         self.model = self._place(build_model(config, self.data.num_classes))
         optim = config.optim
+        if config.eval.every:
+            self._check_kinds()  # now, not at the first evaluation
         self.optimizer = build_optimizer(
             self.model, optim.lr, optim.weight_decay, optim.betas, optim.head_multiplier
         )
@@ -59,6 +64,12 @@ class Trainer:
         self.progress = checkpoint.Progress()
         self.notes: list[str] = []
         seed_everything(config.seed + here.rank)  # dropout differs between processes
+
+    def _check_kinds(self) -> None:
+        try:
+            kinds_of(self.model, self.config.eval.kinds)
+        except ValueError as error:
+            raise ConfigError(f"eval.{error}") from error
 
     def _place(self, model: nn.Module) -> nn.Module:
         here = self.here
@@ -88,7 +99,10 @@ class Trainer:
                 f"warning: the checkpoint is from {len(states)} process(es), this run has"
                 f" {self.here.world_size}: it goes on, but not to the same losses"
             )
-        before = to_dict(from_dict(state["config"]))  # with the names and what else there is to set today
+        try:
+            before = to_dict(from_dict(state["config"]))  # with the names and what else there is to set today
+        except ConfigError as error:
+            raise CheckpointError(f"the checkpoint's settings do not fit this version of afa: {error}") from error
         changed = list(_differences(before, to_dict(self.config)))
         if changed:
             self.notes.append("warning: changed since the checkpoint: " + ", ".join(changed))
@@ -184,5 +198,5 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             continue
         if isinstance(new[key], Mapping):
             yield from _differences(old.get(key) or {}, new[key], f"{prefix}{key}.")
-        elif old.get(key) != new[key]:
+        elif old.get(key) != new[key] and prefix + key not in _SCORES_ONLY:
             yield f"{prefix}{key} {old.get(key)} -> {new[key]}"

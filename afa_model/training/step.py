@@ -115,7 +115,7 @@ class TrainingStep(nn.Module):
     model: an :class:`~afa_model.networks.afa.AFA` in train mode. A CAM-only CNN learns from the classification loss
     alone; the labels made from its CAMs are computed only if asked for.
 
-    labels: how pixel labels are made, the same object as evaluation's.
+    labels: how pixel labels are made, the settings that evaluation starts from too.
 
     max_classes: a number of classes that no image exceeds. On a GPU the work per class is done for so many
     only, instead of all K - 1; on the CPU the step looks at the batch.

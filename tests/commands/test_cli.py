@@ -15,8 +15,9 @@ from support.tiny_run import tiny_args
 from support.voc_factory import make_voc
 
 from afa_model import cli
-from afa_model.commands import bench
-from afa_model.errors import CheckpointError, ConfigError, DataError, TrainingError
+from afa_model.commands import bench, evaluate
+from afa_model.errors import CheckpointError, ConfigError, DataError, SavingError, TrainingError
+from afa_model.labels.settings import LabelSettings
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,29 @@ def test_bench_data_measures_the_loader(root, capsys):
     assert result["images_per_second"] > 0
 
 
+def test_what_is_given_to_evaluate_has_the_last_word(root, tmp_path, monkeypatch):
+    """Over the run's labels and over what its evaluation did otherwise than its training."""
+    changes = {"schedule__max_iters": 1, "eval__radius": 3, "labels__walk_power": 4.0}
+    assert cli.main(["train", *tiny_args(root, tmp_path / "run", **changes)]) == 0
+
+    def scored(*line: str) -> LabelSettings:
+        seen = []
+
+        def noted(model, dataset, settings, labels):
+            seen.append(settings.labels(labels))
+            return real(model, dataset, settings, labels)
+
+        monkeypatch.setattr(evaluate, "evaluate", noted)
+        assert cli.main(["evaluate", "--checkpoint", str(tmp_path / "run"), "--eval.limit=1", *line]) == 0
+        return seen[0]
+
+    real = evaluate.evaluate
+    run = scored()
+    assert (run.radius, run.walk_power, list(run.dilations)) == (3, 4, [1, 2])
+    assert scored("--labels.radius=1").radius == 1
+    assert scored("--labels.radius=1", "--eval.radius=2").radius == 2
+
+
 # --- errors, modules ---
 
 
@@ -247,6 +271,7 @@ ENDS = [
     (ConfigError("x: wrong"), 2),
     (DataError("files", ["a", "b"]), 2),
     (CheckpointError("c"), 2),
+    (SavingError("disk full"), 1),
     (TrainingError("n"), 1),
 ]
 
@@ -265,7 +290,12 @@ def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error,
 def test_of_several_processes_one_tells_a_mistake(monkeypatch, capsys):
     """What was asked wrongly all of them find; what broke may be one's alone."""
     monkeypatch.setenv("RANK", "1")
-    for error, said in ((ConfigError("x: wrong"), ""), (TrainingError("n"), "afa train: error: n\n")):
+    for error, said in (
+        (ConfigError("x: wrong"), ""),
+        (DataError("files"), ""),
+        (CheckpointError("c"), "afa train: error: c\n"),
+        (TrainingError("n"), "afa train: error: n\n"),
+    ):
 
         def broken(argv, error=error):
             raise error

@@ -103,7 +103,10 @@ def test_the_command(run, capsys, monkeypatch):
     assert "CAM + PAMR" in out and "random walk" in out and str(result.pictures[0]) in "".join(out.split("\n"))
 
 
-@pytest.mark.parametrize("wrong", [["--data.rot", "x"], ["--seed", "x"], ["--schedule.max_iters", "0"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--labels.refinement", "pamr"], ["--data.rot", "x"], ["--seed", "x"], ["--schedule.max_iters", "0"]],
+)
 def test_mistakes_are_one_line(wrong, capsys):
     assert cli.main(["demo", *wrong]) == 2
     error = capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from support.voc_factory import make_voc, write_xml
 
+from afa_model.data import classes
 from afa_model.data.classes import COCO_CLASSES, VOC_CLASSES, class_names, voc_palette
 from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
 from afa_model.data.files import read_label, read_photo, read_split, write_label
@@ -367,3 +368,9 @@ def test_real_photographs(voc_root):
     batch = next(iter(training_loader(train, 4, num_workers=0)))
     assert batch["image"].isfinite().all() and (batch["cls_labels"].sum(1) > 0).all()
     assert val[0]["mask"].shape == val[0]["image"].shape[1:]
+
+
+def test_another_data_set_of_as_many_classes_takes_no_names_away(tmp_path, monkeypatch):
+    monkeypatch.setitem(classes._KNOWN_CLASSES, "other", ("background", *(f"c{i}" for i in range(1, 21))))
+    assert class_names(tmp_path) == class_names(tmp_path, 21) == VOC_CLASSES
+    assert class_names("other")[1] == "c1"

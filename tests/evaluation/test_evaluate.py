@@ -185,6 +185,13 @@ def test_two_processes_count_every_image_once(data, tmp_path):
             assert torch.equal(confusion, alone[kind].confusion), kind
 
 
+@pytest.mark.parametrize(("refinement", "called"), [("par", "PAR"), ("pamr", "PAMR"), ("none", "no refinement")])
+def test_the_table_names_the_refinement(data, refinement, called):
+    asked = EvaluateSettings(**SMALL, limit=1, kinds=("cam", "refined_cam"))
+    result = evaluate(ColorModel(), data, asked, LabelSettings(refinement=refinement))
+    assert [column.header for column in result.table().columns] == ["class", "CAM", f"CAM + {called}"]
+
+
 # label maps of one photograph
 
 

@@ -150,6 +150,8 @@ def test_auto_resumes_from_the_newest_readable_one(tmp_path):
         (b"some text, quite long" * 100, "damaged or not a checkpoint"),
         ({"weight": torch.ones(2)}, "was not written by"),
         ({"model": {}, "format": 99}, "layout 99"),
+        ({"model": {}, "format": "one"}, "was not written by"),
+        ({"model": {}, "format": 1, "config": None}, "lacks its configuration"),
         ({"model": {}, "format": 1, "code": os.system}, "not a checkpoint"),  # never runs code from a file
     ],
 )

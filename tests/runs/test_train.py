@@ -184,8 +184,30 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_goes_on(root, tmp_path, ca
     torch.save(state, path)
     restored = load_model(path)
     assert restored.config.labels.num_iter == 2 and restored.config.labels.bkg_score == 0.4
-    run(root, tmp_path / "b", resume=path, schedule__max_iters=3, labels__bkg_score=0.4)
+    run(root, tmp_path / "b", resume=path, schedule__max_iters=3)  # the score of evaluation is not its course
     assert "changed since the checkpoint: schedule.max_iters 2 -> 3\n" in capsys.readouterr().out
+
+
+def test_settings_from_elsewhere_are_said_to_be_the_checkpoints(root, tmp_path):
+    run(root, tmp_path / "a", schedule__max_iters=1)
+    path = tmp_path / "a" / "iter_00000001.pt"
+    state = checkpoint.read(path)
+    state["config"]["optim"]["momentum"] = 0.9
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"the checkpoint's settings .*optim\.momentum"):
+        run(root, tmp_path / "b", resume=path, schedule__max_iters=2)
+
+
+@pytest.mark.parametrize(("kinds", "backbone"), [("[foo]", "mit_b0"), ("[]", "mit_b0"), ("[segmentation]", "resnet18")])
+def test_kinds_that_cannot_be_scored_are_refused_before_the_first_step(root, tmp_path, kinds, backbone):
+    with pytest.raises(ConfigError, match=r"^eval\.kinds: "):
+        run(root, tmp_path / "run", eval__kinds=kinds, eval__every=2, model__backbone=backbone)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_scores_are_told_with_the_refinement_that_was_used(root, tmp_path, capsys):
+    run(root, tmp_path / "run", labels__refinement="pamr", eval__every=1, schedule__max_iters=1)
+    assert ", CAM + PAMR " in capsys.readouterr().out
 
 
 def test_evaluation_in_a_run_makes_labels_as_its_steps_do(root, tmp_path, monkeypatch):
