@@ -32,8 +32,11 @@ CUDA_WHEELS = [
 ]
 
 # Compute capabilities, times ten, to compile for where no GPU is visible. Machine code runs on the later minor versions
-# of its major one: 80 is for 8.6 and 8.9 too, 100 for 10.3, 120 for 12.1. All of them take 400 s of processor time.
+# of its major one: 80 is for 8.6 and 8.9 too, 100 for 10.3, 120 for 12.1.
 ARCHITECTURES = (75, 80, 90, 100, 120)
+# The compiler's front end takes longer than its assembler, so what is newer than this is assembled from this one's PTX.
+# All of them take 270 s of processor time; 400 s with a front end each. The GPUs that are here have one each.
+SHARED_PTX = 90
 FIRST_PTX = 80  # what a later GPU would compile from older PTX has no tensor-core code
 OLDEST_CUDA = 12  # no torch that this works with is built for an older one
 
@@ -123,7 +126,7 @@ def architectures(known: list[int], visible: list[int]) -> tuple[str, str | None
     """CMake's list of what to compile for, e.g. "75-real;80", and what to know where the compiler lacks a visible GPU.
 
     Machine code for the visible GPUs or, without, for `ARCHITECTURES`, as far as the compiler knows them; and PTX of
-    the newest, which the driver compiles for any newer GPU when the kernels are first used.
+    the newest (without a GPU, `SHARED_PTX`), which the driver compiles for any newer GPU when the kernels are first used.
     """
     wanted = visible or ARCHITECTURES
     code = {gpu: next((arch for arch in (gpu, gpu // 10 * 10) if arch in known), None) for gpu in wanted}
@@ -133,6 +136,9 @@ def architectures(known: list[int], visible: list[int]) -> tuple[str, str | None
     listed = [f"{arch}-real" for arch in real if arch != ptx or ptx < FIRST_PTX]
     if ptx >= FIRST_PTX:
         listed.append(f"{ptx}" if ptx in real else f"{ptx}-virtual")
+    if not visible and SHARED_PTX in real:
+        ptx = SHARED_PTX
+        listed = [f"{arch}-real" if arch != ptx else f"{arch}" for arch in real]
     lacking = [gpu for gpu in visible if code[gpu] is None]
     if not lacking:
         return ";".join(listed), None
@@ -140,6 +146,15 @@ def architectures(known: list[int], visible: list[int]) -> tuple[str, str | None
     if newest in lacking and ptx >= FIRST_PTX:
         note += f": there the driver compiles PTX of {ptx / 10:.1f} when the kernels are first used"
     return ";".join(listed) or architectures(known, [])[0], note
+
+
+def front_ends(listed: str) -> tuple[str, str]:
+    """Of `architectures` for no visible GPU: what has a front end of its own, and what shares that of `SHARED_PTX`."""
+    names = listed.split(";")
+    if f"{SHARED_PTX}" not in names:
+        return listed, ""
+    later = [name for name in names if int(name.removesuffix("-real")) > SHARED_PTX]
+    return ";".join(name for name in names if name not in later), ";".join(later).replace("-real", "")
 
 
 def sources_digest() -> str:

@@ -49,13 +49,16 @@ def cuda_options() -> tuple[list[str], str | None, str]:
         oldest = build_backend.OLDEST_CUDA
         return [], None, f"no nvcc from CUDA {oldest} on the system and no CUDA compiler wheels for this platform"
     notes = [build_backend.driver_note(build_backend.compiler_version(nvcc))]
-    architectures = os.environ.get("AFA_CUDA_ARCHS")
+    architectures = own = os.environ.get("AFA_CUDA_ARCHS")
+    later = ""
     if not architectures or architectures == "native":
         known, visible = build_backend.known_architectures(nvcc), build_backend.visible_architectures()
         architectures, note = build_backend.architectures(known, visible)
+        own, later = (architectures, "") if visible else build_backend.front_ends(architectures)
         notes.append(note)
     said = "; ".join(filter(None, notes))
-    options += ["-DAFA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    options += ["-DAFA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={own}"]
+    options += [f"-DAFA_CUDA_ASSEMBLED={later}", f"-DAFA_CUDA_ASSEMBLED_FROM={build_backend.SHARED_PTX}"]
     return options, architectures, f"{name} ({said})" if said else name
 
 

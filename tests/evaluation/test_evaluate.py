@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
+from support import forked
 from support.color_model import ColorModel
 from support.common import relative_error
 from support.voc_factory import make_voc
@@ -165,7 +165,6 @@ def test_number_of_classes_must_agree(data):
 
 
 def _evaluate_in_group(rank: int, root: str, store: str, out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     data = EvaluationSet(DataSettings(root=root))
     result = evaluate(ColorModel(), data, EvaluateSettings(**SMALL, limit=5))
@@ -177,7 +176,7 @@ def _evaluate_in_group(rank: int, root: str, store: str, out: str) -> None:
 
 def test_two_processes_count_every_image_once(data, tmp_path):
     alone = evaluate(ColorModel(), data, EvaluateSettings(**SMALL, limit=5))
-    mp.spawn(_evaluate_in_group, (str(data.root), str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    forked.processes(_evaluate_in_group, 2, str(data.root), str(tmp_path / "store"), str(tmp_path / "out"))
     for rank in range(2):
         images, confusions = torch.load(f"{tmp_path / 'out'}{rank}")
         assert images == 5

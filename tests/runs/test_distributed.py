@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -13,11 +15,12 @@ import pytest
 import support.needs_command_line  # noqa: F401
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support import forked
 from support.tiny_run import rows, tiny_args
 from support.voc_factory import make_voc
 from torch import nn
 
+from afa_model import cli
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.runs import checkpoint
@@ -83,7 +86,6 @@ def _losses(here: Here) -> dict:
 
 
 def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -99,7 +101,7 @@ def _process(rank: int, folder: str) -> None:
 def outcomes(tmp_path_factory) -> tuple[dict, dict, dict]:
     """Of one process with both images, and of two with one each."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(_process, (str(folder),), nprocs=2)
+    forked.processes(_process, 2, str(folder))
     return train_steps(Here(0, 1, torch.device("cpu"))), *(torch.load(folder / f"{i}.pt") for i in range(2))
 
 
@@ -158,11 +160,24 @@ def torchrun(*arguments: str) -> str:
     return done.stdout
 
 
+def _train_as_launched(rank: int, port: int, said: str, arguments: list[str]) -> None:
+    """`afa train` with what torchrun announces."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with open(f"{said}{rank}", "w") as file, contextlib.redirect_stdout(file):
+        assert cli.main(["train", *arguments]) == 0
+
+
 def test_a_run_of_two_processes_resumes_to_the_same_losses(tmp_path):
     make_voc(tmp_path / "voc", count=6)
     settings = {"loader__batch_size": 1, "checkpoint__every": 2, "eval__every": 4}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    said = torchrun(*tiny_args(tmp_path / "voc", whole, **settings))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = tiny_args(tmp_path / "voc", whole, **settings)
+    forked.processes(_train_as_launched, 2, port, str(tmp_path / "said"), arguments)
+    said = "".join(Path(tmp_path, f"said{rank}").read_text() for rank in range(2))
     assert "batch 1 x 2 on cpu" in said
     assert said.count("iter 4/4") == 1, "one of them speaks"
     assert len(rows(whole / "train.csv")) == 4
@@ -170,6 +185,7 @@ def test_a_run_of_two_processes_resumes_to_the_same_losses(tmp_path):
     resumed.mkdir()
     for name in ("iter_00000002.pt", "train.csv"):
         shutil.copy(whole / name, Path(resumed, name))
+    # As a user starts it, of which the first part must not differ either.
     said = torchrun(*tiny_args(tmp_path / "voc", resumed, resume="auto", **settings))
     assert "2 steps are done" in said and "warning" not in said
     assert rows(resumed / "train.csv") == rows(whole / "train.csv")

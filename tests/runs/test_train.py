@@ -11,9 +11,11 @@ import sys
 import pytest
 import support.needs_command_line  # noqa: F401
 import torch
+from support import forked
 from support.tiny_run import rows, tiny_args
 from support.voc_factory import make_voc
 
+from afa_model import cli
 from afa_model.config import parse
 from afa_model.errors import CheckpointError, ConfigError, DataError, TrainingError
 from afa_model.runs import checkpoint, loop, trainer
@@ -34,19 +36,12 @@ def run(root, out, **changes) -> loop.Summary:
 
 def in_another_process(arguments: list[str], before: str = "") -> subprocess.CompletedProcess:
     """``afa train`` as its own process, after the Python code ``before``."""
-    code = "\n".join(
-        [
-            "import sys",
-            "from afa_model import cli",
-            "from afa_model.runs import checkpoint, loop",
-            before,
-            "sys.exit(cli.main(['train', *sys.argv[1:]]))",
-        ]
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+
+    def train() -> int:
+        exec(before, {"checkpoint": checkpoint, "loop": loop})
+        return cli.main(["train", *arguments])
+
+    return forked.run(train)
 
 
 def test_a_run_leaves_logs_pictures_checkpoints_and_its_settings(root, tmp_path, capsys):
