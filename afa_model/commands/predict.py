@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(LabelSettings)
     run = restored(argv)
     if run is not None:
-        sizes = {"long_side": run.config.eval.long_side, "scales": run.config.eval.scales}
+        sizes = asdict(run.config.eval.by("test").maps())
         set_defaults(parser, {**sizes, **asdict(run.config.eval.labels(run.config.labels))})
     options = parser.parse_args(argv)
     settings = section(PredictSettings, part(PredictSettings, options))

@@ -37,7 +37,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings of any version -> of this one."""
     nested: dict[str, Any] = {}
-    for old, value in flatten(values).items():
+    flat = flatten(values)
+    if "eval.protocol" not in flat and flat.get("eval.long_side", 0) is None:
+        flat["eval.long_side"] = 0  # before there were protocols, None said "as they are"
+    for old, value in flat.items():
         key = RENAMED.get(old, old)
         if key is None:
             continue

@@ -1,8 +1,8 @@
-"""What a training photograph goes through: rescale, flip, crop, photometric distortion, normalisation.
+"""What a training photograph goes through: rescale, flip, padding, crop, normalisation.
 
-The published run: rescale by 0.5 to 2, horizontal flip, photometric distortion, crop 512, padded with the
-mean colour. Every random choice comes from the sample's own seed, so a sample is the same whichever process
-makes it and whenever.
+The published run: rescaled by 0.5 to 2, flipped or not, padded with black to 512 x 512 where it is smaller, cropped to
+that where it is larger. Every random choice comes from the sample's own seed, so a sample is the same whichever
+process makes it and whenever.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -29,13 +28,13 @@ class AugmentSettings:
         crop: side of the square crop in pixels (512 in the published run).
         scale: smallest and largest factor by which the photograph is resized before cropping.
         flip: probability of a horizontal flip, 0..1.
-        distort: vary brightness, contrast, saturation and hue.
+        distort: also vary brightness, contrast, saturation and hue (not in the published run).
     """
 
     crop: int = 512
     scale: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
-    distort: bool = True
+    distort: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -65,58 +64,19 @@ def seeded(seed: int) -> Iterator[None]:
         torch.random.set_rng_state(state)
 
 
-class RandomRescale(v2.Transform):
-    """Resize by a factor drawn uniformly from ``scale``."""
+class Choices(NamedTuple):
+    """What is chosen at random for one photograph.
 
-    def __init__(self, scale: tuple[float, float]):
-        super().__init__()
-        self.scale = scale
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        factor = float(torch.empty(()).uniform_(*self.scale))
-        return {"size": [max(1, round(side * factor)) for side in v2.functional.get_size(flat_inputs[0])]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.resize, inpt, params["size"], antialias=True)
-
-
-class RandomWindow(v2.Transform):
-    """Keep a random window of at most ``crop`` by ``crop`` pixels (a shorter side is kept whole)."""
-
-    def __init__(self, crop: int):
-        super().__init__()
-        self.crop = crop
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.functional.get_size(flat_inputs[0])
-        return {
-            "top": int(torch.randint(max(0, height - self.crop) + 1, ())),
-            "left": int(torch.randint(max(0, width - self.crop) + 1, ())),
-            "height": min(height, self.crop),
-            "width": min(width, self.crop),
-        }
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.crop, inpt, **params)
-
-
-class RandomPlace(v2.Transform):
-    """Pad to ``crop`` by ``crop`` with zeros, the photograph at a random place. After normalisation zero is
-    the mean.
+    ratio  factor by which it is resized
+    flip   whether it is mirrored
+    pad    (y, x) of the photograph in the padded one, which is as large as the crop where the photograph is smaller
+    start  (y, x) of the crop in the padded one
     """
 
-    def __init__(self, crop: int):
-        super().__init__()
-        self.crop = crop
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.functional.get_size(flat_inputs[0])
-        top = int(torch.randint(self.crop - height + 1, ()))
-        left = int(torch.randint(self.crop - width + 1, ()))
-        return {"padding": [left, top, self.crop - width - left, self.crop - height - top]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.pad, inpt, fill=0, **params)
+    ratio: float
+    flip: bool
+    pad: tuple[int, int]
+    start: tuple[int, int]
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
@@ -133,33 +93,43 @@ class TrainingTransform:
 
     def __init__(self, settings: AugmentSettings):
         self.settings = settings
-        steps: list[v2.Transform] = [
-            RandomRescale(settings.scale),
-            v2.RandomHorizontalFlip(settings.flip),
-            RandomWindow(settings.crop),  # before the distortion: fewer pixels to distort
-        ]
-        if settings.distort:
-            steps.append(PhotometricDistort())
-        steps += [
-            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-            v2.Normalize(MEAN, STD),
-            RandomPlace(settings.crop),  # after the normalisation: the padding is exactly 0
-        ]
-        self.steps = v2.Compose(steps)
+        self.distort = PhotometricDistort()
 
-    def __call__(self, photo: tv_tensors.Image, seed: int) -> tuple[Tensor, Tensor]:
-        """uint8 [3, H, W] -> float32 [3, crop, crop] normalised, and int64 [4] (y0, y1, x0, x1).
-
-        The photograph's own outline travels through the same geometry as a bounding box, so nothing is
-        computed twice.
-        """
-        height, width = photo.shape[-2:]
-        outline = tv_tensors.BoundingBoxes(
-            torch.tensor([[0, 0, width, height]], dtype=torch.float32),
-            format="XYXY",
-            canvas_size=(height, width),
-        )
+    def __call__(self, photo: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """uint8 [3, H, W] -> float32 [3, crop, crop] normalised, and int64 [4] (y0, y1, x0, x1)."""
         with seeded(seed):
-            image, outline = self.steps(tv_tensors.Image(photo), outline)
-        x0, y0, x1, y1 = outline.as_subclass(Tensor)[0].round().long().tolist()
-        return image.as_subclass(Tensor), torch.tensor([y0, y1, x0, x1])
+            return self.apply(photo, self.choose(*photo.shape[-2:]))
+
+    def choose(self, height: int, width: int) -> Choices:
+        """Draw from torch's generator: every ratio, place and window is as likely as any other."""
+        settings = self.settings
+        ratio = float(torch.empty((), dtype=torch.float64).uniform_(*settings.scale))
+        flip = bool(torch.rand(()) < settings.flip)
+        spare = [settings.crop - side for side in _resized(height, width, ratio)]
+        pad = tuple(int(torch.randint(max(0, room) + 1, ())) for room in spare)
+        start = tuple(int(torch.randint(max(0, -room) + 1, ())) for room in spare)
+        return Choices(ratio, flip, pad, start)
+
+    def apply(self, photo: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+        """What those choices make of a photograph; returns as the call does. Only a distortion draws from here on."""
+        crop = self.settings.crop
+        image = photo.as_subclass(Tensor)
+        # Antialiased, on bytes: the pixels of Pillow's bilinear resize.
+        image = F.resize(image, _resized(*photo.shape[-2:], choices.ratio), antialias=True)
+        if choices.flip:
+            image = image.flip(-1)
+        (y0, y1, top), (x0, x1, left) = (
+            (at, min(at + side, crop), start) for at, side, start in zip(choices.pad, image.shape[-2:], choices.start)
+        )
+        image = image[..., top : top + y1 - y0, left : left + x1 - x0]
+        if self.settings.distort:
+            image = self.distort(image)
+        # Black before the normalisation: to the network and to the refinement padding is a black surface.
+        padded = image.new_zeros(*image.shape[:-2], crop, crop)
+        padded[..., y0:y1, x0:x1] = image
+        return normalize(padded), torch.tensor([y0, y1, x0, x1])
+
+
+def _resized(height: int, width: int, ratio: float) -> list[int]:
+    """Rounded down, as published, but no side to nothing."""
+    return [max(1, int(ratio * height)), max(1, int(ratio * width))]

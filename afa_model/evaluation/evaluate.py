@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,17 +16,26 @@ from ..labels.label_maps import MapSettings, label_maps
 from ..labels.settings import LabelSettings
 from ..runtime.processes import place
 from ..runtime.progress import progress
+from .protocols import PROTOCOLS
 from .scores import EvaluationResult, ScoreKeeper
 
-_OWN = ("cam_scales", "radius", "dilations", "num_iter")  # what evaluation may do otherwise than training
+_OWN = ("cam_scales", "radius", "dilations", "num_iter", "walk_score")  # what evaluation may do otherwise than training
 
 
 @dataclass
-class EvaluateSettings(MapSettings):
+class EvaluateSettings:
     """What is evaluated, and how. How labels are made from the CAM is what training does; what must differ from that
     (another grid) is said here.
 
     Args:
+        protocol: training (the photograph at its own size, one pass) or test (longer side 512, three scales with
+            flips). None: training while training, test in `afa evaluate`.
+        long_side: photographs are resized (bilinear) so that the longer side has this many pixels; 0: as they are.
+            None, here and below: as the protocol has it.
+        scales: of the segmentation; the largest logit counts.
+        flips: each scale with a mirrored copy, the mean of whose logits counts.
+        affinity_of: which pass gives the affinity of the random walk: largest (of the CAM's scales) or plain.
+        walk_score: background score of the random-walk label.
         cam_scales: of the CAM, each with a flipped copy; they are summed. None: as in training.
         radius: of the affinity's window, in cells of the largest CAM scale's grid. None: as in training.
         dilations: distances of the refinement's neighbours in pixels. None: as in training.
@@ -37,6 +47,12 @@ class EvaluateSettings(MapSettings):
         progress: show a progress bar on a terminal.
     """
 
+    protocol: Literal["training", "test"] | None = None
+    long_side: int | None = None
+    scales: tuple[float, ...] | None = None
+    flips: bool | None = None
+    affinity_of: Literal["largest", "plain"] | None = None
+    walk_score: float | None = None
     cam_scales: tuple[float, ...] | None = None
     radius: int | None = None
     dilations: tuple[int, ...] | None = None
@@ -47,7 +63,9 @@ class EvaluateSettings(MapSettings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {self.protocol!r}")
+        self.maps()
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: expected at least 1 image, got {self.limit}")
         if self.kinds is not None:
@@ -56,9 +74,21 @@ class EvaluateSettings(MapSettings):
             raise ValueError(f"num_workers: expected at least 0, got {self.num_workers}")
         self.labels(LabelSettings())
 
+    def by(self, protocol: str) -> EvaluateSettings:
+        """These settings with that protocol, unless they name one."""
+        return self if self.protocol is not None else replace(self, protocol=protocol)
+
+    def maps(self) -> MapSettings:
+        """In which sizes a photograph goes through the model."""
+        usual = PROTOCOLS[self.protocol or "test"]
+        own = {item.name: getattr(self, item.name) for item in fields(MapSettings)}
+        return MapSettings(**{name: usual[name] if value is None else value for name, value in own.items()})
+
     def labels(self, training: LabelSettings) -> LabelSettings:
         """How labels are made here: as in training but for what is said otherwise."""
         own = {name: getattr(self, name) for name in _OWN}
+        if own["walk_score"] is None and training.walk_score is None:
+            own["walk_score"] = PROTOCOLS[self.protocol or "test"]["walk_score"]
         return replace(training, **{name: value for name, value in own.items() if value is not None})
 
     def as_in_training(self) -> EvaluateSettings:
@@ -75,9 +105,9 @@ def evaluate(
     """Score a model against the masks of a data set.
 
     CAM, refined CAM and random-walk label know the image-level labels of the data set, as in the paper's
-    Table 2; the segmentation does not. Test protocol of the paper: longer side 512, scales 1, 0.5, 0.75 with
-    flips, the maximum of the logits; labels are compared at the photograph's own size, pixels of mask value
-    255 do not count.
+    Table 2; the segmentation does not. Without a protocol in the settings it is the test protocol: longer side 512,
+    scales 1, 0.5, 0.75 with flips. Labels are compared at the photograph's own size, pixels of mask value 255 do
+    not count.
 
     In a process group of torch.distributed every process must call this: each takes its share of the images,
     every image is counted once, and all get the same result.
@@ -95,7 +125,7 @@ def evaluate(
         ValueError: a kind the model does not give, or a model whose number of classes is not the data set's.
     """
     settings = settings or EvaluateSettings()
-    how = settings.labels(labels or LabelSettings())
+    how, sizes = settings.labels(labels or LabelSettings()), settings.maps()
     if model.num_classes != dataset.num_classes:
         raise ValueError(f"model: {model.num_classes} classes, but the data set has {dataset.num_classes}")
     kinds = kinds_of(model, settings.kinds)
@@ -110,7 +140,7 @@ def evaluate(
         dataset, batch_size=None, sampler=share, num_workers=settings.num_workers, generator=torch.Generator()
     )
     for sample in progress(loader, "evaluating", len(share), settings.progress):
-        maps = label_maps(model, sample["image"], settings, how, sample["cls_labels"], kinds)
+        maps = label_maps(model, sample["image"], sizes, how, sample["cls_labels"], kinds)
         for kind, label in maps.labels.items():
             keeper.add(kind, label, sample["mask"])
     scores = keeper.scores()
@@ -119,5 +149,5 @@ def evaluate(
         class_names=dataset.class_names,
         images=total,
         seconds=time.perf_counter() - start,
-        about={"split": dataset.split, "settings": asdict(settings), "labels": asdict(how)},
+        about={"split": dataset.split, "settings": asdict(settings) | asdict(sizes), "labels": asdict(how)},
     )

@@ -29,7 +29,8 @@ class Scores:
         confusion: int64 [K, K], rows the mask's class, columns the predicted one, in pixels.
         iou: float64 [K], true / (true + missed + wrongly found) per class; NaN for a class that is neither in
             the masks nor predicted.
-        miou: mean of ``iou`` over the classes that have one.
+        miou: mean of ``iou`` over the classes in the masks; one that is only predicted, with an IoU of 0, does not
+            count (its pixels are missing from other classes).
         pixel_accuracy: right pixels over all pixels that count.
         mean_accuracy: mean over the classes in the masks of the share of their pixels that were found.
     """
@@ -49,7 +50,7 @@ class Scores:
         return cls(
             confusion=confusion.detach().cpu().long(),
             iou=iou,
-            miou=float(iou.nanmean()),
+            miou=float(iou[in_masks > 0].mean()),
             pixel_accuracy=float(right.sum() / counts.sum()),
             mean_accuracy=float((right / in_masks).nanmean()),
         )

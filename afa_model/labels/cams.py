@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,7 @@ def multi_scale_cam(
     radius: int | None = None,
     slots: ClassSlots | None = None,
     last_map: Tensor | None = None,
+    as_trained: bool = False,
 ) -> MultiScaleCAM:
     """CAM of an image and its mirror image at several scales (section 3.1).
 
@@ -65,6 +66,9 @@ def multi_scale_cam(
     the two kept, negative evidence dropped, the scales summed, and every channel stretched to 0..1 by its own
     minimum and maximum. No gradient, no decoder; the model is in eval mode meanwhile, so that labels do not
     depend on drop-path noise.
+
+    as_trained: leave the model in the mode it is in and run its decoder too, whose batch norm then learns from these
+    passes as from any other (as published).
 
     radius: also give the affinity window of the largest scale (unmirrored), on that scale's grid.
 
@@ -79,18 +83,19 @@ def multi_scale_cam(
         model.require_attention("radius")
     height, width = images.shape[2:]
     total, affinity = None, None
-    with evaluating(model):
+    with nullcontext() if as_trained else evaluating(model):
         for scale in scales:
             x = images
             if scale != 1:
                 size = (max(int(height * scale), 1), max(int(width * scale), 1))
                 x = resize(images, size)
             wants_affinity = radius is not None and scale == max(scales)
-            if scale == 1 and last_map is not None and not wants_affinity:
+            if scale == 1 and last_map is not None and not wants_affinity and not as_trained:
                 plain = F.conv2d(last_map.detach(), model.classifier.weight)
                 mirrored = model.cam(x.flip(3))
             else:
-                out = model.cam_and_attention(torch.cat([x, x.flip(3)]))
+                both = torch.cat([x, x.flip(3)])
+                out = model.cam_and_attention(both, decode=as_trained)
                 plain, mirrored = out.cam.chunk(2)
                 if wants_affinity:
                     query, key = out.query[: len(x)], out.key[: len(x)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +23,26 @@ class MapSettings:
     """In which sizes a photograph goes through the model, at evaluation and prediction.
 
     Args:
-        long_side: photographs are resized (bilinear) so that the longer side has this many pixels; None: as
+        long_side: photographs are resized (bilinear) so that the longer side has this many pixels; 0 or None: as
             they are.
-        scales: of the segmentation, each with a flipped copy; the largest logit counts.
+        scales: of the segmentation; the largest logit counts.
+        flips: each scale with a mirrored copy, the mean of whose logits counts.
+        affinity_of: which pass gives the affinity of the random walk: the largest of the CAM's scales, as in
+            training, or the plain one, of the photograph at scale 1.
     """
 
     long_side: int | None = 512
     scales: tuple[float, ...] = (1.0, 0.5, 0.75)
+    flips: bool = True
+    affinity_of: Literal["largest", "plain"] = "largest"
 
     def __post_init__(self) -> None:
-        if self.long_side is not None and self.long_side < 32:
-            raise ValueError(f"long_side: expected at least 32 pixels, got {self.long_side}")
+        if self.long_side and self.long_side < 32:
+            raise ValueError(f"long_side: expected at least 32 pixels, or 0 for as they are, got {self.long_side}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales: expected positive numbers, got {self.scales}")
+        if self.affinity_of not in ("largest", "plain"):
+            raise ValueError(f"affinity_of: expected largest or plain, got {self.affinity_of!r}")
 
 
 @dataclass
@@ -45,7 +53,7 @@ class LabelMaps:
         probabilities: [K-1] in 0..1: the classifier's.
         cls_labels: [K-1] of 0 and 1: the classes taken as present, given or found.
         cam: [K-1, H, W] in 0..1.
-        affinity: [(2r+1)^2, h, w] in 0..1 on the grid of the largest CAM scale; None without attention.
+        affinity: [(2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention.
         labels: kind -> int64 [H, W] in 0..K-1.
     """
 
@@ -96,16 +104,22 @@ def label_maps(
     small = _resize_long_side(image, settings.long_side)
     labels: dict[str, Tensor] = {}
 
+    radius = how.radius if model.has_affinity else None
+    plain_affinity = radius is not None and settings.affinity_of == "plain"
     with evaluating(model):
         if "segmentation" in kinds:
-            seg_logits, cls_logits = _segment(model, small, settings.scales, size)
-            labels["segmentation"] = seg_logits.argmax(1)[0]
+            seg_logits, cls_logits, plain = _segment(model, small, settings)
+            # at the photograph's size before the decision, as everything that is scored
+            labels["segmentation"] = resize(seg_logits, size).argmax(1)[0]
         else:
-            cls_logits = model(small, decode=False).cls_logits
+            plain = model(small, decode=False)
+            cls_logits = plain.cls_logits
         probabilities = cls_logits[0].float().sigmoid()
         given = found_classes(probabilities) if cls_labels is None else cls_labels.to(probabilities)
-        radius = how.radius if model.has_affinity else None
-        cam, affinity = multi_scale_cam(model, small, how.cam_scales, radius)
+        cam, affinity = multi_scale_cam(model, small, how.cam_scales, None if plain_affinity else radius)
+        if plain_affinity:
+            plain = model(small, decode=False) if plain is None else plain
+            affinity = model.affinity(plain, radius)[:1].float()
 
     cam, slots = resize(cam, size), ClassSlots.of(given[None])
     for kind in kinds:
@@ -126,41 +140,48 @@ def pseudo_label(
     """A label map of the CAM [B, K-1, H, W] -> [B, H, W]; one background score, so no pixel is left open."""
     if not slots.present.any():
         return torch.zeros_like(cam[:, 0], dtype=torch.long)
-    cam, scores = slots.pick(cam), how.one_score
+    cam = slots.pick(cam)
     if kind == "cam":
-        return cam_to_label(cam, slots, scores)
+        return cam_to_label(cam, slots, how.one_score)
     if kind == "refined_cam":
-        return refine_label(images01, cam, slots, how, scores)
+        return refine_label(images01, cam, slots, how, how.one_score)
     refined = kind == "refined_random_walk"
-    return random_walk_label(images01, affinity, cam, slots, how, scores, refined=refined)
+    return random_walk_label(images01, affinity, cam, slots, how, how.one_walk_score, refined=refined)
 
 
 def _resize_long_side(image: Tensor, long_side: int | None) -> Tensor:
+    """Sizes rounded down and no antialiasing, as published."""
     height, width = image.shape[-2:]
-    if long_side is None or max(height, width) == long_side:
+    if not long_side:
         return image
-    factor = long_side / max(height, width)
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+    ratio = long_side / max(height, width)
+    return resize(image, (max(1, int(height * ratio)), max(1, int(width * ratio))))
 
 
-def _segment(
-    model: nn.Module, image: Tensor, scales: Sequence[float], size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Largest segmentation logit [1, K, *size] over scales and flips; class logits [1, K-1] at the scale
-    nearest 1.
+def _segment(model: nn.Module, image: Tensor, settings: MapSettings) -> tuple[Tensor, Tensor, Any]:
+    """Segmentation logits [1, K, h4, w4] on scale 1's grid (without that scale, on the largest one's), the largest over
+    the scales; class logits [1, K-1] at the scale nearest 1; and what the model said at scale 1, if that is one.
     """
-    best, cls_logits = None, None
+    scales = settings.scales
     nearest = min(scales, key=lambda scale: abs(scale - 1))
-    height, width = image.shape[-2:]
-    for scale in scales:
+    grid_of = nearest if nearest == 1 else max(scales)
+    best = cls_logits = plain = None
+    for scale in sorted(scales, key=lambda scale: scale != grid_of):
         scaled = image
         if scale != 1:
-            scaled = resize(image, (max(1, int(height * scale)), max(1, int(width * scale))))
-        result = model(torch.cat([scaled, scaled.flip(3)]))
-        logits = resize(result.seg_logits.float(), size)
-        logits = torch.maximum(logits[:1], logits[1:].flip(3))
-        best = logits if best is None else torch.maximum(best, logits)
+            # By factor, not by size: the grid is the factor's also where the size had to be rounded down.
+            factor = max(scale, 1 / min(image.shape[-2:]))
+            scaled = F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=False)
+        result = model(torch.cat([scaled, scaled.flip(3)]) if settings.flips else scaled)
+        logits = result.seg_logits.float()
+        if settings.flips:
+            logits = (logits[:1] + logits[1:].flip(3)) / 2
+        if best is None:
+            best = logits
+        else:
+            best = torch.maximum(best, resize(logits, best.shape[2:]))
         if scale == nearest:
             cls_logits = result.cls_logits.float().mean(0, keepdim=True)
-    return best, cls_logits
+        if scale == 1:
+            plain = result
+    return best, cls_logits, plain

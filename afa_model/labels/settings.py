@@ -25,6 +25,7 @@ class LabelSettings:
             low_score.
         low_score: CAM value below which a pixel is certainly background.
         bkg_score: the one background score of evaluation and prediction, where nothing is left open.
+        walk_score: that of the random-walk label; None: bkg_score.
     """
 
     cam_scales: tuple[float, ...] = (1.0, 0.5, 1.5)
@@ -37,6 +38,7 @@ class LabelSettings:
     high_score: float = 0.55
     low_score: float = 0.35
     bkg_score: float = 0.45
+    walk_score: float | None = None
 
     def __post_init__(self) -> None:
         check_refinement(self.refinement)
@@ -47,6 +49,8 @@ class LabelSettings:
         for name, least in (("radius", 0), ("num_iter", 0), ("walk_eps", 0), ("bkg_score", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.walk_score is not None and not self.walk_score >= 0:
+            raise ValueError(f"walk_score: expected at least 0, got {self.walk_score}")
         if not self.walk_power > 0:
             raise ValueError(f"walk_power: expected a positive number, got {self.walk_power}")
         if not 0 <= self.low_score <= self.high_score:
@@ -64,3 +68,8 @@ class LabelSettings:
     def one_score(self) -> tuple[float, ...]:
         """The background score of evaluation."""
         return (self.bkg_score,)
+
+    @property
+    def one_walk_score(self) -> tuple[float, ...]:
+        """That of the random-walk label."""
+        return self.one_score if self.walk_score is None else (self.walk_score,)

@@ -95,6 +95,8 @@ class AFA(nn.Module):
         if abilities.affinity_heads is not None:
             self.decoder = SegFormerHead(abilities.widths, num_classes, embedding, decoder_dropout)
             self.attn_proj = nn.Conv2d(abilities.affinity_heads, 1, 1)
+            # As published, and four times what a convolution starts with: scores spread over the sigmoid.
+            nn.init.kaiming_normal_(self.attn_proj.weight, a=5**0.5, mode="fan_out")
         self.classifier = nn.Conv2d(dim, num_classes - 1, 1, bias=False)
 
     @property
@@ -121,9 +123,14 @@ class AFA(nn.Module):
         """Class activation maps [B, K - 1, h, w] of the last map, before ReLU; the decoder does not run."""
         return self.cam_and_attention(images).cam
 
-    def cam_and_attention(self, images: Tensor) -> Attended:
-        """The CAM and the queries and keys of the same pass, for when the affinity is wanted too."""
+    def cam_and_attention(self, images: Tensor, decode: bool = False) -> Attended:
+        """The CAM and the queries and keys of the same pass, for when the affinity is wanted too.
+
+        ``decode``: run the decoder as well, for what its batch norm learns from the pass.
+        """
         maps, query, key = self._encode(images)
+        if decode and self.decoder is not None:
+            self.decoder(maps)
         return Attended(F.conv2d(maps[-1], self.classifier.weight), query, key)
 
     def affinity(self, result: AFAResult, radius: int = 8) -> Tensor:

@@ -28,6 +28,8 @@ class ConvNorm(nn.Module):
     def __init__(self, dim: int, embedding: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, embedding, 1, bias=False)
+        # As published. Batch norm hides the size of these weights, but a step of AdamW is relative to it.
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self.bn = nn.BatchNorm2d(embedding)
 
 

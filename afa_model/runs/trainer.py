@@ -165,7 +165,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """mIoU (percent) of every kind of label map on the validation images."""
         with checkpoint.kept_random_state():
-            result = evaluate(self.model, self.validation, self.config.eval, self.config.labels)
+            result = evaluate(self.model, self.validation, self.config.eval.by("training"), self.config.labels)
         return {kind: 100 * scores.miou for kind, scores in result.scores.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from ..labels.pseudo_labels import (
 )
 from ..labels.settings import LabelSettings
 from ..labels.slots import ClassSlots
-from ..runtime.collectives import shown_as_mean
+from ..runtime.collectives import shown_as_mean, sum_over_processes
 from ..runtime.phases import phase
 from .acceleration import CompiledNetworks, GraphedFunction
 from .losses import affinity_loss, classification_loss, segmentation_loss
@@ -30,17 +30,22 @@ from .losses import affinity_loss, classification_loss, segmentation_loss
 
 @dataclass
 class StepSettings:
-    """What a training step depends on; the defaults are the published ones for VOC.
+    """What a training step depends on. The published runs also set ``cam_mode`` and ``normalise_across``.
 
     Up to and including iteration ``cam_iters`` (the first iteration is 0) only the classifier learns. Up to
     and including ``aff_iters`` the decoder's target is the refined CAM, after it the random-walk label.
-    The affinity's target is the refined CAM throughout.
 
     Args:
         cam_iters: last iteration in which the classifier learns alone.
         aff_iters: last iteration in which the refined CAM is the decoder's target.
         seg_weight: of the segmentation's loss.
         aff_weight: of the affinity's loss.
+        affinity_target: labels that the affinity learns from: refined_cam throughout (VOC), or the segmentation's
+            target of the phase (COCO).
+        cam_mode: eval: the CAM is made without drop path, and the decoder does not run for it. train: as published, in
+            train mode with the decoder, whose batch norm then learns from every pass.
+        normalise_across: several processes normalise losses by the pixels and pairs of all of them, and so train as one
+            would with all the images. False: each by its own, as published.
         shared_refinement: refine both pseudo-labels in one diffusion of the whole padded crop: faster than the
             published way, which treats the random-walk label image by image inside its box; slightly different near
             box borders.
@@ -51,6 +56,9 @@ class StepSettings:
     aff_iters: int = 6000
     seg_weight: float = 0.1
     aff_weight: float = 0.1
+    affinity_target: Literal["refined_cam", "segmentation"] = "refined_cam"
+    cam_mode: Literal["eval", "train"] = "eval"
+    normalise_across: bool = True
     shared_refinement: bool = False
     compute_unused: bool = False
 
@@ -60,6 +68,9 @@ class StepSettings:
                 "cam_iters, aff_iters: expected 0 <= cam_iters <= aff_iters,"
                 f" got {self.cam_iters} and {self.aff_iters}"
             )
+        for name, known in (("affinity_target", ("refined_cam", "segmentation")), ("cam_mode", ("eval", "train"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -130,9 +141,12 @@ class TrainingStep(nn.Module):
     and DDP need no special case. The loss is finite also where every label is ignored. Nothing here waits for
     the device.
 
-    Several processes with equal batches, whose gradients are averaged (DDP), train as one process with all
-    their images would: the losses are normalised by the counts of all of them. What remains different is batch
-    norm in the decoder, unless it is synchronised, and the noise of dropout and drop path.
+    Several processes with equal batches, whose gradients are averaged (DDP), train with ``normalise_across`` as one
+    process with all their images would: the losses are normalised by the counts of all of them. What remains
+    different is batch norm in the decoder, unless it is synchronised, and the noise of dropout and drop path.
+
+    Raises:
+        ValueError: a CUDA graph asked for together with ``cam_mode`` train, whose noise and batch norm it cannot hold.
     """
 
     def __init__(
@@ -150,6 +164,8 @@ class TrainingStep(nn.Module):
         self.settings = settings or StepSettings()
         self.labels = labels or LabelSettings()
         self.max_classes = max_classes
+        if cuda_graph and self.settings.cam_mode == "train":
+            raise ValueError("cuda_graph: expected cam_mode eval, got train, whose noise a graph cannot hold")
         self._networks = CompiledNetworks(model) if compile else None
         self._graph = GraphedFunction(self._pseudo_labels) if cuda_graph else None
 
@@ -186,12 +202,15 @@ class TrainingStep(nn.Module):
     ) -> StepResult:
         s = self.settings
         target = labels.aff_label if iteration > s.aff_iters else labels.refined_label
-        seg_loss = segmentation_loss(out.seg_logits, target, IGNORE, across=True)
-        grid = F.interpolate(labels.refined_label[:, None].float(), out.grid, mode="nearest")[:, 0].long()
+        seg_loss = segmentation_loss(out.seg_logits, target, IGNORE, across=s.normalise_across)
+        source = target if s.affinity_target == "segmentation" else labels.refined_label
+        grid = F.interpolate(source[:, None].float(), out.grid, mode="nearest")[:, 0].long()
         head = self.model.affinity_head()
         aff_loss, pos_count, neg_count = affinity_loss(
-            out.query, out.key, *head, grid, self.labels.radius, IGNORE, across=True
+            out.query, out.key, *head, grid, self.labels.radius, IGNORE, across=s.normalise_across
         )
+        if not s.normalise_across:
+            pos_count, neg_count = sum_over_processes(torch.stack([pos_count, neg_count]) - 1) + 1
         loss = cls_loss + float(learns) * (s.seg_weight * seg_loss + s.aff_weight * aff_loss)
         loss, *parts = shown_as_mean(loss, cls_loss, seg_loss, aff_loss)
         parts = [part.detach() for part in parts]
@@ -230,7 +249,8 @@ class TrainingStep(nn.Module):
         how, slots = self.labels, ClassSlots(classes, present, count)
         with phase("CAM"):
             radius = how.radius if walks else None
-            cam, affinity = multi_scale_cam(self.model, images, how.cam_scales, radius, slots, last_map)
+            as_trained = self.settings.cam_mode == "train"
+            cam, affinity = multi_scale_cam(self.model, images, how.cam_scales, radius, slots, last_map, as_trained)
             images01 = denormalize(images.float())
         walked = aff_label = None
         if walks:

@@ -28,7 +28,7 @@ from afa_model.networks.afa import AFA
 
 # the test photographs are 48 pixels high: smaller PAR and no enlarging
 SMALL = {
-    "long_side": None,
+    "long_side": 0,
     "scales": (1.0, 0.5),
     "cam_scales": (1.0, 0.5),
     "radius": 3,
@@ -267,7 +267,7 @@ def test_a_cnn_gives_cams_only(data):
     torch.manual_seed(0)
     model = AFA("resnet18", 21, stride=(4, 2, 2, 1))
     assert kinds_of(model) == ("cam", "refined_cam")
-    result = evaluate(model, data, EvaluateSettings(limit=1, long_side=None))
+    result = evaluate(model, data, EvaluateSettings(limit=1, long_side=0))
     assert list(result.scores) == ["cam", "refined_cam"]
     with pytest.raises(ValueError, match="'random_walk' needs a MiT backbone"):
         evaluate(model, data, EvaluateSettings(kinds=("random_walk",)))

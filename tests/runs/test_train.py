@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import support.needs_command_line  # noqa: F401

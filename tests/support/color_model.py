@@ -40,7 +40,7 @@ class ColorModel(nn.Module):
         query = self._query(shares)
         return AFAResult(cls_logits, seg_logits, query, query, tuple(shares.shape[2:]))
 
-    def cam_and_attention(self, images: Tensor) -> Attended:
+    def cam_and_attention(self, images: Tensor, decode: bool = False) -> Attended:
         shares = self._shares(images)
         query = self._query(shares)
         return Attended(shares[:, 1:], query, query)

@@ -1,6 +1,6 @@
-"""Processes of a test without what starting one costs: they are forked, with all imported that the test has imported.
+"""Processes of a test without what starting one costs: forked, with all the modules that the test has imported.
 
-One thread each, for OpenMP's threads do not survive a fork. What has to be as a user starts it is started as a user does.
+One thread each, for OpenMP's threads do not survive a fork. What must start as a user starts it is no case for these.
 """
 
 from __future__ import annotations
