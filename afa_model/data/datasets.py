@@ -26,7 +26,8 @@ class DataSettings:
     """Where a data set lies and what its image-level labels come from.
 
     Args:
-        root: folder with ``JPEGImages``, ``SegmentationClassAug`` and ``ImageSets/Segmentation``.
+        root: folder with ``JPEGImages``, ``SegmentationClassAug`` and ``ImageSets/Segmentation``. Photographs and masks
+            may also lie in folders of the split's name in theirs (``JPEGImages/train``), as those of COCO do.
         train_split: list of training images: a name in ``list_dir``, or a path.
         val_split: list of images to evaluate on.
         num_classes: number of classes, the background counted; None: as ``classes.txt`` in the root says,
@@ -35,6 +36,8 @@ class DataSettings:
             these that is there for training, and the masks for evaluation, which reads them anyway.
         label_file: ``.npy`` or ``.json`` file with a label per image name; looked for in the root if not
             given.
+        without_class: what a training image without any class is: ``refuse``, an error in the annotation, or
+            ``background`` (COCO has some; they are trained as showing none).
         check: what to look at before training starts: ``full`` decodes every file, ``headers`` opens them,
             ``off``.
         image_dir: folder of the photographs in the root.
@@ -50,6 +53,7 @@ class DataSettings:
     num_classes: int | None = None
     label_source: LabelSource = "auto"
     label_file: str | None = None
+    without_class: Literal["refuse", "background"] = "refuse"
     check: CheckLevel = "full"
     image_dir: str = "JPEGImages"
     mask_dir: str = "SegmentationClassAug"
@@ -79,6 +83,8 @@ class VOCData(Dataset):
         self.settings = settings
         self.split = split
         self.root = Path(settings.root)
+        self.image_dir = self._of_split(settings.image_dir)
+        self.mask_dir = self._of_split(settings.mask_dir)
         self.names = read_split(self.root, split, settings.list_dir)
         self.class_names = class_names(settings.root, settings.num_classes)
         self.num_classes = len(self.class_names)
@@ -88,8 +94,8 @@ class VOCData(Dataset):
         reports = check_files(
             self.root,
             self.names,
-            image_dir=settings.image_dir,
-            mask_dir=settings.mask_dir if masks_needed else None,
+            image_dir=self.image_dir,
+            mask_dir=self.mask_dir if masks_needed else None,
             num_classes=self.num_classes,
             level=settings.check,
             title=f"checking {split}",
@@ -108,14 +114,19 @@ class VOCData(Dataset):
 
     def photo_path(self, index: int) -> Path:
         """The file of a photograph."""
-        path = find_image(self.root / self.settings.image_dir, self.names[index])
+        path = find_image(self.root / self.image_dir, self.names[index])
         if path is None:
-            raise DataError(f"{self.settings.image_dir}/{self.names[index]}.jpg is gone since the check")
+            raise DataError(f"{self.image_dir}/{self.names[index]}.jpg is gone since the check")
         return path
 
     def mask_path(self, index: int) -> Path:
         """The file of a mask."""
-        return self.root / self.settings.mask_dir / f"{self.names[index]}.png"
+        return self.root / self.mask_dir / f"{self.names[index]}.png"
+
+    def _of_split(self, folder: str) -> str:
+        """The folder in the root, or the one in it that has the split's name."""
+        own = Path(folder, Path(self.split).stem)
+        return str(own) if (self.root / own).is_dir() else folder
 
     def _choose_source(self, for_training: bool) -> tuple[str, Path | None]:
         settings = self.settings
@@ -158,14 +169,14 @@ class VOCData(Dataset):
                     where = f"{self.settings.xml_dir}/{name}.xml"
                     label = labels_from_xml(self.root / where, self.class_names)
                 else:
-                    where = f"{self.settings.mask_dir}/{name}.png"
+                    where = f"{self.mask_dir}/{name}.png"
                     if report.problems:
                         return none  # said already
                     if report.classes is None:  # the check was a light one
                         label = labels_from_mask(self.root / where, self.num_classes)
                     else:
                         label = multi_hot(report.classes, self.num_classes)
-                if for_training and not label.any():
+                if for_training and self.settings.without_class == "refuse" and not label.any():
                     raise ValueError("empty annotation: no class but background")
                 return label
             except FileNotFoundError:

@@ -14,10 +14,11 @@ from ..data.datasets import EvaluationSet
 from ..labels.kinds import check_kinds, kinds_of
 from ..labels.label_maps import MapSettings, label_maps
 from ..labels.settings import LabelSettings
+from ..runtime.collectives import gather_from_all
 from ..runtime.processes import place
 from ..runtime.progress import progress
 from .protocols import PROTOCOLS
-from .scores import EvaluationResult, ScoreKeeper
+from .scores import EvaluationResult, ScoreKeeper, image_level_scores
 
 _OWN = ("cam_scales", "radius", "dilations", "num_iter", "walk_score")  # what evaluation may do otherwise than training
 
@@ -139,15 +140,20 @@ def evaluate(
     loader = DataLoader(
         dataset, batch_size=None, sampler=share, num_workers=settings.num_workers, generator=torch.Generator()
     )
+    found: list[tuple[list[float], list[float]]] = []
     for sample in progress(loader, "evaluating", len(share), settings.progress):
         maps = label_maps(model, sample["image"], sizes, how, sample["cls_labels"], kinds)
         for kind, label in maps.labels.items():
             keeper.add(kind, label, sample["mask"])
+        found.append((maps.probabilities.tolist(), sample["cls_labels"].tolist()))
     scores = keeper.scores()
+    images = [image for share in gather_from_all(found) for image in share]
+    probabilities, cls_labels = (torch.tensor(column) for column in zip(*images))
     return EvaluationResult(
         scores=scores,
         class_names=dataset.class_names,
         images=total,
+        image_level=image_level_scores(probabilities, cls_labels),
         seconds=time.perf_counter() - start,
         about={"split": dataset.split, "settings": asdict(settings) | asdict(sizes), "labels": asdict(how)},
     )

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
 from ..conventions import IGNORE
 from ..labels.kinds import title
@@ -114,6 +115,7 @@ class EvaluationResult:
         images: number of images scored, over all processes.
         seconds: how long it took.
         about: what was evaluated (checkpoint, split, settings), for the files.
+        image_level: what the classifier is worth on its own (:func:`image_level_scores`), in 0..1.
     """
 
     scores: Mapping[str, Scores]
@@ -121,18 +123,20 @@ class EvaluationResult:
     images: int
     seconds: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+    image_level: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, kind: str) -> Scores:
         return self.scores[kind]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: ``{"images", "seconds", "about", "scores": {kind: {"miou", ..., "iou": {class:
-        value}}}}``.
+        """For JSON: ``{"images", "seconds", "about", "image_level": {"f1", "map"}, "scores": {kind: {"miou", ...,
+        "iou": {class: value}}}}``.
         """
         return {
             "images": self.images,
             "seconds": round(self.seconds, 3),
             "about": self.about,
+            "image_level": {name: _number(value) for name, value in self.image_level.items()},
             "scores": {kind: scores.as_dict(self.class_names) for kind, scores in self.scores.items()},
         }
 
@@ -160,6 +164,8 @@ class EvaluationResult:
             title=f"IoU in percent, {self.images} image{'s' * (self.images != 1)}",
             box=box.SIMPLE_HEAD,
             title_justify="left",
+            caption=_classifier(self.image_level),
+            caption_justify="left",
         )
         table.add_column("class", no_wrap=True)
         refinement = self.about.get("labels", {}).get("refinement", "par")
@@ -186,6 +192,29 @@ class EvaluationResult:
     def print(self, console: Console | None = None, per_class: bool = True) -> None:
         """Print the table."""
         (console or Console()).print(self.table(per_class))
+
+
+def image_level_scores(probabilities: Tensor, cls_labels: Tensor) -> dict[str, float]:
+    """F1 at a probability of 0.5 and mean average precision, means over the classes that occur; NaN without any.
+
+    probabilities, cls_labels: [N, K - 1], in 0..1 and 0 or 1, of N images.
+    """
+    occurs = cls_labels.bool().any(0)
+    if not occurs.any():
+        return {"f1": math.nan, "map": math.nan}
+    count, truth = int(occurs.sum()), cls_labels[:, occurs].long()
+    found = probabilities[:, occurs].double()
+    each = {"num_labels": count, "average": None, "validate_args": False}
+    return {
+        "f1": float(multilabel_f1_score(found, truth, threshold=0.5, **each).double().mean()),
+        "map": float(multilabel_average_precision(found, truth, **each).double().mean()),
+    }
+
+
+def _classifier(image_level: Mapping[str, float]) -> str | None:
+    if not image_level or math.isnan(image_level["f1"]):
+        return None
+    return f"classifier: F1 {100 * image_level['f1']:.1f}, mean average precision {100 * image_level['map']:.1f}"
 
 
 def _number(value: float) -> float | None:

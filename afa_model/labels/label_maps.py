@@ -52,14 +52,14 @@ class LabelMaps:
     Attributes:
         probabilities: [K-1] in 0..1: the classifier's.
         cls_labels: [K-1] of 0 and 1: the classes taken as present, given or found.
-        cam: [K-1, H, W] in 0..1.
-        affinity: [(2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention.
+        cam: [K-1, H, W] in 0..1; None where none of the kinds asked for is made of it.
+        affinity: [(2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention or CAM.
         labels: kind -> int64 [H, W] in 0..K-1.
     """
 
     probabilities: Tensor
     cls_labels: Tensor
-    cam: Tensor
+    cam: Tensor | None
     affinity: Tensor | None
     labels: dict[str, Tensor]
 
@@ -116,19 +116,22 @@ def label_maps(
             cls_logits = plain.cls_logits
         probabilities = cls_logits[0].float().sigmoid()
         given = found_classes(probabilities) if cls_labels is None else cls_labels.to(probabilities)
-        cam, affinity = multi_scale_cam(model, small, how.cam_scales, None if plain_affinity else radius)
-        if plain_affinity:
+        cam = affinity = None
+        if set(kinds) != {"segmentation"}:
+            cam, affinity = multi_scale_cam(model, small, how.cam_scales, None if plain_affinity else radius)
+            cam = resize(cam, size)
+        if plain_affinity and cam is not None:
             plain = model(small, decode=False) if plain is None else plain
             affinity = model.affinity(plain, radius)[:1].float()
 
-    cam, slots = resize(cam, size), ClassSlots.of(given[None])
+    slots = ClassSlots.of(given[None])
     for kind in kinds:
         if kind not in labels:
             labels[kind] = pseudo_label(kind, denormalize(image.float()), cam, affinity, slots, how)[0]
     return LabelMaps(
         probabilities=probabilities,
         cls_labels=given,
-        cam=cam[0],
+        cam=None if cam is None else cam[0],
         affinity=None if affinity is None else affinity[0],
         labels={kind: labels[kind].long() for kind in kinds},
     )

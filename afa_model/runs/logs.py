@@ -212,16 +212,27 @@ class RunLog:
         else:
             self.say(f"iter {iteration:>{len(str(self.total))}}/{self.total}  {note}")
 
-    def evaluation(self, iteration: int, scores: Mapping[str, float], refinement: str = "par") -> None:
-        """Scores of an evaluation (percent); ``refinement`` is the one of the labels."""
+    def evaluation(
+        self,
+        iteration: int,
+        scores: Mapping[str, float],
+        refinement: str = "par",
+        image_level: Mapping[str, float] | None = None,
+    ) -> None:
+        """Scores of an evaluation (percent) by kind of label map; ``refinement`` is the one of the labels;
+        ``image_level`` those of the classifier.
+        """
+        classifier = {f"classifier_{name}": value for name, value in (image_level or {}).items()}
         if not self.writes:
             return
         with self._survive():
-            self._eval.add([{"iteration": iteration, **scores}])
+            self._eval.add([{"iteration": iteration, **scores, **classifier}])
             if self._board is not None:
-                for name, value in scores.items():
+                for name, value in (scores | classifier).items():
                     self._board.add_scalar(f"eval/{name}", value, iteration)
         told = ", ".join(f"{title(name, refinement)} {value:.1f}" for name, value in scores.items())
+        if image_level:
+            told += "; classifier F1 {f1:.1f}, mAP {map:.1f}".format(**image_level)
         self.say(f"evaluation after step {iteration}, mIoU in percent: {told}")
 
     def picture(self, iteration: int, name: str, image: np.ndarray) -> None:

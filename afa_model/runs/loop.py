@@ -170,8 +170,8 @@ class _Loop:
         """Whether the model is the best so far."""
         trainer, progress = self.trainer, self.trainer.progress
         with self.log.aside():
-            self.scores = trainer.evaluate()
-        self.log.evaluation(progress.iteration, self.scores, trainer.config.labels.refinement)
+            self.scores, image_level = trainer.evaluate()
+        self.log.evaluation(progress.iteration, self.scores, trainer.config.labels.refinement, image_level)
         headline = _headline(self.scores)
         better = headline >= progress.best
         progress.best = max(progress.best, headline)

@@ -162,11 +162,12 @@ class Trainer:
         self.progress.iteration += 1
         return rate
 
-    def evaluate(self) -> dict[str, float]:
-        """mIoU (percent) of every kind of label map on the validation images."""
+    def evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
+        """On the validation images mIoU of every kind of label map; F1 and mAP of the classifier; all in percent."""
         with checkpoint.kept_random_state():
             result = evaluate(self.model, self.validation, self.config.eval.by("training"), self.config.labels)
-        return {kind: 100 * scores.miou for kind, scores in result.scores.items()}
+        miou = {kind: 100 * scores.miou for kind, scores in result.scores.items()}
+        return miou, {name: 100 * value for name, value in result.image_level.items()}
 
 
 def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | None]:

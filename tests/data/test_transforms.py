@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from afa_model.conventions import MEAN, STD, denormalize
-from afa_model.data.transforms import AugmentSettings, TrainingTransform, normalize
+from afa_model.data.transforms import AugmentSettings, Choices, TrainingTransform, normalize
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:
@@ -21,6 +22,7 @@ def back_to_bytes(image: torch.Tensor) -> torch.Tensor:
     return denormalize(image).mul(255).round().long()
 
 
+BLACK = normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))[:, 0]
 PLAIN = {"scale": (1.0, 1.0), "flip": 0.0, "distort": False}
 
 
@@ -35,7 +37,7 @@ def test_the_box_is_where_the_photograph_lies(height, width):
         assert (y1 - y0, x1 - x0) == (min(height, 64), min(width, 64))
         outside = torch.ones(64, 64, dtype=torch.bool)
         outside[y0:y1, x0:x1] = False
-        assert (image[:, outside] == 0).all()
+        assert torch.equal(image[:, outside], BLACK.expand(3, int(outside.sum()))), "padding is black, as published"
         inside = back_to_bytes(image)[:, y0:y1, x0:x1]
         top, left = inside[0, 0, 0], inside[1, 0, 0]
         assert torch.equal(inside, photo[:, top : top + y1 - y0, left : left + x1 - x0].long())
@@ -83,7 +85,7 @@ def test_a_sample_depends_on_its_seed_alone():
 def test_distortion_changes_colours_but_never_swaps_channels():
     red = torch.zeros(3, 32, 32, dtype=torch.uint8)
     red[0], red[1], red[2] = 180, 60, 60
-    transform = TrainingTransform(AugmentSettings(crop=32, scale=(1.0, 1.0), flip=0.0))
+    transform = TrainingTransform(AugmentSettings(crop=32, scale=(1.0, 1.0), flip=0.0, distort=True))
     means = torch.stack([denormalize(transform(red, seed)[0]).mean((1, 2)) for seed in range(40)])
     assert (means.argmax(1) == 0).all()
     assert means.std(0).min() > 0.01
@@ -96,8 +98,41 @@ def test_normalisation_and_its_inverse():
     by_hand = (photo.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(image, by_hand)
     torch.testing.assert_close(denormalize(image), photo.float() / 255)
-    # padding is the mean colour, as in the published run
-    assert denormalize(torch.zeros(3, 1, 1)).mul(255).int().flatten().tolist() == [123, 116, 103]
+    mean = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    torch.testing.assert_close(BLACK[:, 0], -mean[0] / mean[1])
+
+
+def test_published_transform(golden):
+    """With the choices given: the same box, and all but one value in a thousand within one grey level."""
+    recorded = golden("augment")
+    crop = int(recorded["crop"])
+    transform, off, values = TrainingTransform(AugmentSettings(crop=crop)), 0, 0
+    for i in range(8):
+        ratio, flip = float(recorded[f"ratio_{i}"]), bool(recorded[f"flip_{i}"])
+        pad, start = (tuple(map(int, recorded[f"{name}_{i}"])) for name in ("pad", "start"))
+        photo = torch.from_numpy(recorded[f"image_{i}"]).permute(2, 0, 1)
+        image, box = transform.apply(photo, Choices(ratio, flip, pad, start))
+        difference = (image - torch.from_numpy(recorded[f"out_{i}"])) * torch.tensor(STD).view(3, 1, 1) * 255
+        off, values = off + int((difference.abs() > 1.001).sum()), values + image.numel()
+        assert (difference.abs() < 0.5).float().mean() > 0.99, i
+        assert box.tolist() == np.minimum(recorded[f"img_box_{i}"], crop).tolist()
+    assert off <= 1e-3 * values
+
+
+def test_published_choices():
+    """Sizes rounded down; the photograph anywhere in a larger crop, the crop anywhere in a larger photograph."""
+    transform = TrainingTransform(AugmentSettings(crop=64))
+    assert transform.settings.distort is False
+    torch.manual_seed(0)
+    drawn = [transform.choose(100, 30) for _ in range(400)]
+    assert 0.5 <= min(c.ratio for c in drawn) < 0.52 and 1.98 < max(c.ratio for c in drawn) <= 2
+    assert 0.4 < sum(c.flip for c in drawn) / len(drawn) < 0.6
+    for choices in drawn:
+        height, width = int(choices.ratio * 100), int(choices.ratio * 30)
+        for side, pad, start in zip((height, width), choices.pad, choices.start):
+            assert 0 <= pad <= max(0, 64 - side) and 0 <= start <= max(0, side - 64)
+        _, box = transform.apply(coordinates(100, 30), choices)
+        assert box[3] - box[2] == min(width, 64) and box[1] - box[0] == min(height, 64)
 
 
 @pytest.mark.parametrize(

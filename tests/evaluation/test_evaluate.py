@@ -20,7 +20,7 @@ from support.voc_factory import make_voc
 
 from afa_model.data.datasets import DataSettings, EvaluationSet
 from afa_model.evaluation.evaluate import EvaluateSettings, evaluate
-from afa_model.evaluation.scores import EvaluationResult, ScoreKeeper, Scores
+from afa_model.evaluation.scores import EvaluationResult, ScoreKeeper, Scores, image_level_scores
 from afa_model.labels.kinds import KINDS, kinds_of
 from afa_model.labels.label_maps import MapSettings, found_classes, label_maps
 from afa_model.labels.settings import LabelSettings
@@ -65,8 +65,19 @@ def test_scores_by_hand():
     scores = keeper.scores()["x"]
     assert scores.confusion.tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert scores.iou[:3].tolist() == pytest.approx([1 / 2, 1 / 3, 0]) and math.isnan(scores.iou[3])
-    assert scores.miou == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)  # predicted but in no mask counts as 0
+    assert scores.miou == pytest.approx((1 / 2 + 1 / 3) / 2), "over the classes in the masks"
     assert scores.mean_accuracy == pytest.approx(1 / 2) and scores.pixel_accuracy == pytest.approx(1 / 2)
+
+
+def test_scores_of_the_classifier_by_hand():
+    labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]])
+    probabilities = torch.tensor([[0.9, 0.6, 0.9], [0.4, 0.5001, 0.1], [0.3, 0.5, 0.2]])
+    got = image_level_scores(probabilities, labels)
+    # First class: one of two found, nothing wrongly, 2/3; both before the third image. Second: the first image wrongly,
+    # the second rightly, the third not (0.5 is not more than 0.5), 1/2; precision 1/2 and 2/3 at its two images.
+    assert got["f1"] == pytest.approx((2 / 3 + 1 / 2) / 2, abs=1e-6)
+    assert got["map"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2, abs=1e-6)
+    assert all(map(math.isnan, image_level_scores(probabilities, 0 * labels).values()))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,7 @@ def test_an_image_without_classes_is_all_background(data):
     assert all((maps.labels[kind] == 0).all() for kind in KINDS if kind != "segmentation")
 
 
-def test_segmentation_is_the_maximum_over_scales_and_flips(data):
+def test_segmentation_is_the_largest_over_scales_of_the_mean_of_a_pair(data):
     torch.manual_seed(0)
     model = AFA("mit_b0", 21).eval()
     image = data[0]["image"]
@@ -252,14 +263,14 @@ def test_segmentation_is_the_maximum_over_scales_and_flips(data):
     got = label_maps(model, image, *asked).labels["segmentation"]
     views = []
     size = image.shape[1:]
+    grid = tuple(-(-side // 4) for side in size)
     with torch.no_grad():
         for view_size in (tuple(size), (36, 48)):
             resized = torch.nn.functional.interpolate(image[None], view_size, mode="bilinear")
-            for flip in (False, True):
-                logits = model(resized.flip(3) if flip else resized).seg_logits
-                logits = torch.nn.functional.interpolate(logits, tuple(size), mode="bilinear")
-                views.append(logits.flip(3) if flip else logits)
-    want = torch.stack(views).amax(0).argmax(1)[0]
+            pair = (model(resized).seg_logits + model(resized.flip(3)).seg_logits.flip(3)) / 2
+            views.append(torch.nn.functional.interpolate(pair, grid, mode="bilinear"))
+    best = torch.stack(views).amax(0)
+    want = torch.nn.functional.interpolate(best, tuple(size), mode="bilinear").argmax(1)[0]
     assert (got != want).float().mean() < 1e-3
 
 

@@ -49,6 +49,29 @@ def test_forward_matches_recorded_numbers(recorded):
     assert relative_error(dense, want["affinity"]) < 1e-4  # a radius of 8 covers the whole 6 x 8 grid
 
 
+def test_published_initialisation():
+    """Deviations over seeds; recorded weights cannot show them, as they are loaded over whatever was there."""
+    heads, fuses = [], []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = AFA("mit_b0", 21)
+        heads.append(model.attn_proj.weight.flatten())
+        fuses.append(model.decoder.linear_fuse.conv.weight.flatten())
+    # Kaiming, fan out: 1 for the affinity's head with a gain of sqrt(2 / 6), 256 for the fusion with sqrt(2)
+    assert torch.cat(heads).std().item() == pytest.approx(0.577, rel=0.06)
+    assert torch.cat(fuses).std().item() == pytest.approx(0.0884, rel=0.005)
+    assert model.attn_proj.bias.abs().item() <= 0.25 and model.decoder.linear_fuse.conv.bias is None
+
+
+def test_published_noise():
+    """Drop path from 0 to 0.1, linear over the blocks; a tenth of the decoder's channels dropped."""
+    model = AFA("mit_b0", 21)
+    blocks = [block for stage in range(1, 5) for block in getattr(model.encoder, f"block{stage}")]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.1 * i / 7 for i in range(8)])
+    assert model.decoder.dropout.p == 0.1 and isinstance(model.decoder.dropout, torch.nn.Dropout2d)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (130, 31), (24, 40)])
 @pytest.mark.parametrize("stride", [(4, 2, 2, 1), (4, 2, 2, 2)])
 @torch.no_grad()

@@ -44,6 +44,16 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     return {"image": image, "cls_labels": torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]]), "img_box": box}
 
 
+def by_own_counts(here: Here) -> dict:
+    """One step whose losses each process normalises by its own pixels and pairs, as published."""
+    torch.manual_seed(0)
+    model = AFA("mit_b0", 5, embedding=16, decoder_dropout=0.0, backbone_args=TINY).train()
+    model.decoder.linear_fuse.bn.eval()
+    step = TrainingStep(model, StepSettings(1, 3, normalise_across=False), LabelSettings(radius=2))
+    result = step({name: value.chunk(here.world_size)[here.rank] for name, value in batch(0).items()}, 4)
+    return {name: float(getattr(result, name)) for name in NUMBERS}
+
+
 def train_steps(here: Here) -> dict:
     """A few steps of all phases on this process's share of the batches -> what came out."""
     torch.manual_seed(0)
@@ -64,6 +74,7 @@ def train_steps(here: Here) -> dict:
         "numbers": torch.tensor(numbers, dtype=torch.float64),
         "weights": {name: value.detach() for name, value in model.named_parameters()},
         "losses": _losses(here),
+        "own": by_own_counts(here),
     }
 
 
@@ -132,6 +143,19 @@ def test_losses_are_normalised_by_the_counts_of_all(outcomes):
     halves = [torch.stack([part["gradient"].split([192, 2048, 2048])[i] for part in parts]) for i in range(3)]
     together = torch.cat([half.flatten() for half in halves])
     torch.testing.assert_close(together, whole["gradient"], rtol=1e-4, atol=1e-8)
+
+
+def test_losses_by_each_process_own_counts(outcomes):
+    """Told is their mean, and the pairs of all: each process's loss is that of its image alone."""
+    _, *parts = outcomes
+    alone = [by_own_counts(Here(rank, 2, torch.device("cpu"))) for rank in range(2)]  # no group: nothing is summed
+    for part in parts:
+        for name in ("seg_loss", "aff_loss", "loss"):
+            assert part["own"][name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, rel=1e-5), name
+        for name in ("pos_count", "neg_count"):
+            assert part["own"][name] == alone[0][name] + alone[1][name] - 1
+    whole = by_own_counts(Here(0, 1, torch.device("cpu")))
+    assert abs(parts[0]["own"]["seg_loss"] / whole["seg_loss"] - 1) > 1e-3, "a batch for which it matters"
 
 
 def test_alone_nothing_is_summed():

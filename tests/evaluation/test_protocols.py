@@ -1,0 +1,156 @@
+"""Both published protocols: recorded labels, logits and scores on photographs; what each setting of them does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.common import DEVICE, relative_error
+
+from afa_model.data.transforms import normalize
+from afa_model.evaluation.evaluate import EvaluateSettings
+from afa_model.evaluation.scores import ScoreKeeper
+from afa_model.labels import label_maps as module
+from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.settings import LabelSettings
+from afa_model.networks.afa import AFA
+
+# recorded name -> protocol or what differs from "test", kind of label map
+RECORDED = {
+    "val_seg": ({"protocol": "training"}, "segmentation"),
+    "val_cam": ({"protocol": "training"}, "cam"),
+    "val_aff": ({"protocol": "training"}, "random_walk"),
+    "test_seg": ({"protocol": "test", "scales": (1.0,), "flips": False}, "segmentation"),
+    "test_msc": ({"protocol": "test"}, "segmentation"),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return golden("evaluation")
+
+
+@pytest.fixture(scope="module")
+def model(golden, recorded):
+    changed = {name.removeprefix("state_"): value for name, value in recorded.items() if name.startswith("state_")}
+    state = {name: torch.from_numpy(value) for name, value in {**golden("model_state"), **changed}.items()}
+    model = AFA("mit_b0", 21)
+    model.load_state_dict(state)
+    return model.to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def outcomes(model, recorded) -> dict[str, list[torch.Tensor]]:
+    """The label maps of all photographs by recorded name, and as "logits" those of the test protocol."""
+    outcomes, real = {name: [] for name in (*RECORDED, "logits")}, module._segment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_segment", lambda *a: outcomes["logits"].append(real(*a)) or outcomes["logits"][-1])
+        for i in range(4):
+            image = normalize(torch.from_numpy(recorded[f"image_{i}"]).permute(2, 0, 1))
+            present = torch.from_numpy(recorded[f"cls_labels_{i}"])
+            for settings in {str(settings): settings for settings, _ in RECORDED.values()}.values():
+                kinds = {kind: name for name, (by, kind) in RECORDED.items() if by == settings}
+                by = EvaluateSettings(**settings)
+                maps = label_maps(model, image, by.maps(), by.labels(LabelSettings()), present, list(kinds))
+                for kind, name in kinds.items():
+                    outcomes[name].append(maps.labels[kind].cpu())
+    outcomes["logits"] = [logits[0].cpu() for logits, _, _ in outcomes["logits"][2::3]]
+    return outcomes
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_published_labels_and_scores(outcomes, recorded, name):
+    keeper, off, pixels = ScoreKeeper(["x"], 21), 0, 0
+    for i, label in enumerate(outcomes[name]):
+        off, pixels = off + int((label.numpy() != recorded[f"{name}_{i}"]).sum()), pixels + label.numel()
+        keeper.add("x", label, torch.from_numpy(recorded[f"mask_{i}"]).long())
+    scores = keeper.scores()["x"]
+    assert i == 3 and off <= 1e-3 * pixels
+    np.testing.assert_allclose(scores.iou.numpy(), recorded[f"iou_{name}"], atol=1e-3)
+    assert scores.miou == pytest.approx(float(recorded[f"miou_{name}"]), abs=1e-3)
+
+
+def test_published_logits(outcomes, recorded):
+    """Of the test protocol, before they are resized to the photograph."""
+    for i, logits in enumerate(outcomes["logits"]):
+        want = torch.from_numpy(recorded[f"msc_logits_{i}"]).float()
+        assert logits.shape == want.shape and relative_error(logits, want) < 1e-3
+
+
+def test_what_is_not_said_is_as_the_protocol_has_it():
+    training, test = (EvaluateSettings(protocol=name) for name in ("training", "test"))
+    assert training.maps() == MapSettings(0, (1.0,), False, "plain")
+    assert test.maps() == EvaluateSettings().maps() == MapSettings(512, (1.0, 0.5, 0.75), True, "largest")
+    assert training.labels(LabelSettings()).one_walk_score == (0.35,)
+    assert test.labels(LabelSettings()).one_walk_score == (0.45,)
+    assert training.labels(LabelSettings(walk_score=0.2)).one_walk_score == (0.2,)
+    assert EvaluateSettings(protocol="training", walk_score=0.1).labels(LabelSettings()).one_walk_score == (0.1,)
+    assert EvaluateSettings(protocol="training", long_side=100, flips=True).maps() == MapSettings(
+        100, (1.0,), True, "plain"
+    )
+    assert EvaluateSettings().by("training").protocol == "training"
+    assert EvaluateSettings(protocol="test").by("training").protocol == "test"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"protocol": "published"}, "protocol: expected training or test"),
+        ({"long_side": 20}, "long_side: expected at least 32"),
+        ({"scales": ()}, "scales: expected positive"),
+        ({"affinity_of": "all"}, "affinity_of: expected largest or plain"),
+        ({"walk_score": -0.1}, "walk_score: expected at least 0"),
+    ],
+)
+def test_bad_settings_are_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        EvaluateSettings(**settings)
+
+
+class Constant(torch.nn.Module):
+    """Logits of 4 classes that tell the size of the image and whether it is mirrored."""
+
+    has_affinity, num_classes = True, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, images, decode=True):
+        self.sizes.append(tuple(images.shape))
+        logits = torch.nn.functional.avg_pool2d(images, 4, ceil_mode=True)
+        return SimpleNamespace(seg_logits=logits, cls_logits=torch.zeros(len(images), 3))
+
+
+def test_a_pair_is_averaged_and_scales_are_maximised():
+    image = torch.zeros(1, 3, 16, 24)
+    image[0, 0, :, :12], image[0, 1] = 8.0, 3.0
+    model = Constant()
+    best, _, plain = module._segment(model, image, MapSettings(0, (0.5, 1.0)))
+    assert model.sizes == [(2, 3, 16, 24), (2, 3, 8, 12)], "scale 1 first: its grid is everyone's"
+    assert best.shape == (1, 3, 4, 6) and plain.seg_logits.shape == (2, 3, 4, 6)
+    # The mirrored copy's logits are mirrored back: here they agree with the others, so the mean is what both say.
+    torch.testing.assert_close(best[0, 0, 0, [0, 5]], torch.tensor([8.0, 0.0]))
+    torch.testing.assert_close(best[0, 1], torch.full((4, 6), 3.0))
+
+    class Biased(Constant):
+        def forward(self, images, decode=True):
+            result = super().forward(images)
+            bias = torch.arange(len(images)).view(-1, 1, 1, 1) * 2.0  # the mirrored one is 2 higher
+            scale = 5.0 if images.shape[2] < 16 else 0.0
+            return SimpleNamespace(seg_logits=result.seg_logits * 0 + bias + scale, cls_logits=result.cls_logits)
+
+    best, _, _ = module._segment(Biased(), image, MapSettings(0, (1.0, 0.5)))
+    assert torch.equal(best, torch.full((1, 3, 4, 6), 6.0)), "mean of 5 and 7, larger than that of 0 and 2"
+    best, _, _ = module._segment(Biased(), image, MapSettings(0, (1.0,), flips=False))
+    assert torch.equal(best, torch.zeros(1, 3, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("size", "want"), [((167, 251), (340, 512)), ((500, 375), (512, 384)), ((512, 100), (512, 100)), ((999, 10), (512, 5))],
+)
+def test_sizes_are_rounded_down(size, want):
+    got = tuple(module._resize_long_side(torch.zeros(1, 3, *size), 512).shape[2:])
+    assert got == want
