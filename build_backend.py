@@ -126,7 +126,7 @@ def architectures(known: list[int], visible: list[int]) -> tuple[str, str | None
     """CMake's list of what to compile for, e.g. "75-real;80", and what to know where the compiler lacks a visible GPU.
 
     Machine code for the visible GPUs or, without, for `ARCHITECTURES`, as far as the compiler knows them; and PTX of
-    the newest (without a GPU, of `SHARED_PTX`), which the driver compiles for newer GPUs when the kernels are first used.
+    the newest (without a GPU of `SHARED_PTX`), which the driver compiles for newer GPUs when kernels are first used.
     """
     wanted = visible or ARCHITECTURES
     code = {gpu: next((arch for arch in (gpu, gpu // 10 * 10) if arch in known), None) for gpu in wanted}

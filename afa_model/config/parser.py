@@ -47,6 +47,12 @@ class Parser(ArgumentParser):
             wanted = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
             hint = " (a list is written [1, 0.5])" if "tuple" in wanted else ""
             return f"{match[1]}: expected {wanted}, got {match[3].strip()}{hint}"
+        several = r'Parser key "([\w.]+)":.*?Union subtypes\s*Subtypes: \[(.*?)\]\s*Errors:.*Given value: (.*)'
+        if match := re.search(several, message, re.S):
+            wanted = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "").replace("NoneType", "null")
+            wanted = wanted.replace(", null", " or null")
+            hint = " (a list is written [1, 0.5])" if "tuple" in wanted else ""
+            return f"{match[1]}: expected {wanted}, got {match[3].strip()}{hint}"
         return " ".join(message.split())
 
     def known_settings(self) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision import tv_tensors
 
 from ..conventions import IGNORE
 from ..errors import DataError
@@ -62,7 +61,7 @@ def find_image(folder: str | Path, name: str) -> Path | None:
     return next((Path(base + suffix) for suffix in IMAGE_SUFFIXES if os.path.isfile(base + suffix)), None)
 
 
-def read_photo(path: str | Path, upright: bool = False) -> tv_tensors.Image:
+def read_photo(path: str | Path, upright: bool = False) -> torch.Tensor:
     """A photograph as uint8 [3, H, W], 0..255, RGB (grey and CMYK are converted).
 
     Args:
@@ -71,7 +70,7 @@ def read_photo(path: str | Path, upright: bool = False) -> tv_tensors.Image:
     """
     with Image.open(path) as image:
         rgb = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    return tv_tensors.Image(torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous())
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
 def read_label(path: str | Path) -> torch.Tensor:

@@ -50,7 +50,7 @@ class AugmentSettings:
 
 def normalize(photo: Tensor) -> Tensor:
     """uint8 0..255 [..., 3, H, W] -> float32, minus ImageNet's mean, over its standard deviation."""
-    return F.normalize(F.to_dtype(photo, torch.float32, scale=True), MEAN, STD).as_subclass(Tensor)
+    return F.normalize(F.to_dtype(photo, torch.float32, scale=True), MEAN, STD)
 
 
 @contextmanager
@@ -113,9 +113,8 @@ class TrainingTransform:
     def apply(self, photo: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
         """What those choices make of a photograph; returns as the call does. Only a distortion draws from here on."""
         crop = self.settings.crop
-        image = photo.as_subclass(Tensor)
         # Antialiased, on bytes: the pixels of Pillow's bilinear resize.
-        image = F.resize(image, _resized(*photo.shape[-2:], choices.ratio), antialias=True)
+        image = F.resize(photo, _resized(*photo.shape[-2:], choices.ratio), antialias=True)
         if choices.flip:
             image = image.flip(-1)
         (y0, y1, top), (x0, x1, left) = (

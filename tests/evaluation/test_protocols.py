@@ -149,7 +149,8 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
 
 
 @pytest.mark.parametrize(
-    ("size", "want"), [((167, 251), (340, 512)), ((500, 375), (512, 384)), ((512, 100), (512, 100)), ((999, 10), (512, 5))],
+    ("size", "want"),
+    [((167, 251), (340, 512)), ((500, 375), (512, 384)), ((512, 100), (512, 100)), ((999, 10), (512, 5))],
 )
 def test_sizes_are_rounded_down(size, want):
     got = tuple(module._resize_long_side(torch.zeros(1, 3, *size), 512).shape[2:])

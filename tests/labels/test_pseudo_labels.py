@@ -201,3 +201,11 @@ def test_boxes_of_one_size_at_different_places(case):
         alone = walked_label(images[one], affinity[one], cam[one], cls_labels[one], boxes[one])
         assert disagreement(label[one], alone) < 1e-3
     assert (label[3] == IGNORE).all()
+
+
+def test_a_value_at_the_background_score_is_background():
+    """It must exceed the score: ties are decided as published, with one score and with two."""
+    cam = torch.tensor([0.25, 0.26, 0.5, 0.51]).view(1, 1, 1, 4)
+    slots = ClassSlots.of(torch.ones(1, 1))
+    assert cam_to_label(cam, slots, (0.5,))[0, 0].tolist() == [0, 0, 0, 1]
+    assert cam_to_label(cam, slots, (0.25, 0.5))[0, 0].tolist() == [0, IGNORE, IGNORE, 1]
