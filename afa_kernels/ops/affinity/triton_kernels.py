@@ -38,6 +38,36 @@ def _rows(base, pixels, inside, strides_n, strides_d, channel, depth, WIDE: tl.c
 
 
 @triton.jit
+def _scores(
+    query, key, maps, head, image, own, other, inside, key_inside, near,
+    query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d, maps_b, maps_h, maps_i, maps_j,
+    HEADS: tl.constexpr, DEPTH: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr,
+    FROM_MAPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """sum_h w_h (S_h,ij + S_h,ji) of the pixels ``own`` with the pixels ``other``, before the bias: [64, 64]."""
+    scores = tl.zeros((SIDE * SIDE, SIDE * SIDE), dtype=tl.float32)
+    for h in range(HEADS):
+        if FROM_MAPS:
+            here = maps + image * maps_b + h * maps_h
+            rows, columns = own.to(tl.int64)[:, None], other.to(tl.int64)[None, :]
+            both = tl.load(here + rows * maps_i + columns * maps_j, mask=near, other=0.0).to(tl.float32)
+            both += tl.load(here + columns * maps_i + rows * maps_j, mask=near, other=0.0).to(tl.float32)
+        else:
+            both = tl.zeros((SIDE * SIDE, SIDE * SIDE), dtype=tl.float32)
+            queries, keys = query + image * query_b + h * query_h, key + image * key_b + h * key_h
+            for begin in range(0, DEPTH, CHANNELS):
+                channel = begin + tl.arange(0, CHANNELS)
+                own_query = _rows(queries, own, inside, query_n, query_d, channel, DEPTH, WIDE)
+                other_key = _rows(keys, other, key_inside, key_n, key_d, channel, DEPTH, WIDE)
+                both = tl.dot(own_query, tl.trans(other_key), both, input_precision="ieee")
+                own_key = _rows(keys, own, inside, key_n, key_d, channel, DEPTH, WIDE)
+                other_query = _rows(queries, other, key_inside, query_n, query_d, channel, DEPTH, WIDE)
+                both = tl.dot(own_key, tl.trans(other_query), both, input_precision="ieee")
+        scores += tl.load(head + h) * both
+    return scores
+
+
+@triton.jit
 def _pairs(
     query, key, maps, head, labels, window, grad_window, slopes, out, partial, counts,
     height, width, radius, tiles_y, tiles_x,
@@ -69,25 +99,10 @@ def _pairs(
             grad += tl.load(at, mask=near, other=0.0).to(tl.float32)
             result = affinity * (1.0 - affinity) * grad
         else:
-            scores = tl.zeros((SIDE * SIDE, SIDE * SIDE), dtype=tl.float32)
-            for h in range(HEADS):
-                if FROM_MAPS:
-                    here = maps + image * maps_b + h * maps_h
-                    rows, columns = own.to(tl.int64)[:, None], other.to(tl.int64)[None, :]
-                    both = tl.load(here + rows * maps_i + columns * maps_j, mask=near, other=0.0).to(tl.float32)
-                    both += tl.load(here + columns * maps_i + rows * maps_j, mask=near, other=0.0).to(tl.float32)
-                else:
-                    both = tl.zeros((SIDE * SIDE, SIDE * SIDE), dtype=tl.float32)
-                    queries, keys = query + image * query_b + h * query_h, key + image * key_b + h * key_h
-                    for begin in range(0, DEPTH, CHANNELS):
-                        channel = begin + tl.arange(0, CHANNELS)
-                        own_query = _rows(queries, own, inside, query_n, query_d, channel, DEPTH, WIDE)
-                        other_key = _rows(keys, other, key_inside, key_n, key_d, channel, DEPTH, WIDE)
-                        both = tl.dot(own_query, tl.trans(other_key), both, input_precision="ieee")
-                        own_key = _rows(keys, own, inside, key_n, key_d, channel, DEPTH, WIDE)
-                        other_query = _rows(queries, other, key_inside, query_n, query_d, channel, DEPTH, WIDE)
-                        both = tl.dot(own_key, tl.trans(other_query), both, input_precision="ieee")
-                scores += tl.load(head + h) * both
+            scores = _scores(query, key, maps, head, image, own, other, inside, key_inside, near,
+                             query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
+                             maps_b, maps_h, maps_i, maps_j,
+                             HEADS, DEPTH, SIDE, CHANNELS, FROM_MAPS, WIDE)  # fmt: skip
             result = tl.sigmoid(scores + tl.load(head + HEADS))
         if GOAL == WINDOW:
             pixels = height * width

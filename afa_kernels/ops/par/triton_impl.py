@@ -22,6 +22,26 @@ SHRINK = tl.constexpr(2.0**-80)
 
 
 @triton.jit
+def _deviation(value, first, centre, real, count, centres, PAMR: tl.constexpr):
+    """Unbiased standard deviation of ``count`` values [PIXELS, TAPS], of which the centre is so many.
+
+    From deviations from the first neighbour: a constant neighbourhood gives exactly 0. Large values are shrunken by a
+    power of two first, for their squares would overflow.
+    """
+    largest = tl.max(tl.abs(value), axis=1)
+    if PAMR:
+        largest = tl.maximum(largest, tl.abs(centre))
+    shrink = tl.where(largest > 1e15, SHRINK, 1.0)
+    start = first * shrink
+    deviation = tl.where(real[None, :], value * shrink[:, None] - start[:, None], 0.0)
+    own = centre * shrink - start
+    mean = (tl.sum(deviation, axis=1) + centres * own) / count
+    spread = tl.where(real[None, :], deviation - mean[:, None], 0.0)
+    squares = tl.sum(spread * spread, axis=1) + centres * (own - mean) * (own - mean)
+    return tl.sqrt(squares / (count - 1.0)) / shrink
+
+
+@triton.jit
 def _kappa_softmax(
     images, out, offsets, position,
     height, width, taps, dilations,
@@ -57,19 +77,7 @@ def _kappa_softmax(
                         + tl.minimum(tl.maximum(x + tl.load(offsets + 1), 0), width - 1) * images_x,
                         mask=inside, other=0.0).to(tl.float32)  # fmt: skip
         value = tl.load(plane + at, mask=reads, other=0.0).to(tl.float32)
-        # Deviations from the first neighbour: a constant neighbourhood gives exactly 0. Large values are shrunken by a
-        # power of two first, for their squares would overflow.
-        largest = tl.max(tl.abs(value), axis=1)
-        if PAMR:
-            largest = tl.maximum(largest, tl.abs(centre))
-        shrink = tl.where(largest > 1e15, SHRINK, 1.0)
-        start = first * shrink
-        deviation = tl.where(real[None, :], value * shrink[:, None] - start[:, None], 0.0)
-        own = centre * shrink - start
-        mean = (tl.sum(deviation, axis=1) + centres * own) / count
-        spread = tl.where(real[None, :], deviation - mean[:, None], 0.0)
-        squares = tl.sum(spread * spread, axis=1) + centres * (own - mean) * (own - mean)
-        sigma = tl.sqrt(squares / (count - 1.0)) / shrink
+        sigma = _deviation(value, first, centre, real, count, centres, PAMR)
         distance = value - centre[:, None]
         if PAMR:
             kappa -= tl.abs(distance) / (1e-8 + 0.1 * sigma)[:, None]
