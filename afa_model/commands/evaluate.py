@@ -32,9 +32,11 @@ def main(argv: Sequence[str]) -> None:
     run = restored(argv)
     if run is not None:
         # As the run scores: where its evaluation differs from its training, that is the default here, and an option
-        # --labels.KEY has the last word.
-        labels = run.config.eval.labels(run.config.labels)
-        scoring = replace(run.config, labels=labels, eval=run.config.eval.as_in_training())
+        # --labels.KEY comes before it. A protocol that is asked for is not mixed with what the run said of another.
+        settings = run.config.eval
+        if any(word.partition("=")[0] == "--eval.protocol" for word in argv):
+            settings = settings.without_rows()
+        scoring = replace(run.config, labels=settings.said(run.config.labels), eval=settings.as_in_training())
         config = to_dict(scoring)
         set_defaults(parser, flatten({name: config[name] for name in ("data", "eval", "labels")}))
     options = parser.parse_args(argv)

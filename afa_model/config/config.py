@@ -141,6 +141,8 @@ def check(config: Config) -> Config:
     try:
         require(config.seed >= 0, "seed", "at least 0", config.seed)
         require(bool(config.out), "out", "a folder", config.out)
+        graphed = config.cuda_graph and step.cam_mode == "train"
+        require(not graphed, "cuda_graph", "false with step.cam_mode train, whose noise a graph cannot hold", True)
         for key, value in (
             ("schedule.warmup_iters", schedule.warmup_iters),
             ("step.cam_iters", step.cam_iters),

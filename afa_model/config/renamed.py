@@ -38,8 +38,9 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings of any version -> of this one."""
     nested: dict[str, Any] = {}
     flat = flatten(values)
-    if "eval.protocol" not in flat and flat.get("eval.long_side", 0) is None:
-        flat["eval.long_side"] = 0  # before there were protocols, None said "as they are"
+    if "eval.long_side" in flat and "eval.protocol" not in flat:  # before there were protocols
+        flat["eval.protocol"] = "test"
+        flat["eval.long_side"] = flat["eval.long_side"] or 0  # None said "as they are"
     for old, value in flat.items():
         key = RENAMED.get(old, old)
         if key is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ class DataSettings:
 
     Args:
         root: folder with ``JPEGImages``, ``SegmentationClassAug`` and ``ImageSets/Segmentation``. Photographs and masks
-            may also lie in folders of the split's name in theirs (``JPEGImages/train``), as those of COCO do.
+            may also lie in a folder in theirs (``JPEGImages/train``), as those of COCO do.
         train_split: list of training images: a name in ``list_dir``, or a path.
         val_split: list of images to evaluate on.
         num_classes: number of classes, the background counted; None: as ``classes.txt`` in the root says,
@@ -62,6 +63,8 @@ class DataSettings:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
+        if self.without_class not in ("refuse", "background"):
+            raise ValueError(f"without_class: expected refuse or background, got {self.without_class!r}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers: expected at least 0, got {self.num_workers}")
 
@@ -83,9 +86,9 @@ class VOCData(Dataset):
         self.settings = settings
         self.split = split
         self.root = Path(settings.root)
-        self.image_dir = self._of_split(settings.image_dir)
-        self.mask_dir = self._of_split(settings.mask_dir)
         self.names = read_split(self.root, split, settings.list_dir)
+        self.image_dir = self._of_split(settings.image_dir, find_image)
+        self.mask_dir = self._of_split(settings.mask_dir, _find_mask)
         self.class_names = class_names(settings.root, settings.num_classes)
         self.num_classes = len(self.class_names)
         self.label_source, label_file = self._choose_source(for_training)
@@ -123,10 +126,14 @@ class VOCData(Dataset):
         """The file of a mask."""
         return self.root / self.mask_dir / f"{self.names[index]}.png"
 
-    def _of_split(self, folder: str) -> str:
-        """The folder in the root, or the one in it that has the split's name."""
-        own = Path(folder, Path(self.split).stem)
-        return str(own) if (self.root / own).is_dir() else folder
+    def _of_split(self, folder: str, find: Callable[[Path, str], Path | None]) -> str:
+        """The folder in the root where the split's first file is: itself, or one in it, before all the split's own."""
+        path, first = Path(self.split), self.names[0]
+        own = path.stem if path.suffix == ".txt" else path.name
+        inside = sorted(child.name for child in (self.root / folder).glob("*") if child.is_dir())
+        places = [folder, *(f"{folder}/{name}" for name in sorted(inside, key=lambda name: name != own))]
+        found = next((place for place in places if find(self.root / place, first) is not None), None)
+        return found or (f"{folder}/{own}" if own in inside else folder)
 
     def _choose_source(self, for_training: bool) -> tuple[str, Path | None]:
         settings = self.settings
@@ -157,6 +164,7 @@ class VOCData(Dataset):
     def _read_labels(self, label_file: Path | None, reports: list[FileReport], for_training: bool) -> Tensor:
         """The labels of all images [N, K-1]; what is wrong with one is added to its report."""
         table = LabelFile(label_file, self.class_names) if label_file else None
+        refuse = for_training and self.settings.without_class == "refuse"
 
         def read(item: tuple[str, FileReport]) -> Tensor:
             name, report = item
@@ -167,7 +175,7 @@ class VOCData(Dataset):
                     label = table[name]
                 elif self.label_source == "xml":
                     where = f"{self.settings.xml_dir}/{name}.xml"
-                    label = labels_from_xml(self.root / where, self.class_names)
+                    label = labels_from_xml(self.root / where, self.class_names, empty=not refuse)
                 else:
                     where = f"{self.mask_dir}/{name}.png"
                     if report.problems:
@@ -176,7 +184,7 @@ class VOCData(Dataset):
                         label = labels_from_mask(self.root / where, self.num_classes)
                     else:
                         label = multi_hot(report.classes, self.num_classes)
-                if for_training and self.settings.without_class == "refuse" and not label.any():
+                if refuse and not label.any():
                     raise ValueError("empty annotation: no class but background")
                 return label
             except FileNotFoundError:
@@ -186,6 +194,11 @@ class VOCData(Dataset):
             return none
 
         return torch.stack(in_threads(read, list(zip(self.names, reports)), f"labels of {self.split}"))
+
+
+def _find_mask(folder: Path, name: str) -> Path | None:
+    path = folder / f"{name}.png"
+    return path if path.is_file() else None
 
 
 class TrainingSet(VOCData):

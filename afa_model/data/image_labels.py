@@ -47,8 +47,8 @@ def labels_from_mask(path: str | Path, num_classes: int) -> Tensor:
     return multi_hot(present, num_classes)
 
 
-def labels_from_xml(path: str | Path, names: Sequence[str]) -> Tensor:
-    """Classes of the objects in a VOC annotation -> float32 [K - 1].
+def labels_from_xml(path: str | Path, names: Sequence[str], empty: bool = False) -> Tensor:
+    """Classes of the objects in a VOC annotation -> float32 [K - 1]; with ``empty`` there may be none.
 
     Raises:
         ValueError: no object in it, an object of an unknown class, or no XML; OSError if it cannot be read.
@@ -59,7 +59,7 @@ def labels_from_xml(path: str | Path, names: Sequence[str]) -> Tensor:
         raise ValueError(f"not XML ({error})") from None
     # only the direct children: an <object> has <part>s (head, hand) with names of their own
     found = [(item.findtext("name") or "").strip() for item in root.findall("object")]
-    if not found:
+    if not found and not empty:
         raise ValueError("empty annotation: no object")
     unknown = sorted(set(found) - set(names))
     if unknown:

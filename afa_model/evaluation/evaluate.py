@@ -79,18 +79,27 @@ class EvaluateSettings:
         """These settings with that protocol, unless they name one."""
         return self if self.protocol is not None else replace(self, protocol=protocol)
 
+    def without_rows(self) -> EvaluateSettings:
+        """These settings with nothing said of what a protocol decides."""
+        return replace(self, **dict.fromkeys(PROTOCOLS["test"]))
+
+    def said(self, training: LabelSettings) -> LabelSettings:
+        """As in training but for what is said otherwise here; what the protocol decides is left open."""
+        own = {name: getattr(self, name) for name in _OWN}
+        return replace(training, **{name: value for name, value in own.items() if value is not None})
+
     def maps(self) -> MapSettings:
         """In which sizes a photograph goes through the model."""
         usual = PROTOCOLS[self.protocol or "test"]
         own = {item.name: getattr(self, item.name) for item in fields(MapSettings)}
-        return MapSettings(**{name: usual[name] if value is None else value for name, value in own.items()})
+        chosen = {name: usual[name] if value is None else value for name, value in own.items()}
+        return MapSettings(**chosen | {"scales": tuple(chosen["scales"])})
 
     def labels(self, training: LabelSettings) -> LabelSettings:
-        """How labels are made here: as in training but for what is said otherwise."""
-        own = {name: getattr(self, name) for name in _OWN}
-        if own["walk_score"] is None and training.walk_score is None:
-            own["walk_score"] = PROTOCOLS[self.protocol or "test"]["walk_score"]
-        return replace(training, **{name: value for name, value in own.items() if value is not None})
+        """How labels are made here: as in training but for what is said otherwise, here or by the protocol."""
+        how = self.said(training)
+        usual = PROTOCOLS[self.protocol or "test"]["walk_score"]
+        return replace(how, walk_score=usual) if how.walk_score is None else how
 
     def as_in_training(self) -> EvaluateSettings:
         """These settings without what they say otherwise than training."""
@@ -125,7 +134,7 @@ def evaluate(
     Raises:
         ValueError: a kind the model does not give, or a model whose number of classes is not the data set's.
     """
-    settings = settings or EvaluateSettings()
+    settings = (settings or EvaluateSettings()).by("test")
     how, sizes = settings.labels(labels or LabelSettings()), settings.maps()
     if model.num_classes != dataset.num_classes:
         raise ValueError(f"model: {model.num_classes} classes, but the data set has {dataset.num_classes}")

@@ -160,8 +160,10 @@ class EvaluationResult:
 
     def table(self, per_class: bool = True) -> Table:
         """A table for the terminal, in percent: IoU of every class that has one, the means below."""
+        protocol = self.about.get("settings", {}).get("protocol")
+        by = f", protocol {protocol}" if protocol else ""
         table = Table(
-            title=f"IoU in percent, {self.images} image{'s' * (self.images != 1)}",
+            title=f"IoU in percent, {self.images} image{'s' * (self.images != 1)}{by}",
             box=box.SIMPLE_HEAD,
             title_justify="left",
             caption=_classifier(self.image_level),
@@ -195,12 +197,13 @@ class EvaluationResult:
 
 
 def image_level_scores(probabilities: Tensor, cls_labels: Tensor) -> dict[str, float]:
-    """F1 at a probability of 0.5 and mean average precision, means over the classes that occur; NaN without any.
+    """F1 at a probability of 0.5 and mean average precision, means over the classes that occur; NaN without any, and
+    for a classifier that says NaN.
 
     probabilities, cls_labels: [N, K - 1], in 0..1 and 0 or 1, of N images.
     """
     occurs = cls_labels.bool().any(0)
-    if not occurs.any():
+    if not occurs.any() or probabilities.isnan().any():
         return {"f1": math.nan, "map": math.nan}
     count, truth = int(occurs.sum()), cls_labels[:, occurs].long()
     found = probabilities[:, occurs].double()

@@ -50,7 +50,7 @@ class LabelMaps:
     """What was found in one photograph of H x W pixels.
 
     Attributes:
-        probabilities: [K-1] in 0..1: the classifier's.
+        probabilities: [K-1] in 0..1: the classifier's, of the photograph at scale 1.
         cls_labels: [K-1] of 0 and 1: the classes taken as present, given or found.
         cam: [K-1, H, W] in 0..1; None where none of the kinds asked for is made of it.
         affinity: [(2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention or CAM.
@@ -107,21 +107,20 @@ def label_maps(
     radius = how.radius if model.has_affinity else None
     plain_affinity = radius is not None and settings.affinity_of == "plain"
     with evaluating(model):
+        plain = None
         if "segmentation" in kinds:
-            seg_logits, cls_logits, plain = _segment(model, small, settings)
+            seg_logits, plain = _segment(model, small, settings)
             # at the photograph's size before the decision, as everything that is scored
             labels["segmentation"] = resize(seg_logits, size).argmax(1)[0]
-        else:
+        if plain is None:
             plain = model(small, decode=False)
-            cls_logits = plain.cls_logits
-        probabilities = cls_logits[0].float().sigmoid()
+        probabilities = plain.cls_logits[0].float().sigmoid()
         given = found_classes(probabilities) if cls_labels is None else cls_labels.to(probabilities)
         cam = affinity = None
         if set(kinds) != {"segmentation"}:
             cam, affinity = multi_scale_cam(model, small, how.cam_scales, None if plain_affinity else radius)
             cam = resize(cam, size)
         if plain_affinity and cam is not None:
-            plain = model(small, decode=False) if plain is None else plain
             affinity = model.affinity(plain, radius)[:1].float()
 
     slots = ClassSlots.of(given[None])
@@ -161,30 +160,23 @@ def _resize_long_side(image: Tensor, long_side: int | None) -> Tensor:
     return resize(image, (max(1, int(height * ratio)), max(1, int(width * ratio))))
 
 
-def _segment(model: nn.Module, image: Tensor, settings: MapSettings) -> tuple[Tensor, Tensor, Any]:
+def _segment(model: nn.Module, image: Tensor, settings: MapSettings) -> tuple[Tensor, Any]:
     """Segmentation logits [1, K, h4, w4] on scale 1's grid (without that scale, on the largest one's), the largest over
-    the scales; class logits [1, K-1] at the scale nearest 1; and what the model said at scale 1, if that is one.
+    the scales; and what the model said at scale 1 of the photograph and maybe its mirror image, None without.
     """
-    scales = settings.scales
-    nearest = min(scales, key=lambda scale: abs(scale - 1))
-    grid_of = nearest if nearest == 1 else max(scales)
-    best = cls_logits = plain = None
-    for scale in sorted(scales, key=lambda scale: scale != grid_of):
+    grid_of = 1 if 1 in settings.scales else max(settings.scales)
+    best = plain = None
+    for scale in sorted(settings.scales, key=lambda scale: scale != grid_of):
         scaled = image
         if scale != 1:
             # By factor, not by size: the grid is the factor's also where the size had to be rounded down.
-            factor = max(scale, 1 / min(image.shape[-2:]))
+            factor = max(scale, 1.001 / min(image.shape[-2:]))
             scaled = F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=False)
         result = model(torch.cat([scaled, scaled.flip(3)]) if settings.flips else scaled)
         logits = result.seg_logits.float()
         if settings.flips:
             logits = (logits[:1] + logits[1:].flip(3)) / 2
-        if best is None:
-            best = logits
-        else:
-            best = torch.maximum(best, resize(logits, best.shape[2:]))
-        if scale == nearest:
-            cls_logits = result.cls_logits.float().mean(0, keepdim=True)
+        best = logits if best is None else torch.maximum(best, resize(logits, best.shape[2:]))
         if scale == 1:
             plain = result
-    return best, cls_logits, plain
+    return best, plain

@@ -25,7 +25,7 @@ class LabelSettings:
             low_score.
         low_score: CAM value below which a pixel is certainly background.
         bkg_score: the one background score of evaluation and prediction, where nothing is left open.
-        walk_score: that of the random-walk label; None: bkg_score.
+        walk_score: that of the random-walk label; None: what eval.protocol has, else bkg_score.
     """
 
     cam_scales: tuple[float, ...] = (1.0, 0.5, 1.5)

@@ -24,7 +24,7 @@ from .restore import build_model
 # What decides the course of a run: changed at a resume, the losses differ from an uninterrupted run's.
 _COURSE = ("seed", "amp", "augment", "loader", "model", "labels", "step", "optim", "schedule")
 
-_SCORES_ONLY = ("labels.bkg_score",)  # but this changes what is scored, not what is learned
+_SCORES_ONLY = ("labels.bkg_score", "labels.walk_score")  # but these change what is scored, not what is learned
 
 NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "pos_count", "neg_count")
 
@@ -103,7 +103,11 @@ class Trainer:
             before = to_dict(from_dict(state["config"]))  # with the names and what else there is to set today
         except ConfigError as error:
             raise CheckpointError(f"the checkpoint's settings do not fit this version of afa: {error}") from error
-        changed = list(_differences(before, to_dict(self.config)))
+        now = to_dict(self.config)
+        if any(_scoring(before[key]) != _scoring(now[key]) for key in ("eval", "labels")):
+            self.progress.best = float("-inf")
+            self.notes.append("evaluation is another than the checkpoint's: the best so far does not count")
+        changed = list(_differences(before, now))
         if changed:
             self.notes.append("warning: changed since the checkpoint: " + ", ".join(changed))
 
@@ -191,6 +195,11 @@ def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | None]:
     if errors:
         raise errors[0] if len(errors) == 1 else DataError("\n".join(map(str, errors)))
     return opened[0], opened[1]
+
+
+def _scoring(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a section's settings changes the scores of an evaluation."""
+    return {name: value for name, value in section.items() if name not in ("every", "num_workers", "progress")}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Any:

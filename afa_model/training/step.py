@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conventions import IGNORE, denormalize
-from ..labels.cams import multi_scale_cam, same_in_eval_mode
+from ..labels.cams import evaluating, multi_scale_cam, same_in_eval_mode
 from ..labels.pseudo_labels import (
     PseudoLabels,
     labels_of_one_diffusion,
@@ -49,7 +49,7 @@ class StepSettings:
         shared_refinement: refine both pseudo-labels in one diffusion of the whole padded crop: faster than the
             published way, which treats the random-walk label image by image inside its box; slightly different near
             box borders.
-        compute_unused: compute (for logs and pictures) also what the current phase gives no weight.
+        compute_unused: compute (for logs) also what the current phase gives no weight, in train mode as all else.
     """
 
     cam_iters: int = 2000
@@ -170,32 +170,49 @@ class TrainingStep(nn.Module):
         self._graph = GraphedFunction(self._pseudo_labels) if cuda_graph else None
 
     def forward(self, batch: Mapping[str, Any], iteration: int, everything: bool | None = None) -> StepResult:
-        """One step; the first ``iteration`` is 0. ``everything`` overrides ``compute_unused`` this once."""
+        """One step; the first ``iteration`` is 0. ``everything`` overrides ``compute_unused`` this once, and then
+        computes what the phase gives no weight without a trace in the model or the random numbers.
+        """
         with self._networks.in_use() if self._networks is not None else nullcontext():
             return self._step(batch, iteration, everything)
 
     def _step(self, batch: Mapping[str, Any], iteration: int, everything: bool | None) -> StepResult:
         s, images = self.settings, batch["image"]
-        everything = s.compute_unused if everything is None else everything
         pixels = self.model.has_affinity
         learns = pixels and iteration > s.cam_iters
-        walks = pixels and (everything or iteration > s.aff_iters)
+        looked_at = s.compute_unused if everything is None else everything
+        decodes = learns or (s.compute_unused and looked_at)
+        walks = pixels and (looked_at or iteration > s.aff_iters)
 
         # Before the CAM passes: under autocast they then find the weights cast already, with their gradients.
         with phase("forward"):
-            out = self.model(images, decode=learns or everything)
+            out = self.model(images, decode=decodes)
         labels = slots = None
-        if learns or everything:
-            labels, slots = self._label(batch, walks, out.last_map)
+        if decodes or looked_at:
+            as_trained = decodes and s.cam_mode == "train"
+            labels, slots = self._label(batch, walks, out.last_map, as_trained)
         with phase("losses"):
             cls_loss = classification_loss(out.cls_logits, batch["cls_labels"])
-            if not pixels or labels is None:
+            if pixels and decodes:
+                result = self._pixel_losses(out, cls_loss, labels, iteration, learns)
+            else:
                 loss, cls_loss = shown_as_mean(cls_loss + self._no_part(), cls_loss)
                 result = StepResult(loss, cls_loss.detach())
-            else:
-                result = self._pixel_losses(out, cls_loss, labels, iteration, learns)
+                if pixels and looked_at:
+                    self._look(images, labels, iteration, result)
         result.labels, result.slots = labels, slots
         return result
+
+    @torch.no_grad()
+    def _look(self, images: Tensor, labels: PseudoLabels, iteration: int, result: StepResult) -> None:
+        """What the phase has no use for, to be looked at; in eval mode, so that looking changes nothing: no batch
+        norm learns from it and no random number is drawn.
+        """
+        with evaluating(self.model):
+            out = self.model(images)
+        seen = self._pixel_losses(out, result.cls_loss, labels, iteration, learns=False)
+        for name in ("seg_loss", "aff_loss", "pos_count", "neg_count", "seg_logits"):
+            setattr(result, name, getattr(seen, name))
 
     def _pixel_losses(
         self, out: Any, cls_loss: Tensor, labels: PseudoLabels, iteration: int, learns: bool
@@ -217,12 +234,14 @@ class TrainingStep(nn.Module):
         return StepResult(loss, *parts, pos_count, neg_count, seg_logits=out.seg_logits.detach())
 
     @torch.no_grad()
-    def _label(self, batch: Mapping[str, Any], walks: bool, last_map: Tensor) -> tuple[PseudoLabels, ClassSlots]:
+    def _label(
+        self, batch: Mapping[str, Any], walks: bool, last_map: Tensor, as_trained: bool
+    ) -> tuple[PseudoLabels, ClassSlots]:
         """CAM and pseudo-labels, with ``walks`` also affinity and random-walk label; and the batch's classes."""
         images, img_box = batch["image"], batch.get("img_box")
         slots = ClassSlots.of(batch["cls_labels"], self.max_classes)
         inputs = images, slots.classes, slots.present
-        options = {"count": slots.count, "walks": walks}
+        options = {"count": slots.count, "walks": walks, "as_trained": as_trained}
         if self._graph is None:
             # Exact without drop path only, with which the training pass is not what the CAM needs.
             known = last_map if same_in_eval_mode(self.model.encoder) else None
@@ -244,12 +263,12 @@ class TrainingStep(nn.Module):
         last_map: Tensor | None,
         count: int,
         walks: bool,
+        as_trained: bool = False,
     ) -> PseudoLabels:
         """All that a CUDA graph can hold; ``aff_label`` only with shared refinement."""
         how, slots = self.labels, ClassSlots(classes, present, count)
         with phase("CAM"):
             radius = how.radius if walks else None
-            as_trained = self.settings.cam_mode == "train"
             cam, affinity = multi_scale_cam(self.model, images, how.cam_scales, radius, slots, last_map, as_trained)
             images01 = denormalize(images.float())
         walked = aff_label = None

@@ -15,8 +15,9 @@ from support.tiny_run import tiny_args
 from support.voc_factory import make_voc
 
 from afa_model import cli
-from afa_model.commands import bench, evaluate
+from afa_model.commands import bench, evaluate, predict
 from afa_model.errors import CheckpointError, ConfigError, DataError, SavingError, TrainingError
+from afa_model.labels.label_maps import MapSettings
 from afa_model.labels.settings import LabelSettings
 
 
@@ -239,6 +240,36 @@ def test_bench_data_measures_the_loader(root, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 6
     assert result["images_per_second"] > 0
+
+
+def test_a_protocol_asked_for_is_not_mixed_with_another(root, tmp_path, monkeypatch):
+    """The run has rows of its own, and a protocol; neither is left in the one that is asked for."""
+    changes = {"schedule__max_iters": 1, "eval__protocol": "training", "eval__affinity_of": "plain"}
+    assert cli.main(["train", *tiny_args(root, tmp_path / "run", **changes)]) == 0
+    seen = []
+
+    def noted(model, dataset, settings, labels):
+        seen.append((settings.by("test").maps(), settings.labels(labels).one_walk_score))
+        raise TrainingError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate", noted)
+    test = ["--eval.protocol", "test"]
+    for line in ([], ["--eval.protocol=training"], test, [*test, "--eval.flips=false"]):
+        assert cli.main(["evaluate", "--checkpoint", str(tmp_path / "run"), *line]) == 1
+
+    def noted_too(model, images, out, class_names, settings, how):
+        seen.append((settings.long_side, settings.flips, settings.affinity_of, how.one_walk_score))
+        raise TrainingError("seen")
+
+    monkeypatch.setattr(predict, "predict", noted_too)
+    assert cli.main(["predict", "photo.jpg", "--checkpoint", str(tmp_path / "run")]) == 1
+    assert seen.pop() == (64, False, "plain", (0.35,)), "as the run is evaluated"
+    assert seen == [
+        (MapSettings(64, (1.0,), False, "plain"), (0.35,)),
+        (MapSettings(0, (1.0,), False, "plain"), (0.35,)),
+        (MapSettings(512, (1.0, 0.5, 0.75), True, "largest"), (0.45,)),
+        (MapSettings(512, (1.0, 0.5, 0.75), False, "largest"), (0.45,)),
+    ]
 
 
 def test_what_is_given_to_evaluate_has_the_last_word(root, tmp_path, monkeypatch):

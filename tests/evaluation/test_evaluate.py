@@ -78,6 +78,7 @@ def test_scores_of_the_classifier_by_hand():
     assert got["f1"] == pytest.approx((2 / 3 + 1 / 2) / 2, abs=1e-6)
     assert got["map"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2, abs=1e-6)
     assert all(map(math.isnan, image_level_scores(probabilities, 0 * labels).values()))
+    assert all(map(math.isnan, image_level_scores(probabilities * math.nan, labels).values()))
 
 
 @pytest.mark.parametrize(

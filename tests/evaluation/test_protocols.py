@@ -9,12 +9,15 @@ import pytest
 import torch
 from support.common import DEVICE, relative_error
 
+from afa_model.conventions import resize
 from afa_model.data.transforms import normalize
 from afa_model.evaluation.evaluate import EvaluateSettings
 from afa_model.evaluation.scores import ScoreKeeper
 from afa_model.labels import label_maps as module
 from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.pseudo_labels import propagate
 from afa_model.labels.settings import LabelSettings
+from afa_model.labels.slots import ClassSlots
 from afa_model.networks.afa import AFA
 
 # recorded name -> protocol or what differs from "test", kind of label map
@@ -44,7 +47,7 @@ def model(golden, recorded):
 @pytest.fixture(scope="module")
 def outcomes(model, recorded) -> dict[str, list[torch.Tensor]]:
     """The label maps of all photographs by recorded name, and as "logits" those of the test protocol."""
-    outcomes, real = {name: [] for name in (*RECORDED, "logits")}, module._segment
+    outcomes, real = {name: [] for name in (*RECORDED, "logits", "maps")}, module._segment
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_segment", lambda *a: outcomes["logits"].append(real(*a)) or outcomes["logits"][-1])
         for i in range(4):
@@ -54,9 +57,11 @@ def outcomes(model, recorded) -> dict[str, list[torch.Tensor]]:
                 kinds = {kind: name for name, (by, kind) in RECORDED.items() if by == settings}
                 by = EvaluateSettings(**settings)
                 maps = label_maps(model, image, by.maps(), by.labels(LabelSettings()), present, list(kinds))
+                if settings["protocol"] == "training":
+                    outcomes["maps"].append(maps)
                 for kind, name in kinds.items():
                     outcomes[name].append(maps.labels[kind].cpu())
-    outcomes["logits"] = [logits[0].cpu() for logits, _, _ in outcomes["logits"][2::3]]
+    outcomes["logits"] = [logits[0].cpu() for logits, _ in outcomes["logits"][2::3]]
     return outcomes
 
 
@@ -77,6 +82,33 @@ def test_published_logits(outcomes, recorded):
     for i, logits in enumerate(outcomes["logits"]):
         want = torch.from_numpy(recorded[f"msc_logits_{i}"]).float()
         assert logits.shape == want.shape and relative_error(logits, want) < 1e-3
+
+
+def test_published_cam_and_walk(outcomes, recorded):
+    """The soft maps of the training protocol on the model's grid."""
+    for i, maps in enumerate(outcomes["maps"]):
+        cam, walk = (torch.from_numpy(recorded[f"{name}_{i}"]) for name in ("cam", "walk"))
+        slots = ClassSlots.of(torch.from_numpy(recorded[f"cls_labels_{i}"])[None])
+        small = slots.pick(resize(maps.cam[None].cpu(), cam.shape[1:]))
+        assert maps.affinity.shape[1:] == cam.shape[1:]
+        assert relative_error(small, slots.pick(cam[None])) < 1e-4
+        walked = propagate(maps.affinity[None].cpu(), slots.pick(maps.cam[None].cpu()), slots, LabelSettings(), (0.35,))
+        want = torch.cat([walk[None, :1], slots.pick(walk[None, 1:])], 1)
+        assert relative_error(walked, want) < 1e-4
+
+
+@torch.no_grad()
+def test_the_classifier_says_the_same_whichever_labels_are_asked_for(model, recorded):
+    image = normalize(torch.from_numpy(recorded["image_0"]).permute(2, 0, 1)[:, :64, :96])
+    asked = ((1.0,), False, ["cam"]), ((1.0, 0.5), True, ["segmentation"]), ((0.5,), True, None)
+    ways = [
+        label_maps(model, image, MapSettings(0, scales, flips), LabelSettings(cam_scales=(1.0,)), kinds=kinds)
+        for scales, flips, kinds in asked
+    ]
+    want = model.eval()(image[None].to(DEVICE)).cls_logits[0].sigmoid()
+    for maps in ways:
+        torch.testing.assert_close(maps.probabilities, want)
+    assert ways[1].cam is None and ways[1].affinity is None
 
 
 def test_what_is_not_said_is_as_the_protocol_has_it():
@@ -128,7 +160,7 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
     image = torch.zeros(1, 3, 16, 24)
     image[0, 0, :, :12], image[0, 1] = 8.0, 3.0
     model = Constant()
-    best, _, plain = module._segment(model, image, MapSettings(0, (0.5, 1.0)))
+    best, plain = module._segment(model, image, MapSettings(0, (0.5, 1.0)))
     assert model.sizes == [(2, 3, 16, 24), (2, 3, 8, 12)], "scale 1 first: its grid is everyone's"
     assert best.shape == (1, 3, 4, 6) and plain.seg_logits.shape == (2, 3, 4, 6)
     # The mirrored copy's logits are mirrored back: here they agree with the others, so the mean is what both say.
@@ -142,9 +174,9 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
             scale = 5.0 if images.shape[2] < 16 else 0.0
             return SimpleNamespace(seg_logits=result.seg_logits * 0 + bias + scale, cls_logits=result.cls_logits)
 
-    best, _, _ = module._segment(Biased(), image, MapSettings(0, (1.0, 0.5)))
+    best, _ = module._segment(Biased(), image, MapSettings(0, (1.0, 0.5)))
     assert torch.equal(best, torch.full((1, 3, 4, 6), 6.0)), "mean of 5 and 7, larger than that of 0 and 2"
-    best, _, _ = module._segment(Biased(), image, MapSettings(0, (1.0,), flips=False))
+    best, _ = module._segment(Biased(), image, MapSettings(0, (1.0,), flips=False))
     assert torch.equal(best, torch.zeros(1, 3, 4, 6))
 
 

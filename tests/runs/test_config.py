@@ -52,6 +52,12 @@ def test_packaged_configs_are_found_by_name(name):
     assert {"voc", "coco", "demo"} <= set(packaged())
 
 
+def test_a_cuda_graph_and_noise_are_refused_together():
+    with pytest.raises(ConfigError, match=r"cuda_graph: expected false with step\.cam_mode train"):
+        parse(["--config", "voc", "--cuda_graph", "true"])
+    assert parse(["--config", "voc", "--cuda_graph", "true", "--step.cam_mode", "eval"]).cuda_graph
+
+
 def test_every_packaged_config_is_accepted():
     for name in packaged():
         assert parse(["--config", name]).out == f"runs/{name}"
@@ -229,6 +235,7 @@ def test_settings_of_an_earlier_version_keep_their_meaning():
     assert (scored.radius, scored.cam_scales, scored.num_iter) == (8, (1.0, 0.5, 2.0), 7)
     assert scored.walk_power == 3, "evaluation walks as training does"
     assert config.eval.maps().long_side == 0, "None said as they are, before there were protocols"
+    assert (config.eval.protocol, config.eval.maps().scales) == ("test", (1.0,))
     known = {"labels", "eval", "step"}
     now = to_dict(config)
     for key in set(BEFORE) - known:

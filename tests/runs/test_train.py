@@ -116,6 +116,26 @@ checkpoint.torch.save = save
     assert not list(killed.glob(".*"))  # the half-written file is gone
 
 
+def test_a_run_evaluates_by_its_own_protocol(root, tmp_path, monkeypatch, capsys):
+    """"training" unless it says otherwise; the best score of another evaluation does not count at a resume."""
+    seen, real = [], trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *a: seen.append(a[2].protocol) or real(*a))
+    run(root, tmp_path / "run", eval__every=1, schedule__max_iters=1)
+    state = checkpoint.read(tmp_path / "run" / "iter_00000001.pt")
+    state["progress"]["best"] = 99.0
+    torch.save(state, tmp_path / "run" / "iter_00000001.pt")
+    best = tmp_path / "run" / "best.pt"
+    for protocol, better in ((None, False), ("test", True)):
+        best.unlink(missing_ok=True)
+        changes = {"eval__protocol": protocol} if protocol else {}
+        resume = tmp_path / "run" / "iter_00000001.pt"
+        out = tmp_path / f"again {protocol}"
+        run(root, out, eval__every=1, schedule__max_iters=2, schedule__warmup_iters=1, resume=resume, **changes)
+        assert (out / "best.pt").exists() == better
+    assert seen == ["training", "training", "test"]
+    assert capsys.readouterr().out.count("the best so far does not count") == 1
+
+
 def test_sigterm_saves_and_resume_goes_on(root, tmp_path):
     out = tmp_path / "run"
     stop = """
@@ -252,7 +272,8 @@ def test_the_cam_only_baseline_trains(root, tmp_path):
     steps = rows(tmp_path / "run" / "train.csv")
     assert all(row["loss"] == row["cls_loss"] and row["seg_loss"] == row["aff_loss"] == "" for row in steps)
     assert all(0 < float(row["loss"]) < 2 for row in steps), "near the ln 2 of a classifier that knows nothing"
-    assert set(rows(tmp_path / "run" / "eval.csv")[0]) == {"iteration", "cam", "refined_cam"}
+    columns = {"iteration", "cam", "refined_cam", "classifier_f1", "classifier_map"}
+    assert set(rows(tmp_path / "run" / "eval.csv")[0]) == columns
 
 
 def test_data_that_is_broken_is_listed_before_anything_starts(tmp_path):

@@ -188,6 +188,24 @@ def test_cam_mode_train_teaches_the_decoders_batch_norm_in_every_pass(iteration)
     assert quiet.decoder.linear_fuse.bn.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("cam_mode", ["eval", "train"])
+def test_looking_at_a_step_changes_nothing(cam_mode):
+    """In the classifier's phase, where nothing of what is drawn is computed for the training itself."""
+    how = StepSettings(2, 3, cam_mode=cam_mode), ALL[1]
+    ends = []
+    for everything in (None, True):
+        model = tiny(drop=0.2)
+        torch.manual_seed(3)
+        result = TrainingStep(model, *how)(batch(), 1, everything)
+        result.loss.backward()
+        ends.append((result, torch.rand(1), model.state_dict(), [p.grad for p in model.parameters()]))
+    (plain, *before), (looked, *after) = ends
+    assert plain.seg_loss is None and looked.seg_loss > 0 and looked.aff_loss > 0 and looked.aff_label is not None
+    assert looked.seg_logits is not None and torch.equal(plain.loss, looked.loss) and torch.equal(before[0], after[0])
+    assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
+    assert all(torch.equal(got, want) for got, want in zip(before[2], after[2]))
+
+
 def test_cam_mode_train_has_the_noise_of_training():
     model, example = tiny(drop=0.5), batch()
     cams = []
