@@ -1,2 +1,1 @@
-"""What every operator stands on: choosing a backend, checking arguments, calling kernels, counting taps.
-"""
+"""What every operator stands on: choosing a backend, checking arguments, calling kernels, counting taps."""

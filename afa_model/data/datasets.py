@@ -206,7 +206,7 @@ class TrainingSet(VOCData):
 
     ``dataset[index, seed]`` is a dict:
 
-    - ``image`` float32 [3, crop, crop], normalised by ImageNet's mean and standard deviation, 0 where padded;
+    - ``image`` float32 [3, crop, crop], normalised by ImageNet's mean and standard deviation, black where padded;
     - ``cls_labels`` float32 [K-1], 1 for every class the photograph shows;
     - ``img_box`` int64 [4] (y0, y1, x0, x1): where the photograph lies in the crop, ends not included;
     - ``name`` the image's name.

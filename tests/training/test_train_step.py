@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.common import ROOT, relative_error
+from support.tiny_step import ALL, batch, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa_kernels import use_backend
@@ -21,27 +22,8 @@ from afa_model.labels.slots import ClassSlots
 from afa_model.networks.afa import AFA
 from afa_model.runtime.phases import PhaseTimer, phase
 from afa_model.training import acceleration
-from afa_model.training import step as module
 from afa_model.training.acceleration import CompiledNetworks, GraphedFunction
 from afa_model.training.step import StepSettings, TrainingStep
-
-TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
-ALL = StepSettings(0, 1), LabelSettings(radius=2)  # iteration 2 is in the phase where everything is at work
-
-
-def tiny(drop: float = 0.0, classes: int = 5) -> AFA:
-    torch.manual_seed(0)
-    arguments = {"embedding": 16, "decoder_dropout": drop, "backbone_args": TINY | {"drop_path_rate": drop}}
-    return AFA("mit_b0", classes, **arguments).train()
-
-
-def batch(size: int = 64, seed: int = 0, count: int = 2) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "image": torch.randn(count, 3, size, size, generator=generator).clamp(-1.5, 1.5),
-        "cls_labels": torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]] * (count // 2)),
-        "img_box": torch.tensor([[0, size, 3, size - 5], [7, size, 0, size]] * (count // 2)),
-    }
 
 
 def assert_close(got: dict, want: dict, tolerance: float) -> None:
@@ -161,84 +143,6 @@ def test_scale_one_is_taken_from_the_training_pass_where_that_is_exact(monkeypat
         assert seen == [2 * 64, second, 4 * 32, 4 * 96]
         separate = multi_scale_cam(tiny(drop), batch()["image"], slots=result.slots).cam
         assert relative_error(result.labels.cam, separate) < 1e-5
-
-
-# --- the published CAM passes, targets and normalisation ---
-
-
-@pytest.mark.parametrize("iteration", [1, 2])
-def test_cam_mode_train_teaches_the_decoders_batch_norm_in_every_pass(iteration):
-    """As a plain loop over the passes does: the training pass, then each scale with its mirror image."""
-    how = StepSettings(0, 1, cam_mode="train"), ALL[1]
-    model, plain, example = tiny(), tiny(), batch()
-    TrainingStep(model, *how)(example, iteration)
-    images = example["image"]
-    with torch.no_grad():
-        plain(images)
-        for scale in (1.0, 0.5, 1.5):
-            size = int(images.shape[2] * scale)
-            x = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
-            plain(torch.cat([x, x.flip(3)]))
-    got, want = model.decoder.linear_fuse.bn, plain.decoder.linear_fuse.bn
-    assert got.num_batches_tracked == want.num_batches_tracked == 4
-    torch.testing.assert_close(got.running_mean, want.running_mean)
-    torch.testing.assert_close(got.running_var, want.running_var)
-    quiet = tiny()
-    TrainingStep(quiet, *ALL)(example, iteration)
-    assert quiet.decoder.linear_fuse.bn.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize("cam_mode", ["eval", "train"])
-def test_looking_at_a_step_changes_nothing(cam_mode):
-    """In the classifier's phase, where nothing of what is drawn is computed for the training itself."""
-    how = StepSettings(2, 3, cam_mode=cam_mode), ALL[1]
-    ends = []
-    for everything in (None, True):
-        model = tiny(drop=0.2)
-        torch.manual_seed(3)
-        result = TrainingStep(model, *how)(batch(), 1, everything)
-        result.loss.backward()
-        ends.append((result, torch.rand(1), model.state_dict(), [p.grad for p in model.parameters()]))
-    (plain, *before), (looked, *after) = ends
-    assert plain.seg_loss is None and looked.seg_loss > 0 and looked.aff_loss > 0 and looked.aff_label is not None
-    assert looked.seg_logits is not None and torch.equal(plain.loss, looked.loss) and torch.equal(before[0], after[0])
-    assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
-    assert all(torch.equal(got, want) for got, want in zip(before[2], after[2]))
-
-
-def test_cam_mode_train_has_the_noise_of_training():
-    model, example = tiny(drop=0.5), batch()
-    cams = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        cams.append(TrainingStep(model, StepSettings(0, 1, cam_mode="train"), ALL[1])(example, 2).labels.cam)
-    assert not torch.equal(*cams)
-    torch.manual_seed(1)
-    quiet = [TrainingStep(model, *ALL)(example, 2).labels.cam for _ in range(2)]
-    assert torch.equal(*quiet)
-    with pytest.raises(ValueError, match="cuda_graph: expected cam_mode eval"):
-        TrainingStep(model, StepSettings(cam_mode="train"), cuda_graph=True)
-
-
-@pytest.mark.parametrize("iteration", [1, 2])
-@pytest.mark.parametrize("target", ["refined_cam", "segmentation"])
-def test_target_of_the_affinity(monkeypatch, iteration, target):
-    """VOC's learns from the refined CAM throughout, COCO's from the segmentation's target of the phase."""
-    seen = []
-    real = module.affinity_loss
-    monkeypatch.setattr(module, "affinity_loss", lambda *a, **k: seen.append(a[4]) or real(*a, **k))
-    result = TrainingStep(tiny(), StepSettings(0, 1, affinity_target=target), ALL[1])(batch(), iteration)
-    late = target == "segmentation" and iteration == 2
-    want = result.aff_label if late else result.refined_label
-    assert torch.equal(seen[0], want[:, ::16, ::16])
-    if iteration == 2:
-        assert not torch.equal(result.aff_label[:, ::16, ::16], result.refined_label[:, ::16, ::16])
-
-
-@pytest.mark.parametrize("name", ["cam_mode", "affinity_target"])
-def test_a_way_that_is_not_there_is_named(name):
-    with pytest.raises(ValueError, match=f"{name}: expected .* or .*, got 'other'"):
-        StepSettings(**{name: "other"})
 
 
 # --- one diffusion for both labels ---

@@ -1,0 +1,27 @@
+"""A model of a few thousand parameters, a batch for it, and the settings with which a step is fully at work."""
+
+from __future__ import annotations
+
+import torch
+
+from afa_model.labels.settings import LabelSettings
+from afa_model.networks.afa import AFA
+from afa_model.training.step import StepSettings
+
+TINY = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 2, 3, 4)}
+ALL = StepSettings(0, 1), LabelSettings(radius=2)  # iteration 2 is in the phase where everything is at work
+
+
+def tiny(drop: float = 0.0, classes: int = 5) -> AFA:
+    torch.manual_seed(0)
+    arguments = {"embedding": 16, "decoder_dropout": drop, "backbone_args": TINY | {"drop_path_rate": drop}}
+    return AFA("mit_b0", classes, **arguments).train()
+
+
+def batch(size: int = 64, seed: int = 0, count: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randn(count, 3, size, size, generator=generator).clamp(-1.5, 1.5),
+        "cls_labels": torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]] * (count // 2)),
+        "img_box": torch.tensor([[0, size, 3, size - 5], [7, size, 0, size]] * (count // 2)),
+    }
