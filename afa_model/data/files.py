@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..conventions import IGNORE
 from ..errors import DataError
 from .classes import voc_palette
+from .photographs import IMAGE_SUFFIXES, read_photograph
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 def read_split(root: str | Path, split: str, list_dir: str = "ImageSets/Segmentation") -> list[str]:
     """Image names of a list file: ``<root>/<list_dir>/<split>.txt``, or the file ``split`` itself if it is a
@@ -62,15 +62,13 @@ def find_image(folder: str | Path, name: str) -> Path | None:
 
 
 def read_photo(path: str | Path, upright: bool = False) -> torch.Tensor:
-    """A photograph as uint8 [3, H, W], 0..255, RGB (grey and CMYK are converted).
+    """A photograph as uint8 [3, H, W], 0..255, RGB; see :func:`~afa_model.data.photographs.read_photograph`.
 
     Args:
-        upright: turn it as its EXIF orientation says. Off for data sets: their masks follow the stored
-            pixels.
+        upright: turn it as its EXIF orientation says.
     """
-    with Image.open(path) as image:
-        rgb = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    pixels = read_photograph(path, "apply" if upright else "ignore")
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_label(path: str | Path) -> torch.Tensor:
