@@ -7,6 +7,7 @@ names call. Each is imported when it is first asked for.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 _WHERE = {
@@ -28,3 +29,22 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+def _refuse_parts(argv: list[str], original: list[str]) -> None:
+    """`python -m afa_model.evaluate` and its like would end well without having done anything: say what runs.
+
+    While the packages above a module are imported, Python calls the program ``-m``.
+    """
+    if argv[:1] != ["-m"] or "-m" not in original[:-1]:
+        return
+    module = original[original.index("-m") + 1]
+    if module.startswith("afa_model.") and module not in ("afa_model.cli", "afa_model.__main__"):
+        from .cli import COMMANDS
+
+        name = module.rpartition(".")[2]
+        command = name if name in COMMANDS else "COMMAND"
+        sys.exit(f"{module} is no command: run `afa {command} ...`, or `python -m afa_model {command} ...`")
+
+
+_refuse_parts(sys.argv, sys.orig_argv)

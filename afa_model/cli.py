@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import AfaError, ConfigError, DataError
+from .runtime.machine import share_the_machine
 
 # name -> what it does; commands/NAME.py has a `main` that takes the rest of the line and may return an exit code
 COMMANDS = {
@@ -73,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"afa: error: no command {argv[0]!r} (there are {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
+    share_the_machine()  # before a command loads torch, and with it libgomp
     try:
         command = importlib.import_module(f"afa_model.commands.{argv[0]}")
-        return command.main([_with_underscores(word) for word in argv[1:]]) or 0
+        end = argv.index("--") if "--" in argv else len(argv)
+        return command.main([*map(_with_underscores, argv[1:end]), *argv[end:]]) or 0
     except AfaError as error:
         _tell(argv, error)
         return error.exit_code

@@ -1,7 +1,8 @@
 """python benchmarks/bench_train_step.py [--device cpu|cuda] [--backbone mit_b1] [--crop 320] [--batch 2] [--json -]
 
 One training step (all phases at work: CAM, pseudo-labels, three losses, backward, AdamW), as it was published
-(``published_step.py``) and as `afa train` does it; ``train_step.py`` measures them.
+(``published_step.py``) and as `afa train` does it; ``train_step.py`` measures them. With
+--waiting (``waiting.py``): how long the latter takes on the CPU by how OpenMP's threads wait, alone and beside others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from train_step import measure, show
+from waiting import measure_waiting, show_waiting
 
 
 def main() -> None:
@@ -29,15 +31,16 @@ def main() -> None:
     parser.add_argument("--cuda-graph", action="store_true", help="fused: pseudo-labels in a CUDA graph")
     parser.add_argument("--channels-last", action="store_true", help="fused: memory format of the weights")
     parser.add_argument("--shared-refinement", action="store_true", help="fused: one diffusion for both labels")
+    parser.add_argument("--waiting", action="store_true", help="by how OpenMP's threads wait, alone and beside others")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE; - prints it instead of the table")
     options = parser.parse_args()
     if options.amp == "auto":
         options.amp = "bf16" if options.device == "cuda" else "off"
-    result = measure(options)
+    result = measure_waiting(options) if options.waiting else measure(options)
     if options.json == "-":
         print(json.dumps(result))
         return
-    show(result)
+    (show_waiting if options.waiting else show)(result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..config import Config, parse
-from ..conventions import denormalize
+from ..config import Config, parse, to_dict
+from ..conventions import denormalize, resize
 from ..data.classes import voc_palette
 from ..data.datasets import EvaluationSet
 from ..data.synthetic import SyntheticSettings, synthetic_data
@@ -101,6 +101,7 @@ def demo(config: Config, data: SyntheticSettings | None = None) -> DemoResult:
         raise KeyboardInterrupt
     restored = load_model(summary.checkpoint)
     dataset = EvaluationSet(config.data)
+    print(f"scoring {len(dataset)} pictures that {summary.checkpoint} was not trained on", flush=True)
     with processes(config.device) as here:
         model = restored.model.to(here.device)
         keeper = ScoreKeeper(tuple(ROWS), dataset.num_classes, here.device)
@@ -162,10 +163,11 @@ def _score_and_draw(
 def pamr_label(image: Tensor, cam: Tensor, cls_labels: Tensor, how: LabelSettings) -> Tensor:
     """The label of a CAM refined by PAMR in the place of the refinement that ``how`` names.
 
-    image: [3, H, W] normalised. cam: [K - 1, H, W] in 0..1. cls_labels: [K - 1] multi-hot -> [H, W] int64.
+    image: [3, H, W] normalised. cam: [K - 1, h, w] in 0..1. cls_labels: [K - 1] multi-hot -> [H, W] int64.
     """
     slots, images01 = ClassSlots.of(cls_labels[None].to(cam)), denormalize(image[None].to(cam))
-    return pseudo_label("refined_cam", images01, cam[None], None, slots, replace(how, refinement="pamr"))[0]
+    cam = slots.pick(resize(cam[None], image.shape[1:]))
+    return pseudo_label("refined_cam", images01, cam, None, slots, replace(how, refinement="pamr"))[0]
 
 
 def _overview(rows: Sequence[Sequence], titles: Sequence[str], names: Sequence[str]) -> Figure:
@@ -195,12 +197,13 @@ def main(argv: Sequence[str]) -> None:
     """`afa demo [--seed S] [--out DIR] [--SECTION.KEY VALUE ...]`."""
     start = time.perf_counter()
     config = parse(
-        ["--config", "demo", *argv],
+        argv,
         "afa demo",
         "Train a small AFA from scratch on generated pictures (minutes on 2 CPU cores), print what CAM,"
         " PAMR, PAR, random walk and segmentation reach, and draw them. --out takes the run and the"
         " pictures, --data.root the generated data (a folder in the cache if not given); all settings of"
         " afa train are accepted.",
+        defaults=to_dict(parse(["--config", "demo"])),
     )
     result = demo(config)
     Console().print(result.table())

@@ -23,6 +23,8 @@ from rich.table import Table
 
 import afa_kernels
 
+from ..runtime import machine
+
 _LIBRARIES = (
     "torch", "torchvision", "timm", "triton", "numpy", "pillow", "torchmetrics", "jsonargparse", "rich",
     "matplotlib", "tensorboard",
@@ -45,6 +47,11 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _quota() -> str:
+    quota = machine.cpu_quota()
+    return "no limit" if quota is None else f"{quota:g}"
 
 
 def _kernel_instruction_set() -> str:
@@ -108,8 +115,10 @@ def examine(check: bool = False) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "instruction set, torch": torch.backends.cpu.get_cpu_capability(),
             "instruction set, native kernels": _kernel_instruction_set(),
+            "may be used": f"{machine.allowed_cpus()} by affinity, {_quota()} by quota",
             "threads": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+            "threads wait": machine.waiting(),
         },
         "cuda": cuda,
         "build": build,
@@ -151,10 +160,10 @@ def _operator_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Table, list[str]
             reasons.append(reason)
         return f"no ({reasons.index(reason) + 1})"
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("operator")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    table.add_column("operator", no_wrap=True)
     for device, backend in columns:
-        table.add_column(f"{backend}\n{device}")
+        table.add_column(f"{backend}\n{device}", overflow="fold")
     for operator in dict.fromkeys(row["operator"] for row in rows):
         table.add_row(operator, *(cell(cells.get((operator, *column))) for column in columns))
     return table, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]

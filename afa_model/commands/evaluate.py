@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
 from ..config import section, to_dict
 from ..config.renamed import flatten
 from ..data.datasets import DataSettings, EvaluationSet
+from ..errors import SavingError
 from ..evaluation.evaluate import EvaluateSettings, evaluate
+from ..evaluation.scores import EvaluationResult
 from ..labels.settings import LabelSettings
 from ..runtime.processes import processes
-from .options import mistakes_named, parser_of, restored, set_defaults
+from ..runtime.writing import writable_file
+from .options import asks_for_help, mistakes_named, parser_of, restored, set_defaults
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(EvaluateSettings, "eval")
     parser.add_class_arguments(LabelSettings, "labels")
     run = restored(argv)
+    if asks_for_help(argv):
+        parser.of_the_run(["data", "eval", "labels"])
     if run is not None:
         # As the run scores: where its evaluation differs from its training, that is the default here, and an option
         # --labels.KEY comes before it. A protocol that is asked for is not mixed with what the run said of another.
@@ -43,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     data = section(DataSettings, options.data, "data.")
     settings = section(EvaluateSettings, options.eval, "eval.")
     labels = section(LabelSettings, options.labels, "labels.")
+    outputs = {kind: options[kind] for kind in ("json", "csv") if options[kind] is not None}
+    outputs = {kind: writable_file(path, kind) for kind, path in outputs.items()}
     with processes(options.device) as here, mistakes_named():
         dataset = EvaluationSet(data)
         result = evaluate(run.model.to(here.device), dataset, settings, labels)
@@ -50,9 +58,21 @@ def main(argv: Sequence[str]) -> None:
             return
         result.about.update(checkpoint=str(run.path), iteration=run.iteration, root=data.root)
         print(f"{run.path}, trained for {run.iteration} steps, on {data.val_split} of {data.root}")
+        problems = _written(result, outputs)
         console = Console()
         result.print(console if console.is_terminal else Console(width=120))
-        for kind, path in (("json", options.json), ("csv", options.csv)):
-            if path is not None:
-                getattr(result, f"write_{kind}")(path)
-                print(f"wrote {path}")
+        if problems:
+            raise SavingError("\n".join(problems))
+
+
+def _written(result: EvaluationResult, outputs: Mapping[str, Path]) -> list[str]:
+    """Write each file, whatever becomes of the others; gives what went wrong."""
+    problems = []
+    for kind, path in outputs.items():
+        try:
+            getattr(result, f"write_{kind}")(path)
+        except OSError as error:
+            problems.append(f"{kind}: {path} cannot be written ({error.strerror})")
+        else:
+            print(f"wrote {path}")
+    return problems

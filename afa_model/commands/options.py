@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,23 @@ def parser_of(command: str, description: str) -> Parser:
     parser = Parser(prog=command, description=description)
     told = "a run's folder (its best checkpoint is taken) or a checkpoint"
     parser.add_argument("--checkpoint", type=str, required=True, help=told)
-    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is one), cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     return parser
+
+
+def positionals_first(argv: Sequence[str]) -> list[str]:
+    """The line with what belongs to no option before all options, wherever it stood; behind ``--`` nothing is one."""
+    words, options, others = iter(argv), [], []
+    for word in words:
+        if word == "--":
+            others += words
+        elif word in ("-h", "--help") or word.startswith("--") and "=" in word:
+            options.append(word)
+        elif word.startswith("--"):
+            options += [word, *itertools.islice(words, 1)]
+        else:
+            others.append(word)
+    return [*(f"./{word}" if word.startswith("-") else word for word in others), *options]
 
 
 def _given(argv: Sequence[str]) -> str | None:
@@ -32,9 +48,14 @@ def _given(argv: Sequence[str]) -> str | None:
     return None
 
 
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether the line is there to be explained."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
 def restored(argv: Sequence[str]) -> Restored | None:
     """The model of ``--checkpoint``, on the CPU; None where the line asks for help or names none."""
-    wanted = {"-h", "--help"}.isdisjoint(argv) and _given(argv)
+    wanted = not asks_for_help(argv) and _given(argv)
     return load_model(wanted) if wanted else None
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..config import section
 from ..evaluation.predict import PredictSettings, draw_head_weights, predict
+from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
 from ..runtime.processes import processes
-from .options import mistakes_named, parser_of, part, restored, set_defaults
+from ..runtime.writing import writable_file
+from .options import asks_for_help, mistakes_named, parser_of, part, positionals_first, restored, set_defaults
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """`afa predict IMAGE... --checkpoint RUN --out DIR [--head_weights FILE]`."""
     parser = parser_of(
         "afa predict",
@@ -22,7 +25,11 @@ def main(argv: Sequence[str]) -> None:
         " those of the run.",
     )
     parser.add_argument(
-        "images", nargs="*", type=str, metavar="IMAGE", help="photographs, or folders of them"
+        "images",
+        nargs="*",
+        type=str,
+        metavar="IMAGE",
+        help="photographs, folders of them (with their sub-folders), or patterns such as 'photos/*.jpg'",
     )
     parser.add_argument("--out", type=str, default="predictions", help="folder to write into")
     parser.add_argument(
@@ -35,23 +42,35 @@ def main(argv: Sequence[str]) -> None:
     parser.add_class_arguments(PredictSettings)
     parser.add_class_arguments(LabelSettings)
     run = restored(argv)
+    if asks_for_help(argv):
+        parser.of_the_run([item.name for kind in (MapSettings, LabelSettings) for item in fields(kind)])
     if run is not None:
         sizes = asdict(run.config.eval.by("test").maps())
         set_defaults(parser, {**sizes, **asdict(run.config.eval.labels(run.config.labels))})
-    options = parser.parse_args(argv)
+    options = parser.parse_args(positionals_first(argv))
     settings = section(PredictSettings, part(PredictSettings, options))
     how = section(LabelSettings, part(LabelSettings, options))
+    out = Path(options.out).expanduser()
+    if options.head_weights is not None:
+        writable_file(options.head_weights, "head_weights")
     with processes(options.device) as here, mistakes_named():
         model = run.model.to(here.device)
         if options.head_weights is not None:
             title = f"{run.path.name}, step {run.iteration}"
             print(f"wrote {draw_head_weights(model, options.head_weights, title)}")
             if not options.images:
-                return
-        done = predict(model, options.images, options.out, run.class_names, settings, how)
-    width = max(len(item.image.name) for item in done)
-    for item in done:
-        found = ", ".join(f"{name} {100 * score:.0f} %" for name, score in item.found) or "nothing"
-        print(f"{item.image.name:{width}}  {found}")
+                return 0
+        done = predict(model, options.images, out, run.class_names, settings, how)
+    labelled = [item for item in done if item.label is not None]
+    names = [str(item.label.relative_to(out).with_name(item.image.name)) for item in labelled]
+    width = max(map(len, names))
+    for name, item in zip(names, labelled):
+        found = ", ".join(f"{what} {100 * score:.0f} %" for what, score in item.found) or "nothing"
+        print(f"{name:{width}}  {found}")
     files = "labels and panels" if settings.panels else "labels"
-    print(f"wrote {files} of {len(done)} photograph{'s' * (len(done) > 1)} to {Path(options.out)}")
+    print(f"wrote {files} of {len(labelled)} photograph{'s' * (len(labelled) != 1)} to {out}")
+    problems = [item.problem for item in done if item.problem is not None]
+    if not problems:
+        return 0
+    print(f"{len(problems)} could not be read:", *problems, sep="\n  ", file=sys.stderr)
+    return 1

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..evaluation.evaluate import EvaluateSettings
 from ..labels.settings import LabelSettings
 from ..networks.settings import ModelSettings
+from ..runtime.processes import check_device
 from ..training.schedule import OptimSettings, ScheduleSettings
 from ..training.step import StepSettings
 
@@ -77,7 +78,7 @@ class Config:
         out: folder for checkpoints, logs and pictures.
         resume: never, auto (the newest checkpoint in out, if there is one) or the path of a checkpoint.
         seed: of weights, dropout, the order of the data and their augmentation.
-        device: auto (CUDA if there is one), cpu or cuda.
+        device: auto (CUDA if there is one), cpu, cuda or cuda:N.
         amp: auto (bfloat16 where the device is a GPU that has it), bf16 or off.
         channels_last: keep images and convolution weights in channels_last memory format.
         compile: run backbone and decoder through torch.compile while training (for GPUs; starts slowly).
@@ -98,7 +99,7 @@ class Config:
     out: str = "runs/voc"
     resume: str = "never"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     amp: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool = False
     compile: bool = False
@@ -140,6 +141,7 @@ def check(config: Config) -> Config:
     )
     try:
         require(config.seed >= 0, "seed", "at least 0", config.seed)
+        check_device(config.device)
         require(bool(config.out), "out", "a folder", config.out)
         graphed = config.cuda_graph and step.cam_mode == "train"
         require(not graphed, "cuda_graph", "false with step.cam_mode train, whose noise a graph cannot hold", True)

@@ -36,6 +36,8 @@ class Parser(ArgumentParser):
 
     def _readable(self, message: str) -> str:
         """jsonargparse's words, with the key in front."""
+        if match := re.search(r"arguments are required: ([\w.]+)", message):
+            return f"--{match[1]} is required ({self._help_of(match[1])})"
         if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
             return self._unknown(f"{match[1]}.{match[2]}")
         if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
@@ -58,6 +60,15 @@ class Parser(ArgumentParser):
     def known_settings(self) -> list[str]:
         """Every key that the parser takes, dotted."""
         return [action.dest for action in self._actions]
+
+    def of_the_run(self, keys: Sequence[str]) -> None:
+        """For the help: where none is given these have the value of the run that ``--checkpoint`` names."""
+        for action in self._actions:
+            if action.dest in keys or action.dest.partition(".")[0] in keys:
+                action.default = "the run's"
+
+    def _help_of(self, key: str) -> str:
+        return next((action.help for action in self._actions if action.dest == key and action.help), "no default")
 
     def _unknown(self, key: str) -> str:
         known = self.known_settings()

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from PIL import ExifTags, Image
+import torch
 from torch import Tensor, nn
 
-from ..data.files import IMAGE_SUFFIXES, read_photo, write_label
+from ..data.files import write_label
 from ..data.image_labels import multi_hot
+from ..data.photographs import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    PhotographError,
+    is_image_name,
+    opened,
+    read_photograph,
+    sizes,
+)
 from ..data.transforms import normalize
 from ..errors import DataError
 from ..labels.label_maps import LabelMaps, MapSettings, label_maps
 from ..labels.settings import LabelSettings
-from ..pictures.overlays import photo_of
+from ..pictures.overlays import thumbnail
 from ..pictures.panels import head_weights_figure, peak_of, prediction_panel, save
 from ..runtime.progress import progress
+from ..runtime.writing import writable_folder
 
 
 @dataclass
@@ -29,16 +43,24 @@ class PredictSettings(MapSettings):
             classifier finds: the ones it gives more than 0.5, or at least the likeliest.
         affinity_at: the pixel Y,X whose affinity is drawn; None takes the CAM's peak.
         panels: also draw a panel for each photograph.
+        exif: turn photographs as their EXIF orientation says (apply), or leave them as they are stored (ignore).
+        max_pixels: refuse photographs of more pixels than this; null refuses none.
         progress: show a progress bar on a terminal.
     """
 
     labels: tuple[str, ...] | str | None = None
     affinity_at: tuple[int, int] | str | None = None
     panels: bool = True
+    exif: Literal["apply", "ignore"] = "apply"
+    max_pixels: int | None = MAX_PIXELS
     progress: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.exif not in ("apply", "ignore"):
+            raise ValueError(f"exif: expected apply or ignore, got {self.exif!r}")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise ValueError(f"max_pixels: expected at least 1 or null, got {self.max_pixels}")
         if isinstance(self.labels, str):
             self.labels = tuple(name.strip() for name in self.labels.split(",") if name.strip())
         if isinstance(self.affinity_at, str):
@@ -53,19 +75,21 @@ class PredictSettings(MapSettings):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was written for one photograph.
+    """What became of one photograph.
 
     Attributes:
         image: the photograph's file.
-        label: the label PNG (mode P, raw class index, VOC palette).
+        label: the label PNG (mode P, raw class index, VOC palette), or None for one that could not be read.
         panel: the panel, or None.
         found: (class name, classifier's score in 0..1) of the classes taken as present, likeliest first.
+        problem: why there is no label; None where there is one.
     """
 
     image: Path
-    label: Path
-    panel: Path | None
-    found: tuple[tuple[str, float], ...]
+    label: Path | None
+    panel: Path | None = None
+    found: tuple[tuple[str, float], ...] = ()
+    problem: str | None = None
 
 
 def predict(
@@ -79,19 +103,24 @@ def predict(
     """Write ``<out>/<name>.png`` (the label) and ``<out>/<name>_panel.png`` for each photograph.
 
     The label is the segmentation; a model without a decoder (CNN baseline) gives its refined CAM instead. The
-    panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and PAR) and prediction.
-    Photographs are turned upright as their EXIF orientation says, and so are the labels.
+    panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and PAR) and prediction. One that cannot be read does
+    not keep the others from being labelled.
 
     Args:
         model: an :class:`~afa_model.networks.afa.AFA` on any device, in any mode (left as it was).
-        images: photographs, or folders of them.
+        images: photographs, folders of them (with sub-folders, which ``out`` then has too), or patterns such as
+            ``photos/*.jpg``.
         out: folder to write into; made if need be.
         class_names: K names, background first.
         settings: which classes, in which sizes, what is drawn.
         how: pixel labels are made from the CAM.
 
+    Returns:
+        What became of each photograph, in their order.
+
     Raises:
-        DataError: files that are missing or no photographs, all of them, before anything is written.
+        DataError: files that do not exist and folders without a photograph, all of them, before anything is written;
+            files of which none is a photograph.
         ValueError: unknown names in ``labels``, or ``affinity_at`` outside a photograph or without attention.
     """
     settings, how = settings or PredictSettings(), how or LabelSettings()
@@ -104,17 +133,23 @@ def predict(
         raise ValueError(
             f"affinity_at: the backbone {model.backbone} has no attention, so no affinity either"
         )
-    paths = photos(images)
-    _check_photos(paths, settings.affinity_at)
-    targets = _targets(paths, Path(out))
+    out = Path(out).expanduser()
+    targets = _targets(photos(images, out), out)
+    if settings.affinity_at is not None:
+        _check_point(targets, settings.affinity_at, settings)
+    writable_folder(out, "out")
     done = []
-    for path, target in progress(list(zip(paths, targets)), "predicting", show=settings.progress):
+    for path, target in progress(list(targets.items()), "predicting", show=settings.progress):
         try:
-            photo = read_photo(path, upright=True)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be decoded ({error})") from error
+            pixels = read_photograph(path, settings.exif, max_pixels=settings.max_pixels)
+        except PhotographError as error:
+            done.append(Prediction(path, None, problem=str(error)))
+            continue
+        photo = torch.from_numpy(pixels).permute(2, 0, 1)
         maps = label_maps(model, normalize(photo), settings, how, cls_labels)
         done.append(_write(path, target, photo, maps, class_names, settings))
+    if all(item.label is None for item in done):
+        raise DataError("images: none can be read", [item.problem for item in done])
     return done
 
 
@@ -129,23 +164,26 @@ def _write(
     probabilities, present = maps.probabilities.cpu(), maps.present
     prediction = maps.labels.get("segmentation")
     pseudo_label = maps.labels["refined_cam" if maps.affinity is None else "refined_random_walk"].cpu()
-    write_label(target, pseudo_label if prediction is None else prediction.cpu())
+    prediction = None if prediction is None else prediction.cpu()
+    write_label(target, pseudo_label if prediction is None else prediction)
     panel = None
     if settings.panels:
-        cam = maps.cam.cpu()
+        cam, size = maps.cam.cpu(), photo.shape[1:]
+        point = settings.affinity_at or peak_of(cam, present, size)
         figure = prediction_panel(
-            photo_of(photo),
+            thumbnail(photo),
             title=path.name,
             cam=cam,
             affinity=None if maps.affinity is None else maps.affinity.float().cpu(),
-            point=settings.affinity_at or peak_of(cam, present),
-            pseudo_label=pseudo_label,
-            prediction=None if prediction is None else prediction.cpu(),
+            point=point,
+            size=size,
+            pseudo_label=thumbnail(pseudo_label),
+            prediction=None if prediction is None else thumbnail(prediction),
             class_names=class_names,
             probabilities=probabilities,
             present=present,
         )
-        panel = save(figure, target.with_name(f"{target.stem}_panel.png"))
+        panel = save(figure, _panel_of(target))
     found = sorted(
         ((class_names[i], float(probabilities[i - 1])) for i in present), key=lambda item: -item[1]
     )
@@ -162,61 +200,85 @@ def draw_head_weights(model: nn.Module, path: str | Path, title: str = "") -> Pa
     return save(head_weights_figure(*model.affinity_head(), model.abilities.affinity_blocks, title), path)
 
 
-def photos(images: Iterable[str | Path]) -> list[Path]:
-    """The files among ``images`` and, sorted, the photographs in the folders among them, each once.
+def photos(images: Iterable[str | Path], out: str | Path | None = None) -> dict[Path, Path]:
+    """The photographs among ``images``, each once and in order -> the path of each from where it was asked for.
+
+    A folder gives those in it and in its sub-folders (but for ``out``), sorted; a pattern what it matches.
 
     Raises:
-        DataError: naming all that do not exist and all folders without a photograph.
+        DataError: naming all that do not exist and all folders and patterns without a photograph.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     problems = []
-    for path in map(Path, images):
-        inside = (
-            sorted(file for file in path.iterdir() if file.suffix in IMAGE_SUFFIXES)
-            if path.is_dir()
-            else [path]
-        )
-        if not path.exists():
-            problems.append(f"{path}: not found")
-        elif path.is_dir() and not inside:
-            problems.append(f"{path}: no photograph ({', '.join(IMAGE_SUFFIXES[:3])}) in this folder")
+    for given in map(str, images):
+        path = Path(given).expanduser()
+        if path.is_dir():
+            inside = _photos_under(path, out)
+            if not inside:
+                listed = ", ".join(IMAGE_SUFFIXES[:5])
+                problems.append(f"{path}: no photograph ({listed}, ...) in this folder or below it")
+            for file in inside:
+                found.setdefault(file, file.relative_to(path))
+        elif path.exists():
+            found.setdefault(path, Path(path.name))
+        elif glob.has_magic(given):
+            matching = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            matching = [file for file in matching if file.is_file() and is_image_name(file)]
+            if not matching:
+                problems.append(f"{path}: no photograph matches this pattern")
+            for file in matching:
+                found.setdefault(file, Path(file.name))
         else:
-            found += inside
+            problems.append(f"{path}: not found")
     if problems:
         raise DataError("images: some cannot be read", problems)
     if not found:
         raise DataError("images: none given")
-    return list(dict.fromkeys(found))
+    return found
 
 
-def _check_photos(paths: Sequence[Path], point: tuple[int, int] | None) -> None:
-    """Every file is a photograph that holds the pixel ``point`` (y, x), before the first one is worked on."""
-    problems = []
+def _photos_under(folder: Path, out: str | Path | None) -> list[Path]:
+    """Hidden folders are left out, as is ``out``: what was predicted before is no photograph."""
+    kept_out = None if out is None else Path(out).resolve()
+    found = []
+    for here, folders, files in os.walk(folder):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and Path(here, name).resolve() != kept_out
+        ]
+        found += [Path(here, name) for name in files if is_image_name(name)]
+    return sorted(found)
+
+
+def _check_point(paths: Iterable[Path], point: tuple[int, int], settings: PredictSettings) -> None:
+    """Every photograph that can be opened holds the pixel ``point`` (y, x), before the first one is worked on."""
     for path in paths:
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-                if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it will be turned by a quarter
-                    width, height = height, width
-        except OSError:
-            problems.append(f"{path}: no photograph that can be decoded")
-            continue
-        if point is not None and not (0 <= point[0] < height and 0 <= point[1] < width):
+            with opened(path, settings.max_pixels) as image:
+                width, height = sizes(image)[settings.exif == "apply"]
+        except PhotographError:
+            continue  # it will be named with the others
+        if not (0 <= point[0] < height and 0 <= point[1] < width):
             raise ValueError(
                 f"affinity_at: expected a pixel Y,X inside {path.name} (0..{height - 1}, 0..{width - 1}),"
                 f" got {point[0]},{point[1]}"
             )
-    if problems:
-        raise DataError("images: some cannot be read", problems)
 
 
-def _targets(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Where each label goes; no two photographs may share a file, and none may be overwritten."""
-    targets = [out / f"{path.stem}.png" for path in paths]
-    owners: dict[Path, Path] = {path.resolve(): path for path in paths}
+def _targets(found: Mapping[Path, Path], out: Path) -> dict[Path, Path]:
+    """Where each label goes. Photographs of one folder that differ in their ending only keep it: ``a.bmp.png``.
+
+    Raises:
+        DataError: two would share a file, or one would be overwritten.
+    """
+    alike = Counter((path.parent, path.stem) for path in found)
+    targets = {}
+    for path, name in found.items():
+        called = name.name if alike[path.parent, path.stem] > 1 else name.stem
+        targets[path] = out / name.with_name(f"{called}.png")
+    owners: dict[Path, Path] = {path.resolve(): path for path in found}
     problems = []
-    for path, target in zip(paths, targets):
-        for file in (target, target.with_name(f"{target.stem}_panel.png")):
+    for path, target in targets.items():
+        for file in (target, _panel_of(target)):
             if file.resolve() in owners:
                 problems.append(f"{file}: for {path}, but it belongs to {owners[file.resolve()]}")
             owners[file.resolve()] = path
@@ -225,6 +287,10 @@ def _targets(paths: Sequence[Path], out: Path) -> list[Path]:
             "out: files would overwrite each other; choose another folder or other names", problems
         )
     return targets
+
+
+def _panel_of(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_panel.png")
 
 
 def _known(labels: Sequence[str], class_names: Sequence[str]) -> Tensor:

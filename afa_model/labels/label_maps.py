@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conventions import denormalize, resize
+from ..conventions import denormalize, halve, require, resize
 from .cams import evaluating, multi_scale_cam
 from .kinds import kinds_of
+from .large import is_large, large_label, strongest
 from .pseudo_labels import cam_to_label, random_walk_label, refine_label
 from .settings import LabelSettings
 from .slots import ClassSlots
@@ -37,12 +39,11 @@ class MapSettings:
     affinity_of: Literal["largest", "plain"] = "largest"
 
     def __post_init__(self) -> None:
-        if self.long_side and self.long_side < 32:
-            raise ValueError(f"long_side: expected at least 32 pixels, or 0 for as they are, got {self.long_side}")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales: expected positive numbers, got {self.scales}")
-        if self.affinity_of not in ("largest", "plain"):
-            raise ValueError(f"affinity_of: expected largest or plain, got {self.affinity_of!r}")
+        enough = not self.long_side or self.long_side >= 32
+        require(enough, "long_side", "at least 32 pixels, or 0 for as they are", self.long_side)
+        sizes = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
+        require(sizes, "scales", "positive numbers", self.scales)
+        require(self.affinity_of in ("largest", "plain"), "affinity_of", "largest or plain", self.affinity_of)
 
 
 @dataclass
@@ -52,9 +53,10 @@ class LabelMaps:
     Attributes:
         probabilities: [K-1] in 0..1: the classifier's, of the photograph at scale 1.
         cls_labels: [K-1] of 0 and 1: the classes taken as present, given or found.
-        cam: [K-1, H, W] in 0..1; None where none of the kinds asked for is made of it.
+        cam: [K-1, h, w] in 0..1, in the size in which the photograph went through the model, 0 for classes that are not
+            present; None where none of the kinds asked for is made of it.
         affinity: [(2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention or CAM.
-        labels: kind -> int64 [H, W] in 0..K-1.
+        labels: kind -> uint8 [H, W] in 0..K-1.
     """
 
     probabilities: Tensor
@@ -96,53 +98,64 @@ def label_maps(
         cls_labels: [K-1] multi-hot, the classes known to be present; None takes those the classifier finds.
         kinds: which label maps; None: all that the model offers.
 
-    Labels are made at the photograph's own size from soft maps resized to it (bilinear).
+    Labels are made at the photograph's own size from soft maps resized to it (bilinear); of a large photograph a band at
+    a time (large.py), which takes 2 GB at 24 megapixels and 81 classes.
     """
     kinds = kinds_of(model, kinds)
     size = tuple(image.shape[-2:])
     image = image[None].to(next(model.parameters()).device)
     small = _resize_long_side(image, settings.long_side)
-    labels: dict[str, Tensor] = {}
-
     radius = how.radius if model.has_affinity else None
     plain_affinity = radius is not None and settings.affinity_of == "plain"
+    labels: dict[str, Tensor] = {}
     with evaluating(model):
         plain = None
         if "segmentation" in kinds:
             seg_logits, plain = _segment(model, small, settings)
             # at the photograph's size before the decision, as everything that is scored
-            labels["segmentation"] = resize(seg_logits, size).argmax(1)[0]
+            labels["segmentation"] = strongest(seg_logits[0], size)
         if plain is None:
             plain = model(small, decode=False)
         probabilities = plain.cls_logits[0].float().sigmoid()
         given = found_classes(probabilities) if cls_labels is None else cls_labels.to(probabilities)
+        slots = ClassSlots.of(given[None], limit=int((given > 0).sum()))
         cam = affinity = None
         if set(kinds) != {"segmentation"}:
-            cam, affinity = multi_scale_cam(model, small, how.cam_scales, None if plain_affinity else radius)
-            cam = resize(cam, size)
+            by = how.cam_scales, None if plain_affinity else radius, slots
+            cam, affinity = multi_scale_cam(model, small, *by)
         if plain_affinity and cam is not None:
             affinity = model.affinity(plain, radius)[:1].float()
 
-    slots = ClassSlots.of(given[None])
-    for kind in kinds:
-        if kind not in labels:
-            labels[kind] = pseudo_label(kind, denormalize(image.float()), cam, affinity, slots, how)[0]
+    if cam is not None:
+        label_of = _labeller(image, size, cam, affinity, slots, how)
+        labels |= {kind: label_of(kind) for kind in kinds if kind not in labels}
     return LabelMaps(
         probabilities=probabilities,
         cls_labels=given,
-        cam=None if cam is None else cam[0],
+        cam=None if cam is None else slots.spread(cam * slots.present[:, :, None, None])[0],
         affinity=None if affinity is None else affinity[0],
-        labels={kind: labels[kind].long() for kind in kinds},
+        labels={kind: labels[kind] for kind in kinds},
     )
+
+
+def _labeller(
+    image: Tensor, size: Sequence[int], cam: Tensor, affinity: Tensor | None, slots: ClassSlots, how: LabelSettings
+) -> Callable[[str], Tensor]:
+    """What makes the CAM's label maps of a photograph, normalised [1, 3, H, W] -> uint8 [H, W] by kind."""
+    if is_large(size):
+        # nothing of the photograph's size but the labels
+        half01 = denormalize(halve(image.float()))
+        return lambda kind: large_label(kind, half01, size, cam, affinity, slots, how)
+    images01, cam = denormalize(image.float()), resize(cam, size)
+    return lambda kind: pseudo_label(kind, images01, cam, affinity, slots, how)[0].to(torch.uint8)
 
 
 def pseudo_label(
     kind: str, images01: Tensor, cam: Tensor, affinity: Tensor | None, slots: ClassSlots, how: LabelSettings
 ) -> Tensor:
-    """A label map of the CAM [B, K-1, H, W] -> [B, H, W]; one background score, so no pixel is left open."""
+    """A label map of the CAM [B, S, H, W] -> int64 [B, H, W]; one background score, so no pixel is left open."""
     if not slots.present.any():
         return torch.zeros_like(cam[:, 0], dtype=torch.long)
-    cam = slots.pick(cam)
     if kind == "cam":
         return cam_to_label(cam, slots, how.one_score)
     if kind == "refined_cam":

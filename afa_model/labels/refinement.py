@@ -28,6 +28,11 @@ def check_refinement(name: str) -> str:
     return name
 
 
+def reach(name: str, dilations: Sequence[int], num_iter: int) -> int:
+    """How far, in pixels, a refinement carries what a pixel holds."""
+    return 0 if REFINEMENTS[check_refinement(name)] is _none else num_iter * max(dilations)
+
+
 def refine(
     name: str, images01: Tensor, maps: Tensor, shown: Tensor, dilations: Sequence[int], num_iter: int
 ) -> Tensor:

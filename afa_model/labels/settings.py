@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from afa_kernels.ops.par import DILATIONS
 
+from ..conventions import require
 from .refinement import check_refinement
 
 
@@ -42,21 +44,19 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         check_refinement(self.refinement)
-        if not self.cam_scales or min(self.cam_scales) <= 0:
-            raise ValueError(f"cam_scales: expected positive numbers, got {self.cam_scales}")
-        if not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"dilations: expected pixels of at least 1, got {self.dilations}")
-        for name, least in (("radius", 0), ("num_iter", 0), ("walk_eps", 0), ("bkg_score", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.walk_score is not None and not self.walk_score >= 0:
-            raise ValueError(f"walk_score: expected at least 0, got {self.walk_score}")
-        if not self.walk_power > 0:
-            raise ValueError(f"walk_power: expected a positive number, got {self.walk_power}")
-        if not 0 <= self.low_score <= self.high_score:
+        sizes = bool(self.cam_scales) and all(0 < scale < math.inf for scale in self.cam_scales)
+        require(sizes, "cam_scales", "positive numbers", self.cam_scales)
+        require(bool(self.dilations) and min(self.dilations) >= 1, "dilations", "pixels of at least 1", self.dilations)
+        for name in ("radius", "num_iter", "walk_eps"):
+            require(0 <= getattr(self, name) < math.inf, name, "at least 0", getattr(self, name))
+        require(0 < self.walk_power < math.inf, "walk_power", "a positive number", self.walk_power)
+        for name in ("bkg_score", "walk_score", "high_score", "low_score"):
+            # a CAM is in 0..1: with a score above nothing would ever be found
+            score = getattr(self, name)
+            require(score is None or 0 <= score <= 1, name, "a score in 0..1", score)
+        if not self.low_score <= self.high_score:
             raise ValueError(
-                "low_score, high_score: expected 0 <= low_score <= high_score,"
-                f" got {self.low_score} and {self.high_score}"
+                f"low_score, high_score: expected low_score <= high_score, got {self.low_score} and {self.high_score}"
             )
 
     @property

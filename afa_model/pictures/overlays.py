@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from matplotlib import colormaps
+from PIL import Image
 from torch import Tensor
 
 from ..data.classes import voc_palette
@@ -19,6 +20,22 @@ def photo_of(image: Tensor) -> np.ndarray:
     if image.dtype != torch.uint8:
         image = image.float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def thumbnail(picture: Tensor, side: int = 1024) -> np.ndarray:
+    """What is drawn of a large picture, of which a panel shows less: at most ``side`` pixels along its longer side.
+
+    picture: uint8 [3, H, W], a photograph, whose pixels are averaged -> [h, w, 3]; or [H, W], a label, of which some are
+    taken -> [h, w]. One that is small enough comes back as it is.
+    """
+    array = picture.detach().cpu().numpy()
+    array = array if array.ndim == 2 else array.transpose(1, 2, 0)
+    share = side / max(array.shape[:2])
+    if share >= 1:
+        return np.ascontiguousarray(array)
+    size = [max(1, round(share * pixels)) for pixels in (array.shape[1], array.shape[0])]
+    how = Image.Resampling.NEAREST if array.ndim == 2 else Image.Resampling.BOX
+    return np.array(Image.fromarray(array).resize(size, how))
 
 
 def heat_overlay(photo: np.ndarray, heat: Tensor | np.ndarray, colors: str = CAM_COLORS) -> np.ndarray:

@@ -60,18 +60,30 @@ def cam_tile(
     return Tile(heat_overlay(photo, heat), f"{title}: {shown}" if shown else title, colors=CAM_COLORS)
 
 
-def affinity_tile(photo: np.ndarray, affinity: Tensor, point: tuple[int, int]) -> Tile:
-    """What the grid cell that holds the pixel ``point`` (y, x) says about its window, [(2r+1)^2, h, w]."""
-    shown = affinity_of_point(affinity, cell_of(point, photo.shape[:2], tuple(affinity.shape[1:])))
+def affinity_tile(
+    photo: np.ndarray, affinity: Tensor, point: tuple[int, int], size: tuple[int, int] | None = None
+) -> Tile:
+    """What the grid cell that holds the pixel ``point`` (y, x) says about its window, [(2r+1)^2, h, w].
+
+    size: (height, width) of the photograph that the point is a pixel of, if it is drawn smaller.
+    """
+    size = size or photo.shape[:2]
+    shown = affinity_of_point(affinity, cell_of(point, size, tuple(affinity.shape[1:])))
     title = f"affinity of ({point[0]}, {point[1]})"
-    return Tile(heat_overlay(photo, shown, AFFINITY_COLORS), title, star=point, colors=AFFINITY_COLORS)
+    star = cell_of(point, size, photo.shape[:2])
+    return Tile(heat_overlay(photo, shown, AFFINITY_COLORS), title, star=star, colors=AFFINITY_COLORS)
 
 
-def peak_of(cam: Tensor, classes: Sequence[int]) -> tuple[int, int]:
-    """The pixel (y, x) where the CAM [K-1, H, W] of ``classes`` (1..K-1; all if there is none) is largest."""
+def peak_of(cam: Tensor, classes: Sequence[int], size: Sequence[int] | None = None) -> tuple[int, int]:
+    """The pixel (y, x) where the CAM [K-1, h, w] of ``classes`` (1..K-1; all if there is none) is largest.
+
+    size: (height, width) of the image whose pixel is meant, if it is not the CAM's.
+    """
     heat = cam[[index - 1 for index in classes]].amax(0) if classes else cam.amax(0)
-    place = int(heat.argmax())
-    return place // heat.shape[1], place % heat.shape[1]
+    place, (height, width) = int(heat.argmax()), heat.shape
+    rows, columns = size or heat.shape
+    y, x = place // width, place % width
+    return int((y + 0.5) * rows / height), int((x + 0.5) * columns / width)
 
 
 def prediction_panel(
@@ -87,6 +99,7 @@ def prediction_panel(
     probabilities: Tensor | None = None,
     present: Sequence[int] = (),
     mask: Tensor | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Figure:
     """Photograph, CAM, affinity of a point, pseudo-label, prediction, mask if there is one, and the legend.
 
@@ -102,10 +115,11 @@ def prediction_panel(
         probabilities: [K-1] in 0..1, shown in the legend.
         present: classes (1..K-1) taken as present in the image; bold in the legend.
         mask: [H, W], 0..K-1 and 255: the truth, where it is known.
+        size: (height, width) of the photograph that ``point`` is a pixel of, if all is drawn smaller.
     """
     tiles = [Tile(photo, "photograph"), cam_tile(photo, cam, list(present), class_names)]
     if affinity is not None:
-        tiles.append(affinity_tile(photo, affinity, point))
+        tiles.append(affinity_tile(photo, affinity, point, size))
     tiles.append(Tile(label_overlay(photo, pseudo_label), "pseudo-label"))
     if prediction is not None:
         tiles.append(Tile(label_overlay(photo, prediction), "prediction"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,19 +38,41 @@ class Here:
         return self.rank == 0
 
 
+def check_device(name: str) -> str:
+    """
+    Raises:
+        ValueError: a name that stands for no device, wherever one is.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r} (there is {_devices()})")
+    return name
+
+
 def choose_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` -> a device; with several processes each takes the GPU of its local rank.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device; with several processes ``cuda`` is each one's own GPU.
 
     Raises:
-        ConfigError: CUDA is asked for and there is none.
+        ConfigError: there is no such device; those that are here are listed.
     """
+    try:
+        check_device(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cuda":
+    if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device (`afa doctor` says why)")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        raise ConfigError(f"device: {name} was asked for, but torch sees no CUDA device (`afa doctor` says why)")
+    number = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise ConfigError(f"device: cuda:{number} was asked for, but there is only {_devices()}")
+    return torch.device("cuda", number)
+
+
+def _devices() -> str:
+    """What this machine has, as ``cpu, cuda:0``."""
+    return ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
 
 
 def announced_rank() -> int:

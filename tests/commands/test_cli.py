@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,9 +16,12 @@ from PIL import Image
 from support.tiny_run import tiny_args
 from support.voc_factory import make_voc
 
+import afa_model
 from afa_model import cli
 from afa_model.commands import bench, evaluate, predict
+from afa_model.config.parser import parser
 from afa_model.errors import CheckpointError, ConfigError, DataError, SavingError, TrainingError
+from afa_model.evaluation.scores import EvaluationResult
 from afa_model.labels.label_maps import MapSettings
 from afa_model.labels.settings import LabelSettings
 
@@ -113,7 +118,8 @@ def test_it_runs_as_a_module_without_the_entry_point():
             ["train", "--data.root", "/nowhere/voc"],
             "afa train: error: data root /nowhere/voc is not a folder",
         ),
-        (["evaluate"], "afa evaluate: error: "),
+        (["evaluate"], "afa evaluate: error: --checkpoint is required (a run's folder"),
+        (["train", "--device", "gpu"], "afa train: error: device: expected auto, cpu, cuda or cuda:N, got 'gpu' (there is"),
         (["evaluate", "--checkpoint", "/nowhere"], "afa evaluate: error: checkpoint /nowhere: no such file"),
         (["evaluate", "--checkpoint=/nowhere"], "afa evaluate: error: checkpoint /nowhere: no such file"),
         (
@@ -230,6 +236,102 @@ def test_predict_draws_the_weights_of_the_heads(trained, root, tmp_path, capsys)
     assert "wrote labels of 1 photograph" in capsys.readouterr().out
     assert cli.main(line) == 2
     assert "afa predict: error: images: none given" in capsys.readouterr().err
+
+
+def test_what_belongs_to_no_option_may_stand_anywhere(trained, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = root / "JPEGImages" / "2007_000000.jpg"
+    for name in ("a.jpg", "b.jpg", "--dash-ed.jpg"):
+        shutil.copy(photo, tmp_path / name)
+    line = ["predict", "a.jpg", "--panels=false", "--checkpoint", str(trained), "b.jpg", "--device", "cpu", "--scales", "[1]"]
+    assert cli.main([*line, "--", "--dash-ed.jpg"]) == 0
+    assert "3 photographs" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"a.png", "b.png", "--dash-ed.png"}
+
+
+def test_predict_lists_what_it_could_not_read_and_ends_with_1(trained, root, tmp_path, capsys):
+    for index in (0, 1):
+        shutil.copy(root / "JPEGImages" / f"2007_00000{index}.jpg", tmp_path)
+    cut = tmp_path / "2007_000000.jpg"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    line = ["predict", str(tmp_path), "--checkpoint", str(trained), "--out", str(tmp_path / "out"), "--panels=false"]
+    assert cli.main([*line, "--device=cpu"]) == 1
+    printed = capsys.readouterr()
+    assert "wrote labels of 1 photograph to" in printed.out
+    assert f"1 could not be read:\n  {cut}: cannot be decoded" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "--eval.scales", "[0]"], "eval.scales: expected positive numbers, got (0"),
+        (["evaluate", "--eval.scales", "[]"], "eval.scales: expected positive numbers, got ()"),
+        (["evaluate", "--eval.long_side", "8"], "eval.long_side: expected at least 32 pixels"),
+        (["evaluate", "--labels.bkg_score", "2"], "labels.bkg_score: expected a score in 0..1, got 2"),
+        (["evaluate", "--eval.dilations", "[]"], "eval.dilations: expected pixels of at least 1, got ()"),
+        (["evaluate", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu' (there is cpu"),
+        (["predict", "x", "--scales", "[1,-1]"], "scales: expected positive numbers, got (1.0, -1.0)"),
+        (["predict", "x", "--bkg_score", "2"], "bkg_score: expected a score in 0..1, got 2"),
+        (["predict", "x", "--walk_score", ".nan"], "walk_score: expected a score in 0..1, got nan"),
+        (["predict", "x", "--cam_scales", "[.inf]"], "cam_scales: expected positive numbers, got (inf,)"),
+        (["predict", "x", "--long_side", "1"], "long_side: expected at least 32 pixels"),
+        (["predict", "x", "--device", "CPU"], "device: expected auto, cpu, cuda or cuda:N, got 'CPU'"),
+        (["predict", "x", "--device", "cuda:99"], "device: cuda:99 was asked for, but"),
+    ],
+)
+def test_every_command_checks_its_settings(trained, words, message, capsys):
+    command, *others = words
+    assert cli.main([command, *others, "--checkpoint", str(trained)]) == 2
+    assert capsys.readouterr().err.startswith(f"afa {command}: error: {message}")
+
+
+def test_files_are_tried_before_the_work_and_written_before_all_else(trained, root, tmp_path, capsys, monkeypatch):
+    line = ["evaluate", f"--checkpoint={trained}", "--device=cpu", "--eval.limit=1", "--eval.kinds=[cam]"]
+    with monkeypatch.context() as never:
+        never.setattr(evaluate, "evaluate", lambda *_: pytest.fail("evaluated before the files were looked at"))
+        (tmp_path / "file").write_text("")
+        for wrong in (tmp_path, tmp_path / "file" / "x.json"):
+            assert cli.main([*line, "--json", str(wrong)]) == 2
+            assert capsys.readouterr().err.startswith("afa evaluate: error: json: ")
+
+    def full(self, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(EvaluationResult, "write_json", full)
+    monkeypatch.setattr(EvaluationResult, "print", lambda self, _: print("TABLE"))
+    files = tmp_path / "a.json", tmp_path / "a.csv"
+    assert cli.main([*line, "--json", str(files[0]), "--csv", str(files[1])]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"afa evaluate: error: json: {files[0]} cannot be written (No space left on device)\n"
+    assert printed.out.index(f"wrote {files[1]}") < printed.out.index("TABLE") and files[1].stat().st_size > 20
+
+
+def test_what_is_no_command_says_what_is(monkeypatch):
+    with pytest.raises(SystemExit, match="run `afa evaluate ...`, or `python -m afa_model evaluate ...`"):
+        afa_model._refuse_parts(["-m"], ["python", "-u", "-m", "afa_model.commands.evaluate", "--help"])
+    with pytest.raises(SystemExit, match="run `afa COMMAND ...`"):
+        afa_model._refuse_parts(["-m"], ["python", "-m", "afa_model.labels.cams"])
+    for fine in ("afa_model", "afa_model.cli", "afa_model.__main__", "pytest"):
+        afa_model._refuse_parts(["-m"], ["python", "-m", fine, "afa_model.evaluate"])
+    afa_model._refuse_parts(["x.py"], ["python", "x.py", "-m", "afa_model.evaluate"])
+
+
+def test_help_tells_the_values_that_apply(capsys):
+    for command, expected in (
+        ("evaluate", ["as those of COCO do. (type: str, default: the run's)", "cpu, cuda or cuda:N (type: str, default: auto)"]),
+        ("predict", ["the largest logit counts. (type: tuple[float, ...], default: the run's)"]),
+        ("demo", ["length of the training, in steps. (type: int, default: 400)"]),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        for text in expected:
+            assert text in printed, text
+
+
+def test_every_setting_is_explained():
+    silent = [action.dest for action in parser("afa train", "")._actions if not (action.help or "").strip()]
+    assert not silent
 
 
 def test_bench_data_measures_the_loader(root, capsys):

@@ -4,6 +4,8 @@ written.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from support.voc_factory import make_voc
 
 from afa_model.data.classes import VOC_CLASSES, voc_palette
 from afa_model.data.files import read_label
-from afa_model.errors import DataError
+from afa_model.errors import ConfigError, DataError
 from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
@@ -83,26 +85,67 @@ def test_photographs_are_turned_upright(root):
     assert read_label(item.label).shape == (64, 48)
 
 
-def test_everything_unreadable_is_named_before_anything_is_written(root):
+def test_what_does_not_exist_is_named_before_anything_is_written(root):
     (root / "empty").mkdir()
     with pytest.raises(DataError) as caught:
-        run(root, [root / "JPEGImages", root / "gone.jpg", root / "empty"])
-    assert len(caught.value.problems) == 2
-    for name in ("gone.jpg", "empty"):
+        run(root, [root / "JPEGImages", root / "gone.jpg", root / "empty", root / "no*.jpg"])
+    assert len(caught.value.problems) == 3
+    for name in ("gone.jpg: not found", "empty: no photograph", "no*.jpg: no photograph matches"):
         assert any(name in line for line in caught.value.problems)
-    (root / "notes.jpg").write_text("no photograph")
-    with pytest.raises(DataError, match=r"notes\.jpg: no photograph"):
-        run(root, [root / "JPEGImages", root / "notes.jpg"])
     with pytest.raises(DataError, match="none given"):
         run(root, [])
+    (root / "file").write_text("")
+    with pytest.raises(ConfigError, match="out: expected a folder, but .*file is a file"):
+        predict(ColorModel(), [root / "JPEGImages"], root / "file", VOC_CLASSES, PredictSettings(**SMALL), HOW)
     assert not (root / "out").exists()
 
 
-def test_a_truncated_photograph_is_named(root):
+def test_one_that_cannot_be_read_does_not_end_a_folder(root):
+    broken, notes = root / "JPEGImages" / "2007_000000.jpg", root / "notes.jpg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    notes.write_text("no photograph")
+    (cut, whole, text) = run(root, [root / "JPEGImages", notes])
+    assert cut.image == broken and cut.label is None and "2007_000000.jpg: cannot be decoded" in cut.problem
+    assert text.image == notes and re.search(r"notes\.jpg: .*\(it is a text\)", text.problem)
+    assert whole.problem is None and whole.label.exists()
+    with pytest.raises(DataError, match=r"none can be read\n.*notes\.jpg"):
+        run(root, [notes])
+
+
+def test_photographs_of_every_kind_in_folders_below_and_by_pattern(root):
+    folder = root / "mine"
+    (folder / "below" / "deep").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    with Image.open(root / "JPEGImages" / "2007_000000.jpg") as image:
+        image.load()
+        for name in ("a.bmp", "a.webp", "b.JPeG", "below/c.gif", "below/deep/a.tif", ".hidden/d.png"):
+            image.save(folder / name)
+    (folder / "._b.jpg").write_bytes(b"no photograph")
+    (folder / "notes.txt").write_text("no photograph")
+    done = predict(ColorModel(), [folder], folder / "out", VOC_CLASSES, PredictSettings(**SMALL, panels=False), HOW)
+    labels = [str(item.label.relative_to(folder / "out")) for item in done]
+    assert labels == ["a.bmp.png", "a.webp.png", "b.png", "below/c.png", "below/deep/a.png"]
+    assert all(item.label.exists() for item in done)
+    # what was predicted is no photograph
+    assert len(photos([folder], folder / "out")) == 5
+    assert [path.name for path in photos([str(folder / "**" / "*.t*")])] == ["a.tif"]
+    with_spaces = [path.name for path in photos([str(folder / "[ab].*")])]
+    assert with_spaces == ["a.bmp", "a.webp", "b.JPeG"]
+
+
+def test_a_photograph_of_many_pixels_and_one_that_is_not_to_be_turned(root):
     path = root / "JPEGImages" / "2007_000000.jpg"
-    path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(DataError, match=r"2007_000000\.jpg: cannot be decoded"):
-        run(root, [path])
+    with pytest.raises(DataError, match=r"64x48 pixels, more than the limit max_pixels = 3071"):
+        run(root, [path], max_pixels=3071)
+    with Image.open(path) as image:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+    (item,) = run(root, [path], exif="ignore")
+    assert read_label(item.label).shape == (48, 64)
+    for wrong in ({"exif": "turn"}, {"max_pixels": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PredictSettings(**wrong)
 
 
 def test_no_file_is_overwritten_by_another(root):

@@ -137,7 +137,7 @@ def test_what_is_not_said_is_as_the_protocol_has_it():
         ({"long_side": 20}, "long_side: expected at least 32"),
         ({"scales": ()}, "scales: expected positive"),
         ({"affinity_of": "all"}, "affinity_of: expected largest or plain"),
-        ({"walk_score": -0.1}, "walk_score: expected at least 0"),
+        ({"walk_score": -0.1}, "walk_score: expected a score in 0..1, got -0.1"),
     ],
 )
 def test_bad_settings_are_named(settings, said):

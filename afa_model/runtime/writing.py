@@ -1,0 +1,42 @@
+"""Whether results can be written, known before the work that makes them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import ConfigError
+
+
+def writable_folder(path: str | Path, name: str) -> Path:
+    """The folder, made if need be; ``name`` is the setting's.
+
+    Raises:
+        ConfigError: it is a file, or cannot be made or written into.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{name}: expected a folder, but {path} is a file")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # what permissions promise a full or read-only disk may not keep
+            pass
+    except OSError as error:
+        raise ConfigError(f"{name}: {path} cannot be written into ({error.strerror})") from error
+    return path
+
+
+def writable_file(path: str | Path, name: str) -> Path:
+    """The file, whose folder is made if need be; one that exists may be replaced.
+
+    Raises:
+        ConfigError: it is a folder, or cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"{name}: expected a file, but {path} is a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ConfigError(f"{name}: {path} cannot be written")
+    writable_folder(path.parent, name)
+    return path
