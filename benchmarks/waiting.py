@@ -125,7 +125,8 @@ def measure_waiting(options: argparse.Namespace) -> dict[str, Any]:
 
 def show_waiting(result: dict[str, Any]) -> None:
     """A table: seconds, and how many times the idle machine's with the default."""
-    table = Table(title=f"seconds of a step ({result['backbone']}, crop {result['crop']}) on {result['device']}, beside")
+    what = f"{result['backbone']}, crop {result['crop']}"
+    table = Table(title=f"seconds of a step ({what}) on {result['device']}, beside")
     table.add_column("threads wait")
     for what in BESIDE:
         table.add_column(what, justify="right")

@@ -29,7 +29,7 @@ def positionals_first(argv: Sequence[str]) -> list[str]:
     for word in words:
         if word == "--":
             others += words
-        elif word in ("-h", "--help") or word.startswith("--") and "=" in word:
+        elif word in ("-h", "--help") or (word.startswith("--") and "=" in word):
             options.append(word)
         elif word.startswith("--"):
             options += [word, *itertools.islice(words, 1)]

@@ -103,8 +103,8 @@ def predict(
     """Write ``<out>/<name>.png`` (the label) and ``<out>/<name>_panel.png`` for each photograph.
 
     The label is the segmentation; a model without a decoder (CNN baseline) gives its refined CAM instead. The
-    panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and PAR) and prediction. One that cannot be read does
-    not keep the others from being labelled.
+    panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and PAR) and prediction. One that
+    cannot be read does not keep the others from being labelled.
 
     Args:
         model: an :class:`~afa_model.networks.afa.AFA` on any device, in any mode (left as it was).

@@ -94,14 +94,14 @@ class ScoreKeeper:
                 f"label: expected the mask's shape {tuple(mask.shape)}, got {tuple(label.shape)}"
             )
         matrix = self.matrices[kind]
-        for label, mask in zip(label.flatten().split(_PIXELS), mask.flatten().split(_PIXELS)):
-            label, mask = label.to(matrix.device).long(), mask.to(matrix.device).long()
-            counted = mask != IGNORE
-            for name, values in (("label", label[counted]), ("mask", mask[counted])):
+        for some, truth in zip(label.flatten().split(_PIXELS), mask.flatten().split(_PIXELS)):
+            some, truth = some.to(matrix.device).long(), truth.to(matrix.device).long()
+            counted = truth != IGNORE
+            for name, values in (("label", some[counted]), ("mask", truth[counted])):
                 if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
                     found = f"{int(values.min())}..{int(values.max())}"
                     raise ValueError(f"{name}: expected classes 0..{self.num_classes - 1}, got {found}")
-            matrix.update(label, mask)
+            matrix.update(some, truth)
 
     def scores(self) -> dict[str, Scores]:
         """The scores of all images on all processes (every process of a group must call this)."""

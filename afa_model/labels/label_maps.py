@@ -98,8 +98,8 @@ def label_maps(
         cls_labels: [K-1] multi-hot, the classes known to be present; None takes those the classifier finds.
         kinds: which label maps; None: all that the model offers.
 
-    Labels are made at the photograph's own size from soft maps resized to it (bilinear); of a large photograph a band at
-    a time (large.py), which takes 2 GB at 24 megapixels and 81 classes.
+    Labels are made at the photograph's own size from soft maps resized to it (bilinear), of a large photograph a
+    band at a time (large.py): 24 megapixels take less than 2 GB, whatever the number of classes.
     """
     kinds = kinds_of(model, kinds)
     size = tuple(image.shape[-2:])

@@ -25,8 +25,8 @@ def photo_of(image: Tensor) -> np.ndarray:
 def thumbnail(picture: Tensor, side: int = 1024) -> np.ndarray:
     """What is drawn of a large picture, of which a panel shows less: at most ``side`` pixels along its longer side.
 
-    picture: uint8 [3, H, W], a photograph, whose pixels are averaged -> [h, w, 3]; or [H, W], a label, of which some are
-    taken -> [h, w]. One that is small enough comes back as it is.
+    picture: uint8 [3, H, W], a photograph, whose pixels are averaged -> [h, w, 3]; or [H, W], a label, some of whose
+    pixels are taken -> [h, w]. One that is small enough comes back as it is.
     """
     array = picture.detach().cpu().numpy()
     array = array if array.ndim == 2 else array.transpose(1, 2, 0)

@@ -26,6 +26,17 @@ def share_the_machine(environment: MutableMapping[str, str] = os.environ) -> Non
         environment["OMP_NUM_THREADS"] = str(usable_cpus())  # OpenMP knows of the affinity mask, not of the quota
 
 
+def threads_beside(workers: int, environment: MutableMapping[str, str] = os.environ) -> int | None:
+    """Threads for a training step on the CPU beside processes that load its images; None where the user chose.
+
+    Reading and cropping an image takes a tenth of what a step takes for it on a core, so four workers keep less than
+    one core busy. Processes of one machine that train together share it.
+    """
+    if "OMP_NUM_THREADS" in environment:
+        return None
+    return max(1, (usable_cpus() - workers // 4) // int(environment.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def waiting() -> str:
     """How OpenMP's threads wait here, as the environment says."""
     said = [f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
@@ -46,7 +57,7 @@ def allowed_cpus() -> int:
 
 
 def cpu_quota(root: Path = CGROUPS) -> float | None:
-    """Processors' worth of time that the cgroup allows (``docker --cpus``, Kubernetes' limits); None without a limit."""
+    """Processors' worth of time that the cgroup allows (``docker --cpus``, Kubernetes' limits), or None."""
     for read in (_quota_v2, _quota_v1):
         try:
             quota = read(root)

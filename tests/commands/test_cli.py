@@ -119,7 +119,10 @@ def test_it_runs_as_a_module_without_the_entry_point():
             "afa train: error: data root /nowhere/voc is not a folder",
         ),
         (["evaluate"], "afa evaluate: error: --checkpoint is required (a run's folder"),
-        (["train", "--device", "gpu"], "afa train: error: device: expected auto, cpu, cuda or cuda:N, got 'gpu' (there is"),
+        (
+            ["train", "--device", "gpu"],
+            "afa train: error: device: expected auto, cpu, cuda or cuda:N, got 'gpu' (there is",
+        ),
         (["evaluate", "--checkpoint", "/nowhere"], "afa evaluate: error: checkpoint /nowhere: no such file"),
         (["evaluate", "--checkpoint=/nowhere"], "afa evaluate: error: checkpoint /nowhere: no such file"),
         (
@@ -243,7 +246,7 @@ def test_what_belongs_to_no_option_may_stand_anywhere(trained, root, tmp_path, c
     photo = root / "JPEGImages" / "2007_000000.jpg"
     for name in ("a.jpg", "b.jpg", "--dash-ed.jpg"):
         shutil.copy(photo, tmp_path / name)
-    line = ["predict", "a.jpg", "--panels=false", "--checkpoint", str(trained), "b.jpg", "--device", "cpu", "--scales", "[1]"]
+    line = ["predict", "a.jpg", "--panels=false", "--checkpoint", str(trained), "b.jpg", "--device", "cpu"]
     assert cli.main([*line, "--", "--dash-ed.jpg"]) == 0
     assert "3 photographs" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"a.png", "b.png", "--dash-ed.png"}
@@ -307,9 +310,9 @@ def test_files_are_tried_before_the_work_and_written_before_all_else(trained, ro
 
 
 def test_what_is_no_command_says_what_is(monkeypatch):
-    with pytest.raises(SystemExit, match="run `afa evaluate ...`, or `python -m afa_model evaluate ...`"):
+    with pytest.raises(SystemExit, match=r"run `afa evaluate ...`, or `python -m afa_model evaluate ...`"):
         afa_model._refuse_parts(["-m"], ["python", "-u", "-m", "afa_model.commands.evaluate", "--help"])
-    with pytest.raises(SystemExit, match="run `afa COMMAND ...`"):
+    with pytest.raises(SystemExit, match=r"run `afa COMMAND ...`"):
         afa_model._refuse_parts(["-m"], ["python", "-m", "afa_model.labels.cams"])
     for fine in ("afa_model", "afa_model.cli", "afa_model.__main__", "pytest"):
         afa_model._refuse_parts(["-m"], ["python", "-m", fine, "afa_model.evaluate"])
@@ -318,7 +321,7 @@ def test_what_is_no_command_says_what_is(monkeypatch):
 
 def test_help_tells_the_values_that_apply(capsys):
     for command, expected in (
-        ("evaluate", ["as those of COCO do. (type: str, default: the run's)", "cpu, cuda or cuda:N (type: str, default: auto)"]),
+        ("evaluate", ["as those of COCO do. (type: str, default: the run's)", "or cuda:N (type: str, default: auto)"]),
         ("predict", ["the largest logit counts. (type: tuple[float, ...], default: the run's)"]),
         ("demo", ["length of the training, in steps. (type: int, default: 400)"]),
     ):

@@ -95,7 +95,7 @@ def test_what_does_not_exist_is_named_before_anything_is_written(root):
     with pytest.raises(DataError, match="none given"):
         run(root, [])
     (root / "file").write_text("")
-    with pytest.raises(ConfigError, match="out: expected a folder, but .*file is a file"):
+    with pytest.raises(ConfigError, match=r"out: expected a folder, but .*file is a file"):
         predict(ColorModel(), [root / "JPEGImages"], root / "file", VOC_CLASSES, PredictSettings(**SMALL), HOW)
     assert not (root / "out").exists()
 

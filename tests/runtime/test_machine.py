@@ -63,6 +63,19 @@ def test_waiting_and_threads_are_set_unless_the_user_did(monkeypatch):
     assert "OMP_NUM_THREADS" not in alone
 
 
+def test_threads_beside_workers(monkeypatch):
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 8)
+    for workers, environment, threads in (
+        (0, {}, 8),
+        (3, {}, 8),
+        (4, {}, 7),
+        (64, {}, 1),
+        (8, {"LOCAL_WORLD_SIZE": "2"}, 3),
+        (8, {"OMP_NUM_THREADS": "5"}, None),
+    ):
+        assert machine.threads_beside(workers, environment) == threads
+
+
 def test_the_command_says_so_before_torch_is_loaded():
     """libgomp reads its environment once, when it is loaded."""
     code = (
