@@ -3,6 +3,10 @@
 Every operator takes ``backend=None`` (the best that can run), ``"native"``, ``"triton"`` or ``"reference"``;
 `backends` tells what can run here and why something cannot, `use_backend` and ``AFA_BACKEND`` set a default. On a GPU
 a backend proves itself before it is used; `self_check` has all of them do so.
+
+On the CPU the kernels run on torch's OpenMP threads, with one parallel region for each pass over the data. Beside other
+busy processes set ``OMP_WAIT_POLICY=PASSIVE`` before Python starts, or each region waits for theirs; the `afa` command
+does so itself.
 """
 
 from .core.backends import backends, self_check, use_backend

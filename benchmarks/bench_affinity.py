@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import as_the_command  # noqa: F401
 import torch
 from harness import Case, compiled, kernels
 from published_step import IGNORE, affinity_loss

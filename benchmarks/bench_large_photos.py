@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import as_the_command  # noqa: F401
 import torch
 from machine import commit, device_name
 from rich.console import Console

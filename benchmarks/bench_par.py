@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import as_the_command  # noqa: F401
 import torch
 from harness import Case, Unable, compiled, kernels
 from run import main

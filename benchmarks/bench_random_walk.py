@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import as_the_command  # noqa: F401
 import torch
 from bench_affinity import RADIUS, pairs
 from harness import Case, compiled, kernels

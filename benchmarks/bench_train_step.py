@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+import as_the_command  # noqa: F401
 import torch
 from train_step import measure, show
 from waiting import measure_waiting, show_waiting

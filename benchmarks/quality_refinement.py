@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import as_the_command  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F

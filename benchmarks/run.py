@@ -10,6 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import as_the_command  # noqa: F401
 import torch
 
 HERE = Path(__file__).resolve().parent

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each worker has a core
-
 import numpy as np
 import pytest
+import support.sharing  # noqa: F401
 import torch
 from support.common import DEVICE, ROOT
 
