@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..conventions import IGNORE
 from ..errors import DataError
+from .class_file import read_class_file
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -35,9 +35,9 @@ def class_names(dataset: object, num_classes: int | None = None) -> tuple[str, .
 
     Args:
         dataset: ``"voc"`` (21 names), ``"coco"`` (81), a data set with an attribute ``class_names``, or the
-            root folder of one. A folder's ``classes.txt`` (one name a line, the background first or left out)
-            decides; a folder without it has VOC's names if ``num_classes`` is 21 or None and COCO's if it is
-            81.
+            root folder of one. A folder's ``classes.txt`` (one name a line, the background first or left out;
+            see :func:`~afa_model.data.class_file.read_class_file`) decides; a folder without it has VOC's names
+            if ``num_classes`` is 21 or None and COCO's if it is 81.
         num_classes: number of classes, the background counted; checked against the names where both are
             known.
 
@@ -52,31 +52,22 @@ def class_names(dataset: object, num_classes: int | None = None) -> tuple[str, .
     else:
         path = Path(str(dataset)) / "classes.txt"
         if path.is_file():
-            names, source = _read_class_file(path), str(path)
+            names, source = read_class_file(path), str(path)
         else:
             known = {len(value): value for value in reversed(_KNOWN_CLASSES.values())}  # the first of a length
             names, source = known.get(num_classes or len(VOC_CLASSES), ()), str(dataset)
             if not names:
+                known_number = (num_classes or 0) + 1
+                hint = f"; the background counts: {known_number}?" if known_number in known else ""
                 raise DataError(
-                    f"no class names for num_classes={num_classes}: write them to {path}, one a line"
+                    f"no class names for num_classes={num_classes}{hint}: write them to {path}, one a line"
                 )
     if num_classes is not None and len(names) != num_classes:
+        hint = f": the background counts, num_classes is {len(names)}" if num_classes == len(names) - 1 else ""
         raise DataError(
-            f"num_classes is {num_classes} but {source} names {len(names)} classes (background counted)"
+            f"num_classes is {num_classes} but {source} names {len(names)} classes (background counted){hint}"
         )
     return names
-
-
-def _read_class_file(path: Path) -> tuple[str, ...]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names or names[0] != "background":
-        names.insert(0, "background")
-    doubles = sorted({name for name in names if names.count(name) > 1})
-    if doubles or not 2 <= len(names) <= IGNORE:
-        raise DataError(
-            f"{path}: " + (f"named twice: {', '.join(doubles)}" if doubles else f"{len(names)} classes")
-        )
-    return tuple(names)
 
 
 def voc_palette(size: int = 256) -> np.ndarray:
