@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 
@@ -20,11 +21,37 @@ class ConfigError(AfaError, ValueError):
 
 
 class DataError(AfaError):
-    """What is wrong with a data set, all of it: ``problems`` is a list of lines, each naming a file."""
+    """What is wrong with a data set, all of it: ``problems`` is a list of lines, each naming a file.
+
+    The message shows the first 20 of them; where there are more, it names a temporary file that has all.
+    """
+
+    SHOWN = 20
 
     def __init__(self, what: str, problems: Sequence[str] = ()):
-        self.problems = list(problems)
-        super().__init__("\n  ".join([what, *self.problems]))
+        self.what, self.problems = what, list(problems)
+        self._list: str | None = None
+        super().__init__(what, self.problems)
+
+    def __str__(self) -> str:
+        lines = [self.what, *self.problems[: self.SHOWN]]
+        more = len(self.problems) - self.SHOWN
+        if more > 0:
+            lines.append(f"... and {more} more; {self._written()}")
+        return "\n  ".join(lines)
+
+    def _written(self) -> str:
+        """Where the whole list is; written when it is asked for, since many an error is never shown."""
+        if self._list is None:
+            try:
+                with tempfile.NamedTemporaryFile(
+                    "w", prefix="afa-problems-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+                ) as file:
+                    file.write("\n".join([self.what, *self.problems]) + "\n")
+                self._list = f"all of them are in {file.name}"
+            except OSError as error:
+                self._list = f"they could not be written to a file ({error})"
+        return self._list
 
 
 class CheckpointError(AfaError, RuntimeError):

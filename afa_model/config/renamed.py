@@ -23,11 +23,14 @@ RENAMED = {
 }
 
 
+_MAPPINGS = {"data.mask_values"}  # settings that are mappings themselves
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings -> settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in _MAPPINGS:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..conventions import IGNORE, require
 from ..errors import DataError
+from ..runtime.notices import notice
 from ..runtime.progress import in_threads
-from .check import CheckLevel, FileReport, check_files
+from .check import CheckLevel, FileReport, Files, check_files, check_together, named, shown
 from .classes import class_names
-from .files import find_image, read_label, read_photo, read_split
-from .image_labels import LabelFile, find_label_file, labels_from_mask, labels_from_xml, multi_hot
+from .files import read_photo
+from .image_labels import labels_from_xml, multi_hot
+from .label_file import LabelFile, find_label_file
+from .lists import entries_of, list_file, list_lines, locate, mask_beside
+from .masks import MaskRules, read_mask
+from .photographs import MAX_PIXELS, Exif
 from .transforms import AugmentSettings, TrainingTransform, normalize
 
 LabelSource = Literal["auto", "file", "xml", "masks"]
@@ -35,8 +40,8 @@ class DataSettings:
             else 21.
         label_source: ``file``, ``xml`` (``Annotations/*.xml``) or ``masks``; ``auto`` takes the first of
             these that is there for training, and the masks for evaluation, which reads them anyway.
-        label_file: ``.npy`` or ``.json`` file with a label per image name; looked for in the root if not
-            given.
+        label_file: ``.npy``, ``.npz``, ``.json``, ``.csv``, ``.pkl`` or ``.pt`` file with a label per image name;
+            looked for in the root if not given.
         without_class: what a training image without any class is: ``refuse``, an error in the annotation, or
             ``background`` (COCO has some; they are trained as showing none).
         check: what to look at before training starts: ``full`` decodes every file, ``headers`` opens them,
@@ -45,6 +50,15 @@ class DataSettings:
         mask_dir: folder of the masks in the root.
         list_dir: folder of the list files in the root.
         xml_dir: folder of the XML annotations in the root.
+        xml_skip: classes in XML annotations that do not count.
+        ignore_index: value of mask pixels that do not count, besides 255.
+        mask_values: value in a mask's file -> class, such as {0: 0, 255: 1}, or 255 for ignored; values that are not
+            named stay as they are.
+        mask_palette: ``auto`` reads a mask whose palette has VOC's colours in another order by colour; ``index``
+            takes the values, whatever their colours.
+        exif: ``apply`` turns photographs as their EXIF orientation says, for masks drawn on them as viewers show them;
+            ``ignore`` leaves them as stored.
+        max_pixels: a photograph of more is refused.
         num_workers: processes that load and augment training images; 0 does it in the training process.
     """
 
@@ -60,13 +74,30 @@ class DataSettings:
     mask_dir: str = "SegmentationClassAug"
     list_dir: str = "ImageSets/Segmentation"
     xml_dir: str = "Annotations"
+    xml_skip: tuple[str, ...] = ()
+    ignore_index: int = IGNORE
+    mask_values: dict[int, int] | None = None
+    mask_palette: Literal["auto", "index"] = "auto"
+    exif: Exif = "apply"
+    max_pixels: int = MAX_PIXELS
     num_workers: int = 2
 
     def __post_init__(self) -> None:
         if self.without_class not in ("refuse", "background"):
             raise ValueError(f"without_class: expected refuse or background, got {self.without_class!r}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: expected at least 0, got {self.num_workers}")
+        require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
+        require(self.exif in ("apply", "ignore"), "exif", "apply or ignore", self.exif)
+        require(self.mask_palette in ("auto", "index"), "mask_palette", "auto or index", self.mask_palette)
+        require(self.max_pixels >= 1, "max_pixels", "at least 1", self.max_pixels)
+        require(0 <= self.ignore_index < 1 << 16, "ignore_index", "a value of a mask, 0..65535", self.ignore_index)
+        try:
+            values = {int(value): int(index) for value, index in (self.mask_values or {}).items()}
+            fits = all(0 <= value < 1 << 16 and 0 <= index <= IGNORE for value, index in values.items())
+        except (AttributeError, TypeError, ValueError):
+            values, fits = {}, False
+        expected = "value in the file (0..65535): class (0..254, or 255 for ignored), such as {0: 0, 255: 1}"
+        require(fits, "mask_values", expected, self.mask_values)
+        self.mask_values = values or None
 
 
 class VOCData(Dataset):
@@ -86,24 +117,43 @@ class VOCData(Dataset):
         self.settings = settings
         self.split = split
         self.root = Path(settings.root)
-        self.names = read_split(self.root, split, settings.list_dir)
-        self.image_dir = self._of_split(settings.image_dir, find_image)
-        self.mask_dir = self._of_split(settings.mask_dir, _find_mask)
+        path = list_file(self.root, split, settings.list_dir)
+        lines = list_lines(path)
+        self.image_dir = self._of_split(settings.image_dir, lines[0][1])
+        entries = entries_of(path, lines, self.root, self.image_dir, settings.mask_dir)
+        self.names = [entry.name for entry in entries]
+        self.mask_dir = self._mask_dir(settings.mask_dir, self.names[0])
         self.class_names = class_names(settings.root, settings.num_classes)
         self.num_classes = len(self.class_names)
+        self.rules = MaskRules(
+            self.num_classes, settings.ignore_index, settings.mask_values or {}, settings.mask_palette == "auto"
+        )
+        wrong = [index for index in self.rules.mask_values.values() if self.num_classes <= index != IGNORE]
+        if wrong:
+            raise DataError(f"data.mask_values: class {wrong[0]} outside 0..{self.num_classes - 1} and {IGNORE}")
         self.label_source, label_file = self._choose_source(for_training)
 
+        folder = self.root / self.mask_dir
+        self._masks = [
+            entry.mask or mask_beside(folder, entry.name) or folder / f"{entry.name}.png" for entry in entries
+        ]
+        self._photos = [entry.photo for entry in entries]
         masks_needed = not for_training or self.label_source == "masks"
+        files = [
+            Files(entry.photo, entry.problem, mask if masks_needed else None)
+            for entry, mask in zip(entries, self._masks)
+        ]
         reports = check_files(
             self.root,
-            self.names,
-            image_dir=self.image_dir,
-            mask_dir=self.mask_dir if masks_needed else None,
-            num_classes=self.num_classes,
+            files,
+            rules=self.rules,
+            exif=settings.exif,
+            max_pixels=settings.max_pixels,
             level=settings.check,
             title=f"checking {split}",
         )
         self.labels = self._read_labels(label_file, reports, for_training)
+        check_together(self.root, files, reports, self.rules, settings.exif)
         problems = [line for report in reports for line in report.problems]
         if problems:
             broken = sum(bool(report.problems) for report in reports)
@@ -116,24 +166,63 @@ class VOCData(Dataset):
         return len(self.names)
 
     def photo_path(self, index: int) -> Path:
-        """The file of a photograph."""
-        path = find_image(self.root / self.image_dir, self.names[index])
+        """The file of a photograph.
+
+        Raises:
+            DataError: there is none (the check may have been off).
+        """
+        path = self._photos[index]
         if path is None:
-            raise DataError(f"{self.image_dir}/{self.names[index]}.jpg is gone since the check")
+            raise DataError(f"{self.root / self.image_dir / self.names[index]}.jpg: not found")
         return path
 
     def mask_path(self, index: int) -> Path:
         """The file of a mask."""
-        return self.root / self.mask_dir / f"{self.names[index]}.png"
+        return self._masks[index]
 
-    def _of_split(self, folder: str, find: Callable[[Path, str], Path | None]) -> str:
-        """The folder in the root where the split's first file is: itself, or one in it, before all the split's own."""
-        path, first = Path(self.split), self.names[0]
+    def read_photo(self, index: int) -> Tensor:
+        """A photograph, uint8 [3, H, W], 0..255.
+
+        Raises:
+            DataError: naming the file, if it cannot be read.
+        """
+        return read_photo(self.photo_path(index), self.settings.exif, self.settings.max_pixels)
+
+    def read_mask(self, index: int) -> Tensor:
+        """A mask, int64 [H, W], 0..K-1 and 255 (ignored).
+
+        Raises:
+            DataError: naming the file, if it cannot be read or holds no classes.
+        """
+        path = self.mask_path(index)
+        try:
+            return torch.from_numpy(read_mask(path, self.rules, self.settings.exif).classes.copy()).long()
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def _of_split(self, folder: str, first: str) -> str:
+        """The folder in the root where the split's first photograph is: itself, or one in it, first the split's own."""
+        places, own = self._places(folder)
+        found = next((place for place in places if self._in_place(first, place)), None)
+        return found or (f"{folder}/{own}" if f"{folder}/{own}" in places else folder)
+
+    def _in_place(self, text: str, place: str) -> bool:
+        """Whether a line (or its first column) names a photograph in this folder."""
+        return any(
+            locate(part, self.root, self.root / place) is not None for part in dict.fromkeys([text, text.split()[0]])
+        )
+
+    def _mask_dir(self, folder: str, first: str) -> str:
+        places, own = self._places(folder)
+        found = next((place for place in places if mask_beside(self.root / place, first) is not None), None)
+        return found or (f"{folder}/{own}" if f"{folder}/{own}" in places else folder)
+
+    def _places(self, folder: str) -> tuple[list[str], str]:
+        """A folder in the root and the folders in it, the split's own before the others; and that one's name."""
+        path = Path(self.split)
         own = path.stem if path.suffix == ".txt" else path.name
         inside = sorted(child.name for child in (self.root / folder).glob("*") if child.is_dir())
-        places = [folder, *(f"{folder}/{name}" for name in sorted(inside, key=lambda name: name != own))]
-        found = next((place for place in places if find(self.root / place, first) is not None), None)
-        return found or (f"{folder}/{own}" if own in inside else folder)
+        return [folder, *(f"{folder}/{name}" for name in sorted(inside, key=lambda name: name != own))], own
 
     def _choose_source(self, for_training: bool) -> tuple[str, Path | None]:
         settings = self.settings
@@ -154,7 +243,10 @@ class VOCData(Dataset):
                 f"label_source is 'file' but no label_file is given and none is found in {self.root}"
             )
         if not for_training and not (self.root / settings.mask_dir).is_dir():
-            raise DataError(f"evaluation needs masks: {self.root} has no folder {settings.mask_dir}")
+            raise DataError(
+                f"evaluation needs masks: {self.root} has no folder {settings.mask_dir} (to train without any:"
+                " --eval.every 0)"
+            )
         if source == "masks" and not (self.root / settings.mask_dir).is_dir():
             raise DataError(
                 f"no labels: {self.root} has no label file, no {settings.xml_dir} and no {settings.mask_dir}"
@@ -164,41 +256,68 @@ class VOCData(Dataset):
     def _read_labels(self, label_file: Path | None, reports: list[FileReport], for_training: bool) -> Tensor:
         """The labels of all images [N, K-1]; what is wrong with one is added to its report."""
         table = LabelFile(label_file, self.class_names) if label_file else None
-        refuse = for_training and self.settings.without_class == "refuse"
+        settings = self.settings
+        refuse = for_training and settings.without_class == "refuse"
+        from_masks: list[str] = []
 
-        def read(item: tuple[str, FileReport]) -> Tensor:
-            name, report = item
-            none = torch.zeros(self.num_classes - 1)
-            where = name
+        def of_annotation(name: str) -> tuple[str, Tensor | None]:
+            """Where the label is from, and the label; None if it is the mask's to say."""
+            if table is not None:
+                if not for_training and name not in table:
+                    return name, None
+                return name, table[name]
+            if self.label_source == "xml":
+                where = f"{settings.xml_dir}/{name}.xml"
+                if not for_training and not (self.root / where).is_file():
+                    return where, None
+                return where, labels_from_xml(self.root / where, self.class_names, not refuse, settings.xml_skip)
+            return name, None
+
+        def of_mask(number: int, report: FileReport) -> Tensor:
+            if report.classes is None:  # the check was a light one
+                report.decoded(read_mask(self._masks[number], self.rules, settings.exif))
+            return multi_hot(report.classes, self.num_classes)
+
+        def read(item: tuple[int, FileReport]) -> Tensor:
+            number, report = item
+            name, none = self.names[number], torch.zeros(self.num_classes - 1)
+            where = f"{settings.xml_dir}/{name}.xml" if self.label_source == "xml" else name
             try:
-                if table is not None:
-                    label = table[name]
-                elif self.label_source == "xml":
-                    where = f"{self.settings.xml_dir}/{name}.xml"
-                    label = labels_from_xml(self.root / where, self.class_names, empty=not refuse)
-                else:
-                    where = f"{self.mask_dir}/{name}.png"
+                where, label = of_annotation(name)
+                if label is None:
+                    if self.label_source != "masks":
+                        from_masks.append(name)
+                    where = shown(str(self._masks[number]), self.root)
                     if report.problems:
                         return none  # said already
-                    if report.classes is None:  # the check was a light one
-                        label = labels_from_mask(self.root / where, self.num_classes)
-                    else:
-                        label = multi_hot(report.classes, self.num_classes)
+                    label = of_mask(number, report)
                 if refuse and not label.any():
-                    raise ValueError("empty annotation: no class but background")
+                    raise ValueError(
+                        "empty annotation: no class but background (data.without_class: background trains on it as"
+                        f" showing none){_only_ignored(report)}"
+                    )
                 return label
             except FileNotFoundError:
                 report.problems.append(f"{where}: not found")
-            except (ValueError, OSError) as error:
-                report.problems.append(f"{where}: {error}")
+            except (DataError, ValueError, OSError) as error:
+                report.problems.append(shown(named(error, where), self.root))
             return none
 
-        return torch.stack(in_threads(read, list(zip(self.names, reports)), f"labels of {self.split}"))
+        labels = torch.stack(in_threads(read, list(enumerate(reports)), f"labels of {self.split}"))
+        if from_masks:
+            source = label_file or f"{self.root / settings.xml_dir}"
+            notice(
+                f"labels {self.split} {source}",
+                f"{len(from_masks)} of {len(self.names)} images of {self.split} have no label in {source}: the classes"
+                " in their masks are taken",
+            )
+        return labels
 
 
-def _find_mask(folder: Path, name: str) -> Path | None:
-    path = folder / f"{name}.png"
-    return path if path.is_file() else None
+def _only_ignored(report: FileReport) -> str:
+    if report.stored in ((0, IGNORE), (IGNORE,)):
+        return "; its mask holds 0 and 255 alone, and 255 is ignored: data.mask_values: {255: 1} makes it class 1"
+    return ""
 
 
 class TrainingSet(VOCData):
@@ -222,7 +341,7 @@ class TrainingSet(VOCData):
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
         index, seed = item if isinstance(item, tuple) else (item, 0)
-        image, img_box = self.transform(read_photo(self.photo_path(index)), seed)
+        image, img_box = self.transform(self.read_photo(index), seed)
         return {
             "image": image,
             "cls_labels": self.labels[index],
@@ -246,9 +365,13 @@ class EvaluationSet(VOCData):
         super().__init__(settings, split or settings.val_split, for_training=False)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        photo, mask = self.read_photo(index), self.read_mask(index)
+        if photo.shape[1:] != mask.shape:  # the check may have been off
+            (height, width), (rows, columns) = photo.shape[1:], mask.shape
+            raise DataError(f"{self.mask_path(index)}: {columns}x{rows} pixels, its photograph has {width}x{height}")
         return {
-            "image": normalize(read_photo(self.photo_path(index))),
-            "mask": read_label(self.mask_path(index)),
+            "image": normalize(photo),
+            "mask": mask,
             "cls_labels": self.labels[index],
             "name": self.names[index],
         }

@@ -92,14 +92,9 @@ def read_photograph(path: str | Path, exif: Exif = "apply", *, max_pixels: int |
         image.load()
         if image.format == "PNG":
             refuse_damaged_png(path)
-        # Pillow itself turns TIFF when it is loaded.
-        turns = _TURNS if image.format != "TIFF" else {}
-        if exif == "ignore":
-            turns = {} if image.format != "TIFF" else _BACK
-        pixels = _rgb(image, path)
-        if turn in turns:
-            pixels = np.asarray(Image.fromarray(pixels).transpose(turns[turn]))
-        return np.array(pixels)  # its own memory, writable
+        rgb = Image.fromarray(_rgb(image, path))
+        rgb.format = image.format
+        return np.array(turned(rgb, turn, exif))
 
 
 @contextlib.contextmanager
@@ -125,7 +120,7 @@ def opened(path: str | Path, max_pixels: int | None = MAX_PIXELS) -> Iterator[Im
     except IsADirectoryError:
         raise PhotographError(path, "a folder, no photograph") from None
     except UnidentifiedImageError:
-        raise PhotographError(path, f"no photograph that can be decoded ({_what_it_is(path)})") from None
+        raise PhotographError(path, f"cannot be decoded ({_what_it_is(path)})") from None
     except MemoryError:
         raise PhotographError(path, "cannot be decoded (not enough memory)") from None
     except Exception as error:  # decoders raise whatever they like on broken bytes
@@ -141,6 +136,12 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # a broken block of metadata is no reason to refuse the pixels
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def turned(image: Image.Image, turn: int, exif: Exif) -> Image.Image:
+    """A loaded image turned by the ``turn`` that it had before loading, or as stored; Pillow turns TIFF as it loads."""
+    turns = (_TURNS if exif == "apply" else {}) if image.format != "TIFF" else ({} if exif == "apply" else _BACK)
+    return image.transpose(turns[turn]) if turn in turns else image
 
 
 def sizes(image: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -14,7 +14,8 @@ from support.voc_factory import make_voc, write_xml
 from afa_model.data import classes
 from afa_model.data.classes import COCO_CLASSES, VOC_CLASSES, class_names, voc_palette
 from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
-from afa_model.data.files import read_label, read_photo, read_split, write_label
+from afa_model.data.files import read_label, read_photo, write_label
+from afa_model.data.lists import read_split
 from afa_model.data.order import ResumableBatchSampler, training_loader
 from afa_model.data.transforms import AugmentSettings
 from afa_model.errors import DataError
@@ -108,7 +109,7 @@ def test_split_formats(root):
     with pytest.raises(DataError, match=r"'trian'.*lists there: folders, paths, train_aug, val"):
         read_split(root, "trian")
     (lists / "twice.txt").write_text("a\nb\na\n")
-    with pytest.raises(DataError, match=r"listed twice\n  a$"):
+    with pytest.raises(DataError, match=r"listed twice\n  a \(lines 1, 3\)$"):
         read_split(root, "twice")
     with pytest.raises(DataError, match="not a folder"):
         read_split(root / "nowhere", "val")
@@ -222,7 +223,7 @@ def test_everything_broken_is_listed_at_once(root):
     mask = read_label(masks / f"{names[5]}.png")
     mask[0, 0] = 21
     write_label(masks / f"{names[5]}.png", mask)
-    Image.new("RGB", (69, 48)).save(masks / f"{names[6]}.png")
+    Image.new("RGB", (70, 48), (1, 2, 3)).save(masks / f"{names[6]}.png")
     write_label(masks / f"{names[7]}.png", torch.zeros_like(read_label(masks / f"{names[7]}.png")))
     (masks / f"{names[8]}.png").write_bytes(b"")
 
