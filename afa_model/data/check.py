@@ -92,7 +92,7 @@ def check_files(
         if level == "off":
             return report
         both = _check_photo(item, exif, max_pixels, level, report)
-        if item.mask is not None:
+        if item.mask is not None and item.photo is not None:
             _check_mask(item.mask, both, exif, rules, level, report)
         report.problems = [shown(line, root) for line in report.problems]
         return report
@@ -198,7 +198,7 @@ def _tell_turned(masks: Sequence[tuple[str, FileReport]], exif: Exif) -> None:
     if turned:
         taken, other = ("upright", "ignore") if exif == "apply" else ("as the pixels are stored", "apply")
         notice(
-            f"turned {turned}",
+            f"turned {exif} {turned}",
             f"EXIF turns {len(turned)} of {len(masks)} photographs whose masks it does not turn (mask {turned[0]}):"
             f" masks are taken to be {taken}; if they are not, set data.exif: {other}",
         )

@@ -132,7 +132,8 @@ def _entry(path: Path, number: int, text: str, root: Path, image_dir: str, mask_
         text = first
     name = _clean(text)
     bare = name.lower().endswith(IMAGE_SUFFIXES)
-    where = name if bare and name.startswith(f"{image_dir}/") else f"{image_dir}/{name}" + ("" if bare else ".jpg")
+    inside = name.startswith("/") or name.startswith(f"{image_dir}/")
+    where = (name if inside else f"{image_dir}/{name}") + ("" if bare else ".jpg")
     name = _named(os.path.splitext(name)[0] if bare else name, image_dir)
     return Entry(name, None, None, f"{where}: not found (line {number} of {path.name})")
 
@@ -142,8 +143,9 @@ def locate(text: str, root: Path, folder: Path) -> tuple[str, Path] | None:
     for form in _forms(text):
         if not form:
             continue
-        places = [folder, root, *([root.absolute().parent] if form.split("/")[0] == root.absolute().name else [])]
-        bases = [place / form.lstrip("/") for place in places]
+        inside = form.lstrip("/")
+        above = [root.absolute().parent] if inside.split("/")[0] == root.absolute().name else []
+        bases = [place / inside for place in (folder, root, *above)]
         if form.startswith("/") or re.match(r"[A-Za-z]:/", form):
             bases.insert(0, Path(form))
         for base in bases:

@@ -90,10 +90,11 @@ def load_mask(path: str | Path, exif: Exif = "apply") -> tuple[Image.Image, int,
         ValueError: JPEG, or a mode that holds no classes.
     """
     with opened(path) as image:
-        if image.format in ("JPEG", "MPO") or (image.format == "WEBP" and image.mode != "P"):
-            raise MaskError(f"{image.format}: its pixels are not kept exactly; class indices in a PNG are needed")
-        if image.mode not in ("1", "L", "P", "LA", "RGB", "RGBA", "I") and not image.mode.startswith("I;16"):
-            raise MaskError(f"image mode {image.mode}; class indices (mode P or L) are needed")
+        wrong = None
+        if image.format in ("JPEG", "MPO"):
+            wrong = f"{image.format}: its pixels are not kept exactly; class indices in a PNG are needed"
+        elif image.mode not in ("1", "L", "P", "LA", "RGB", "RGBA", "I") and not image.mode.startswith("I;16"):
+            wrong = f"image mode {image.mode}; class indices (mode P or L) are needed"
         turn = orientation(image)
         image.load()
         bits = 8
@@ -102,7 +103,10 @@ def load_mask(path: str | Path, exif: Exif = "apply") -> tuple[Image.Image, int,
             bits = png_header(path)[0]
         elif image.format == "TIFF":
             bits = int(np.max(image.tag_v2.get(258, 8)))
-        return turned(image, turn, exif), bits, turn
+        image = turned(image, turn, exif)
+    if wrong is not None:
+        raise MaskError(wrong)
+    return image, bits, turn
 
 
 class MaskError(ValueError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ..conventions import require
+from ..errors import DataError
 from .datasets import TrainingSet
 
 
@@ -89,6 +91,20 @@ class ResumableBatchSampler(Sampler):
         return int(self._order[place]), sample_seed
 
 
+class NamingLoader(DataLoader):
+    """A loader whose processes' errors about a file are as short as the main process's: the file and what is wrong."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            # torch puts the whole traceback of the other process into the message; its last line is the error.
+            kind, _, what = str(error).strip().rpartition("\n")[2].partition("Error: ")
+            if "in DataLoader worker process" in str(error) and kind.rpartition(".")[2] in ("Data", "Photograph"):
+                raise DataError(what) from None
+            raise
+
+
 def training_loader(
     dataset: TrainingSet,
     batch_size: int,
@@ -99,7 +115,7 @@ def training_loader(
     start_iteration: int = 0,
     num_workers: int | None = None,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> NamingLoader:
     """An endless loader of training batches from ``start_iteration`` on, the same whatever the number of
     workers.
 
@@ -107,7 +123,7 @@ def training_loader(
     """
     sampler = ResumableBatchSampler(len(dataset), batch_size, seed, rank, world_size, start_iteration)
     workers = dataset.settings.num_workers if num_workers is None else num_workers
-    return DataLoader(
+    return NamingLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,

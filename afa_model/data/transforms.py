@@ -114,7 +114,11 @@ class TrainingTransform:
         """What those choices make of a photograph; returns as the call does. Only a distortion draws from here on."""
         crop = self.settings.crop
         # Antialiased, on bytes: the pixels of Pillow's bilinear resize.
-        image = F.resize(photo, _resized(*photo.shape[-2:], choices.ratio), antialias=True)
+        size = _resized(*photo.shape[-2:], choices.ratio)
+        if size == [1, 1]:  # which torch cannot on bytes
+            image = F.resize(photo.float(), size, antialias=True).round().to(photo.dtype)
+        else:
+            image = F.resize(photo, size, antialias=True)
         if choices.flip:
             image = image.flip(-1)
         (y0, y1, top), (x0, x1, left) = (

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..data.datasets import EvaluationSet
+from ..data.order import NamingLoader
 from ..labels.kinds import check_kinds, kinds_of
 from ..labels.label_maps import MapSettings, label_maps
 from ..labels.settings import LabelSettings
@@ -146,7 +146,7 @@ def evaluate(
 
     start = time.perf_counter()
     # its own generator: evaluating in the middle of a training run must not change what the run draws next
-    loader = DataLoader(
+    loader = NamingLoader(
         dataset, batch_size=None, sampler=share, num_workers=settings.num_workers, generator=torch.Generator()
     )
     found: list[tuple[list[float], list[float]]] = []
