@@ -35,6 +35,7 @@ from ..labels.settings import LabelSettings
 from ..labels.slots import ClassSlots
 from ..pictures.overlays import label_overlay, photo_of
 from ..pictures.panels import cam_tile, peak_of, prediction_panel, save
+from ..pictures.words import write
 from ..runs.loop import train
 from ..runs.restore import load_model
 from ..runtime.processes import processes
@@ -188,8 +189,10 @@ def _overview(rows: Sequence[Sequence], titles: Sequence[str], names: Sequence[s
                     (j + 0.5) * side / width, 1 - 0.17 / height, titles[j], ha="center", va="center", fontsize=10
                 )
     colours = voc_palette() / 255
-    handles = [Patch(facecolor=colours[k], label=name) for k, name in enumerate(names) if k > 0]
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=10)
+    handles = [Patch(facecolor=colours[k], label=" ") for k in range(1, len(names))]
+    legend = figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=10)
+    for text, name in zip(legend.get_texts(), names[1:]):
+        write(text, name)
     return figure
 
 

@@ -117,7 +117,12 @@ class VOCData(Dataset):
         self.settings = settings
         self.split = split
         self.root = Path(settings.root)
-        path = list_file(self.root, split, settings.list_dir)
+        try:
+            path = list_file(self.root, split, settings.list_dir)
+        except DataError as error:
+            if for_training or not self.root.is_dir():
+                raise
+            raise DataError(f"{error} (to train without evaluation: --eval.every 0)") from None
         lines = list_lines(path)
         self.image_dir = self._of_split(settings.image_dir, lines[0][1])
         entries = entries_of(path, lines, self.root, self.image_dir, settings.mask_dir)
@@ -244,8 +249,8 @@ class VOCData(Dataset):
             )
         if not for_training and not (self.root / settings.mask_dir).is_dir():
             raise DataError(
-                f"evaluation needs masks: {self.root} has no folder {settings.mask_dir} (to train without any:"
-                " --eval.every 0)"
+                f"evaluation needs masks: {self.root} has no folder {settings.mask_dir} (to train without"
+                " evaluation: --eval.every 0)"
             )
         if source == "masks" and not (self.root / settings.mask_dir).is_dir():
             raise DataError(

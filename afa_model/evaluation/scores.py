@@ -14,6 +14,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
@@ -182,7 +183,7 @@ class EvaluationResult:
                 values = [float(scores.iou[row]) for scores in self.scores.values()]
                 best = max((value for value in values if value > 0), default=None)
                 if not all(map(math.isnan, values)):
-                    table.add_row(name, *(_percent(value, bold=value == best) for value in values))
+                    table.add_row(Text(name), *(_percent(value, bold=value == best) for value in values))
             table.add_section()
         for mean, name in (
             ("mIoU", "miou"),

@@ -26,6 +26,7 @@ from .overlays import (
     label_overlay,
     photo_of,
 )
+from .words import write
 
 # inches
 _TILE_AREA = 12.0
@@ -227,7 +228,7 @@ def _draw(
             _draw_tile(cell(number, column), tile)
     if title:
         y = 1 - 0.22 / full_height
-        figure.text(_GAP / full_width, y, title, fontsize=13, fontweight="bold", va="center")
+        write(figure.text(_GAP / full_width, y, "", fontsize=13, fontweight="bold", va="center"), title)
     if free:
         axis = cell(len(rows) - 1, len(rows[-1]))
         legend_columns = 1 + (len(classes) > tile_height / 0.24 - 1)
@@ -241,7 +242,7 @@ def _draw(
 def _draw_tile(axis: Axes, tile: Tile) -> None:
     small = max(tile.picture.shape) < 200
     axis.imshow(tile.picture, interpolation="nearest" if small else "antialiased")
-    axis.set_title(tile.title, fontsize=10.5, loc="left", pad=4)
+    write(axis.set_title("", fontsize=10.5, loc="left", pad=4), tile.title)
     axis.set_axis_off()
     if tile.star is not None:
         y, x = tile.star
@@ -269,12 +270,14 @@ def _draw_legend(
 ) -> None:
     axis.set_axis_off()
     palette = voc_palette() / 255
-    entries = []
+    entries, words = [], []
     for index in classes:
         text = "ignored" if index == IGNORE else names[index]
         if probabilities is not None and 0 < index < len(names):
             text += f"  {100 * float(probabilities[index - 1]):.0f} %"
-        entries.append(Patch(facecolor=palette[index], edgecolor="0.3", linewidth=0.6, label=text))
+        words.append(text)
+        # A label of its own would be left out where it begins with an underscore.
+        entries.append(Patch(facecolor=palette[index], edgecolor="0.3", linewidth=0.6, label=" "))
     legend = axis.legend(
         handles=entries,
         loc="upper left",
@@ -287,7 +290,8 @@ def _draw_legend(
         alignment="left",
         borderaxespad=0,
     )
-    for text, index in zip(legend.get_texts(), classes):
+    for text, index, shown in zip(legend.get_texts(), classes, words):
+        write(text, shown)
         text.set_fontweight("bold" if index in present else "normal")
 
 
@@ -324,7 +328,8 @@ def head_weights_figure(weights: Tensor, bias: Tensor, blocks: int, title: str =
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     text = f"{title}: " if title else ""
-    figure.suptitle(f"{text}affinity head, bias {float(bias.detach()):+.3g}", fontsize=11, fontweight="bold")
+    heading = figure.suptitle("", fontsize=11, fontweight="bold")
+    write(heading, f"{text}affinity head, bias {float(bias.detach()):+.3g}")
     return figure
 
 

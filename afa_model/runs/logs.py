@@ -160,7 +160,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line (above the progress bar if there is one)."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
 
     @contextlib.contextmanager
     def aside(self):
