@@ -105,9 +105,10 @@ def find_config(name: str) -> str:
     """The file ``name`` stands for: a path, or (with or without ``.yaml``) a packaged configuration.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or the file holds no settings.
     """
     if Path(name).is_file():
+        _check_file(name)
         return name
     known = CONFIG_FOLDER / f"{Path(name).stem}.yaml"
     if Path(name).name == name and known.is_file():
@@ -115,6 +116,24 @@ def find_config(name: str) -> str:
     raise ConfigError(
         f"config: no file {name!r}, and no packaged configuration of that name ({', '.join(packaged())})"
     )
+
+
+def _check_file(name: str) -> None:
+    """jsonargparse's words for a file without settings are none at all."""
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"config: {name} is no text in UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {name} is not YAML: {' '.join(str(error).split())}") from None
+    expected = "expected settings such as data: {root: FOLDER}"
+    if content is None:
+        raise ConfigError(f"config: {name} is empty, {expected}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {name} holds a {type(content).__name__}, {expected}")
+    empty = [key for key in sections(Config()) if key in content and content[key] is None]
+    if empty:
+        raise ConfigError(f"{empty[0]}: no settings under it in {name} (leave the line out, or write {empty[0]}: {{}})")
 
 
 def resolve_config_names(argv: Sequence[str]) -> list[str]:

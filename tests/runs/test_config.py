@@ -125,11 +125,22 @@ def test_mistakes_on_the_command_line_are_named(argv, key):
         ("seed: [1]", "seed: expected int"),
         ("data: 3", "data: expected settings"),
         ("a: : b", "config"),
+        ("", "bad.yaml is empty, expected settings"),
+        ("# seed: 3\n", "bad.yaml is empty, expected settings"),
+        ("- seed", "bad.yaml holds a list, expected settings"),
+        ("data:\n  # root: x\nseed: 1", "data: no settings under it"),
+        ("data: {root: x", "bad.yaml is not YAML"),
+        ("\udcff", "bad.yaml is no text in UTF-8"),
+        ("labels: {cam_scales: []}", "labels.cam_scales: expected"),
+        ("labels: {dilations: []}", "labels.dilations: expected"),
+        ("eval: {scales: []}", "eval.scales: expected"),
+        ("augment: {scale: []}", "augment.scale: expected"),
+        ("model: {stride: []}", "model.stride: expected"),
     ],
 )
 def test_mistakes_in_yaml_are_named(tmp_path, text, key):
     file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError) as error:
         parse(["--config", str(file)])
     assert key in str(error.value)
