@@ -145,7 +145,7 @@ def locate(text: str, root: Path, folder: Path) -> tuple[str, Path] | None:
             continue
         inside = form.lstrip("/")
         above = [root.absolute().parent] if inside.split("/")[0] == root.absolute().name else []
-        bases = [place / inside for place in (folder, root, *above)]
+        bases = [place / inside for place in (folder, *([root, *above] if "/" in inside else []))]
         if form.startswith("/") or re.match(r"[A-Za-z]:/", form):
             bases.insert(0, Path(form))
         for base in bases:
