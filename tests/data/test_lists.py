@@ -38,8 +38,8 @@ def data_of(root, lines: str | bytes, **changes) -> EvaluationSet:
     return EvaluationSet(settings(root, **changes))
 
 
-def photo(path, level: int, size=(6, 5), mask: int = 1) -> None:
-    """A plain photograph, and a plain mask in the masks' folder if the photograph is in theirs."""
+def photo(path, level: int, size=(6, 5)) -> None:
+    """A plain photograph, or a mask of one class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, level).save(path)
 
@@ -115,6 +115,12 @@ def test_a_name_that_is_not_there_never_loads_another_file(root, line):
     with pytest.raises(DataError, match="line 2") as caught:
         data_of(root, f"{NAMES[1]}\n{line}\n")
     assert line in caught.value.problems[0] and len(caught.value.problems) == 1
+
+
+def test_a_bare_name_is_one_in_the_photographs_folder(root):
+    photo(root / "x.png", 5)
+    with pytest.raises(DataError, match=r"JPEGImages/x\.jpg: not found \(line 1 of val\.txt\)"):
+        data_of(root, "x\n")
 
 
 def test_a_mask_that_a_line_names_is_the_one_that_is_read(root):
