@@ -183,8 +183,7 @@ def _listing(folder: str, changed: int) -> dict[str, list[str]]:
     listed: dict[str, list[str]] = {}
     for name in os.listdir(folder):
         stem, suffix = os.path.splitext(name)
-        if not name.startswith("._"):
-            listed.setdefault(unicodedata.normalize("NFC", stem), []).append(suffix)
+        listed.setdefault(unicodedata.normalize("NFC", stem), []).append(suffix)
     return listed
 
 

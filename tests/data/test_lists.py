@@ -117,6 +117,12 @@ def test_a_name_that_is_not_there_never_loads_another_file(root, line):
     assert line in caught.value.problems[0] and len(caught.value.problems) == 1
 
 
+def test_numbers_behind_every_name_are_a_classs_list_only_with_minus_one(root):
+    """`holiday 1` and `holiday 0` are names of photographs."""
+    with pytest.raises(DataError, match=f"'{NAMES[0]} 1': no photograph of this name"):
+        data_of(root, f"{NAMES[0]} 1\n{NAMES[1]} 0\n")
+
+
 def test_a_bare_name_is_one_in_the_photographs_folder(root):
     photo(root / "x.png", 5)
     with pytest.raises(DataError, match=r"JPEGImages/x\.jpg: not found \(line 1 of val\.txt\)"):
