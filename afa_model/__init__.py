@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 _WHERE = {
@@ -40,10 +41,8 @@ def _refuse_parts(argv: list[str], original: list[str]) -> None:
         return
     module = original[original.index("-m") + 1]
     if module.startswith("afa_model.") and module not in ("afa_model.cli", "afa_model.__main__"):
-        from .cli import COMMANDS
-
         name = module.rpartition(".")[2]
-        command = name if name in COMMANDS else "COMMAND"
+        command = name if Path(__file__).with_name("commands").joinpath(f"{name}.py").exists() else "COMMAND"
         sys.exit(f"{module} is no command: run `afa {command} ...`, or `python -m afa_model {command} ...`")
 
 
