@@ -165,8 +165,8 @@ def test_operators_are_registered_right(rng, backend_name):
         (operators.affinity_from_maps, (maps, *head, 3, 4, 1)),
         (operators.affinity_loss, (window, labels, 1)),
         (operators.attention_affinity_loss, (*leaves, labels, 1)),
-        (operators.window_affinity_backward, (*still, window.detach(), grad, 1, [True, False])),
-        (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, grad, 1, [True])),
+        (operators.window_affinity_backward, (*still, grad, 1, [True, False])),
+        (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, 1, [True])),
         (operators.affinity_loss_backward, (window.detach(), labels, grad_loss, *counts, 1)),
         (operators.attention_affinity_loss_backward, (*still, labels, grad_loss, *counts, 1, [True, True])),
     ]

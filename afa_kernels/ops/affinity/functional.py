@@ -180,7 +180,8 @@ def _(maps, head_weight, head_bias, height, width, radius, backend):
 
 
 # --- backward ---------------------------------------------------------------------------------------------
-# One operator for each, so that compiled graphs hold a single node. Gradients nobody wants come back empty.
+# One operator for each, so that compiled graphs hold a single node. Gradients nobody wants come back empty. The scores
+# are computed again: a window that was rounded to half precision, where it is 1, no longer tells its slope.
 
 
 def fake_gradients(wanted: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -200,23 +201,22 @@ def _window_affinity_gradients(
     key: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
-    window: Tensor,
     grad: Tensor,
     radius: int,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = implementation(__package__, backend)
-    return kernels.window_affinity_backward(query, key, head_weight, head_bias, window, grad, radius, wanted)
+    return kernels.window_affinity_backward(query, key, head_weight, head_bias, grad, radius, wanted)
 
 
 @_window_affinity_gradients.register_fake
-def _(query, key, head_weight, head_bias, window, grad, radius, wanted, backend):
+def _(query, key, head_weight, head_bias, grad, radius, wanted, backend):
     return fake_gradients(wanted, query, key, head_weight, head_bias)
 
 
 def _save_window(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-4], output)
+    ctx.save_for_backward(*inputs[:-4])
     ctx.options = inputs[-2:]
 
 
@@ -232,18 +232,17 @@ def _affinity_from_maps_gradients(
     maps: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
-    window: Tensor,
     grad: Tensor,
     radius: int,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = implementation(__package__, backend)
-    return kernels.affinity_from_maps_backward(maps, head_weight, head_bias, window, grad, radius, wanted)
+    return kernels.affinity_from_maps_backward(maps, head_weight, head_bias, grad, radius, wanted)
 
 
 @_affinity_from_maps_gradients.register_fake
-def _(maps, head_weight, head_bias, window, grad, radius, wanted, backend):
+def _(maps, head_weight, head_bias, grad, radius, wanted, backend):
     return fake_gradients(wanted, maps, head_weight, head_bias)
 
 

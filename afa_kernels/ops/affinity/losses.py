@@ -23,6 +23,7 @@ from .functional import HEAD, check_head, check_query_key, fake_gradients, gradi
 
 @torch.library.custom_op("afa::pair_labels", mutates_args=())
 def _pair_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    labels = labels.to(torch.int64)  # as uint8 -1 would be 255, as int8 255 would be -1
     ignored = labels == ignore_index
     wrong = ((labels < 0) | (labels > 255)) & ~ignored
     if labels.device.type == "cpu":
