@@ -67,16 +67,13 @@ struct WalkGradient {
         const int64_t tap = window.channel(dy, dx);
         const bool leaves = y + dy < 0 || y + dy >= window.height || std::abs(dx) > window.reach_x;
         load_row(window.args.affinity, b, tap, y, line);
-        for (int64_t x = 0; x < window.width; ++x) {
-          const float slope = p == 2 ? 2 * line[x] : p == 1 ? 1.0f : p * std::pow(line[x], p - 1);
-          if (leaves || x + dx < 0 || x + dx >= window.width) {
-            line[x] = 0;
-            continue;
-          }
-          const float of_weight = slope_at(dy, dx, y)[x], of_sum = sums[(y + dy) * window.line_length + window.margin + x + dx];
-          const float *own = window.total + y * window.row + x, *other = window.total + (y + dy) * window.row + x + dx;
-          line[x] = odd ? slope / *own * of_weight + slope / *other * of_sum : slope * (of_weight + of_sum);
-        }
+        const auto slope = [p](float value) { return p == 2 ? 2 * value : p == 1 ? 1.0f : p * std::pow(value, p - 1); };
+        const auto reaches = [&](int64_t x) { return !leaves && x + dx >= 0 && x + dx < window.width; };
+        const float *of_weight = slope_at(dy, dx, y), *of_sum = sums + (y + dy) * window.line_length + window.margin + dx;
+        const float *own = window.total + y * window.row, *other = window.total + (y + dy) * window.row + dx;
+        for (int64_t x = 0; x < window.width && !odd; ++x) line[x] = reaches(x) ? slope(line[x]) * (of_weight[x] + of_sum[x]) : 0.0f;
+        for (int64_t x = 0; x < window.width && odd; ++x)
+          line[x] = reaches(x) ? slope(line[x]) / own[x] * of_weight[x] + slope(line[x]) / other[x] * of_sum[x] : 0.0f;
         store_row(out, b, tap, y, line);
       }
   }

@@ -54,7 +54,7 @@ def dense_to_window(dense: torch.Tensor, height: int, width: int, radius: int) -
 
 
 def sigmoid(z: torch.Tensor) -> torch.Tensor:
-    """As torch.sigmoid, whose derivative A (1 - A) is 0 where A is rounded to 1; this one's is as exact as its value."""
+    """torch.sigmoid has a derivative of 0 where A is rounded to 1; this one's is as exact as its value."""
     decay = torch.exp(torch.where(z >= 0, -z, z))
     return torch.where(z >= 0, 1, decay) / (1 + decay)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from ..diffusion.reference import diffuse, shifted
+from ..diffusion.reference import diffuse, no_steps, shifted
 
 
 def tap_offsets(dilations: list[int]) -> list[tuple[int, int]]:
@@ -67,6 +67,8 @@ def refine(
     """Weights, then num_iter steps of diffusion; factors (w1, w2, w3) for PAR, None for PAMR. masks have the
     image's size.
     """
+    if num_iter == 0:
+        return no_steps(masks, images, class_mask)
     dtype = torch.promote_types(torch.promote_types(images.dtype, masks.dtype), torch.float32)
     pixels = images.to(dtype)
     weights = pamr_weights(pixels, dilations) if factors is None else par_weights(pixels, dilations, *factors)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..affinity.reference import window_neighbours, window_offsets
-from ..diffusion.reference import diffuse
+from ..diffusion.reference import diffuse, no_steps
 
 
 def walk_weights(affinity: torch.Tensor, radius: int, power: float, eps: float) -> torch.Tensor:
@@ -37,5 +37,7 @@ def random_walk(
     class_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """affinity [B, taps, h, w], cams [B, C, h, w] -> [B, C, h, w] in the dtype of cams."""
+    if num_steps == 0:
+        return no_steps(cams, affinity, class_mask)
     weights = walk_weights(affinity, radius, power, eps)
     return diffuse(weights, cams, window_offsets(radius), num_steps, "zero", class_mask)

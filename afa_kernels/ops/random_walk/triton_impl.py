@@ -2,8 +2,8 @@
 
 `_sums` adds up the columns of A^p that end at each pixel, `_weights` writes T, and the steps are the diffusion's with
 zero border. The gradient of the affinity takes two launches of the same shape: `_slopes` forms dL/dT and each pixel's
-D dL/dD, `_affinity_gradient` brings them together. Nothing is multiplied by 1 / D, which of a D below the normal numbers
-is infinite. Floor: A read twice, T written once.
+D dL/dD, `_affinity_gradient` brings them together. Nothing is multiplied by 1 / D, which of a D below the normal
+numbers is infinite. Floor: A read twice, T written once.
 """
 
 from __future__ import annotations
