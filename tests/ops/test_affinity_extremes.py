@@ -159,7 +159,7 @@ def near(radius: int = RADIUS) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "spoilt, value, dtype, depth",
-    [  # as many channels as the CPU takes at a time where they lie, with either instruction set; vectors of 16 bytes; others
+    [  # as many channels as the CPU takes at once with either instruction set; vectors of 16 bytes; neither
         ("query", math.nan, torch.float32, 64),
         ("key", -math.inf, torch.float32, 16),
         ("query", math.inf, torch.bfloat16, 8),

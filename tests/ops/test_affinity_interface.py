@@ -56,6 +56,7 @@ def good():
         ("width", 4.0, TypeError),
         ("radius", -1, ValueError),
         ("radius", "1", TypeError),
+        ("radius", 2**70, ValueError),
     ],
 )
 def test_bad_input_names_the_argument(argument, value, error):
@@ -97,6 +98,7 @@ def test_a_grid_that_does_not_fit_the_pixels():
         ("labels", torch.zeros(1, 3, 4, dtype=torch.int64, device="meta"), ValueError),
         ("radius", -2, ValueError),
         ("ignore_index", 1.5, TypeError),
+        ("ignore_index", 2**70, ValueError),
         ("backend", "fast", ValueError),
     ],
 )

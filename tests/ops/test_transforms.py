@@ -171,7 +171,7 @@ def test_a_second_backward_is_right_or_refused(rng, name):
         for mine, theirs in zip(twice(leaves), wanted):
             assert relative_error(mine, theirs) < 2e-3
     else:
-        with pytest.raises(RuntimeError, match="no autograd formula|backward through"):
+        with pytest.raises(RuntimeError, match="no autograd formula"):
             twice(leaves)
 
 

@@ -113,7 +113,9 @@ def par(
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
 
     Returns:
-        [B, C, H, W], or [B, C, h, w] with ``resize="image"``, in the dtype of masks. Weights and sums are float32.
+        [B, C, H, W], or [B, C, h, w] with ``resize="image"``, in the dtype of masks. Weights and sums are float32. As
+        published, a pixel that differs in one colour from taps that are all the same in it gets nearly uniform weights,
+        whatever its other colours say: they are lost in float32 beside a distance over a deviation of 0.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
