@@ -40,9 +40,9 @@ static void add_pairs(const BandTile& tile, const Tiling& tiling, const LaneLabe
   for (int64_t i = 0; i < 2 * tile.columns; ++i) {
     const float* scores = tile.scores + i * tile.stride;
     labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
-      const Sigmoids affinity(load(scores + lane) + bias);
-      same += (vfloat)((vint)affinity.negated & is_same);
-      different += (vfloat)((vint)affinity.value & is_different);
+      // A of pairs with different labels, and, for those with the same one, 1 - A: that of the score with its sign changed.
+      const vint term = (vint)Sigmoids((vfloat)((vint)(load(scores + lane) + bias) ^ (is_same & INT32_MIN))).value;
+      same += (vfloat)(term & is_same), different += (vfloat)(term & is_different);
       same_count += is_same, different_count += is_different;
     });
     if (tile.below == 0 && labels.values[tile.y * labels.row + 2 * tile.x + i] >= 0) {  // a pixel's pair with itself comes once
