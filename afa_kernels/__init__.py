@@ -7,6 +7,9 @@ a backend proves itself before it is used; `self_check` has all of them do so.
 On the CPU the kernels run on torch's OpenMP threads, with one parallel region for each pass over the data. Beside other
 busy processes set ``OMP_WAIT_POLICY=PASSIVE`` before Python starts, or each region waits for theirs; the `afa` command
 does so itself.
+
+The kernels have a backward. What else PyTorch may ask, tangents and the gradients of torch.func, the reference gives,
+without being asked for; a second backward is that of PAR's images, of masks and of class activation maps alone.
 """
 
 from .core.backends import backends, self_check, use_backend

@@ -18,6 +18,7 @@ import torch
 from . import native_module
 from . import self_check as proof
 from .tracing import constant_when_traced
+from .transforms import REASON, beyond_backward
 
 NAMES = ("native", "triton", "reference")
 
@@ -99,7 +100,8 @@ def choose(
 
     ``backend`` (the caller's argument) is forced: ValueError with the reason if it cannot run. A default from
     `use_backend` or ``AFA_BACKEND`` is forced likewise where the operator has that backend at all. Otherwise the
-    first that can, in the order native, triton, reference. On a GPU a backend that fails its `self_check` cannot.
+    first that can, in the order native, triton, reference. On a GPU a backend that fails its `self_check` cannot, and
+    anywhere only the reference can where more than a backward is asked for (`transforms`).
     """
     device = tensors[0].device
     predicates = _registry[operator]
@@ -128,6 +130,8 @@ def _why_not(
     operator: str, backend: str, tensors: tuple[torch.Tensor, ...], learned: tuple[torch.Tensor, ...]
 ) -> str | None:
     """Why a backend cannot run with these tensors, or None. What has been proven is not asked again."""
+    if beyond_backward(*tensors, *learned):
+        return REASON
     first, last = tensors[0], tensors[-1]
     gradients = False
     if torch.is_grad_enabled():

@@ -10,6 +10,7 @@ import torch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FARTHEST = 1 << 20  # pixels that a tap may be away
+MOST_STEPS = (1 << 31) - 1
 
 
 def check_tensor(
@@ -33,11 +34,29 @@ def check_tensor(
     for size, expected in zip(found, shape):
         wanted = sizes.get(expected) if isinstance(expected, str) else expected
         if wanted is not None and size != wanted:
-            raise ValueError(
-                f"{name} must have shape {_layout(shape)} with {expected} = {wanted}, got {tuple(found)}"
-            )
+            which = f" with {expected} = {wanted}" if isinstance(expected, str) else ""
+            raise ValueError(f"{name} must have shape {_layout(shape)}{which}, got {tuple(found)}")
         if size == 0:
             raise ValueError(f"{name} must not be empty, got shape {tuple(found)}")
+
+
+def check_images(images: torch.Tensor, name: str) -> None:
+    """Photographs [B, 3, H, W] in 0..1. What image files give says what to do with it: bytes, and channels last."""
+    if isinstance(images, torch.Tensor):
+        layout, size = _layout(("B", 3, "H", "W")), tuple(images.shape)
+        last = len(size) in (3, 4) and size[-1] == 3 and size[-3] != 3
+        hints = []
+        if last or (len(size) == 3 and size[0] == 3):
+            order = ".permute(0, 3, 1, 2)" if last and len(size) == 4 else ".permute(2, 0, 1)" if last else ""
+            hints.append(f"{name}{order}{'[None]' if len(size) == 3 else ''} has that shape")
+        if images.dtype in INTEGERS:
+            hints.append(f"{name} / 255 is in 0..1")
+        if hints:
+            kind = TypeError if images.dtype in INTEGERS else ValueError
+            raise kind(
+                f"{name} must be {layout} of floating point in 0..1, got {size} of {images.dtype}: {', '.join(hints)}"
+            )
+    check_tensor(images, name, ("B", 3, "H", "W"))
 
 
 def _layout(shape: Sequence[str | int]) -> str:
@@ -69,7 +88,12 @@ def check_int(value: int, name: str, minimum: int, maximum: int | None = None) -
 def check_float(value: float, name: str, *, positive: bool = False) -> float:
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
+    try:
+        value = float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} must be a finite{' positive' if positive else ''} number, got {value}")
     return value

@@ -40,13 +40,13 @@ static void add_pairs(const BandTile& tile, const Tiling& tiling, const LaneLabe
   for (int64_t i = 0; i < 2 * tile.columns; ++i) {
     const float* scores = tile.scores + i * tile.stride;
     labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
-      const vfloat affinity = sigmoid(load(scores + lane) + bias);
-      same += (vfloat)((vint)(1.0f - affinity) & is_same);
-      different += (vfloat)((vint)affinity & is_different);
+      // A of pairs with different labels, and, for those with the same one, 1 - A: that of the score with its sign changed.
+      const vint term = (vint)Sigmoids((vfloat)((vint)(load(scores + lane) + bias) ^ (is_same & INT32_MIN))).value;
+      same += (vfloat)(term & is_same), different += (vfloat)(term & is_different);
       same_count += is_same, different_count += is_different;
     });
     if (tile.below == 0 && labels.values[tile.y * labels.row + 2 * tile.x + i] >= 0) {  // a pixel's pair with itself comes once
-      sums->same -= 1.0f - sigmoid(splat(scores[2 * (tile.x - tile.first) + i]) + bias)[0];
+      sums->same -= Sigmoids(splat(scores[2 * (tile.x - tile.first) + i]) + bias).negated[0];
       sums->same_count -= 1;
     }
   }
@@ -61,7 +61,7 @@ static void window_of(const Tiling& tiling, int64_t b, float bias, T* out, float
     for (int64_t i = 0; i < 2 * tile.columns; ++i)
       for (int64_t lane = 0; lane < 2 * tile.keys; lane += kLanes) {
         float* at = tile.scores + i * tile.stride + lane;
-        store(at, sigmoid(load(at) + bias));
+        store(at, Sigmoids(load(at) + bias).value);
       }
     write_window(tile, tiling, window);
   });
@@ -139,26 +139,6 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
 
 // --- from score maps ---
 
-// sum_h w_h (S_ij + S_ji) of one tile; `line` takes a query's keys or a key's queries.
-static void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, const BandTile& tile, float* line) {
-  for (int64_t rows = 0; rows < 4; ++rows) {
-    const int64_t y = 2 * tile.y + rows % 2, key_y = 2 * (tile.y + tile.below) + rows / 2;
-    if (y >= tiling.height || key_y >= tiling.height || key_y < y) continue;
-    const int64_t from = y * tiling.width + tile.x, to = key_y * tiling.width + tile.first;
-    float* scores = tile.scores + rows % 2 * tile.stride + rows / 2;
-    for (int64_t head = 0; head < args.maps.size[1]; ++head) {
-      for (int64_t q = 0; q < tile.columns; ++q) {
-        load_row(line_of(args.maps, to, tile.keys), b, head, from + q, line);
-        for (int64_t k = 0; k < tile.keys; ++k) scores[2 * q * tile.stride + 2 * k] += args.head_weight[head] * line[k];
-      }
-      for (int64_t k = 0; k < tile.keys; ++k) {
-        load_row(line_of(args.maps, from, tile.columns), b, head, to + k, line);
-        for (int64_t q = 0; q < tile.columns; ++q) scores[2 * q * tile.stride + 2 * k] += args.head_weight[head] * line[q];
-      }
-    }
-  }
-}
-
 int64_t maps_bytes(const MapsArgs& args, int threads) {
   Arena arena(nullptr);
   const Tiling tiling(args.height, args.width, args.radius);
@@ -176,11 +156,8 @@ Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspac
   float* buffers = arena.take<float>(threads * tiling.floats());
   float* lines = arena.take<float>(threads * tiling.stride);
   for (int64_t b = 0; b < args.maps.size[0]; ++b)
-    window_of_any(tiling, b, args.head_bias, out, buffers, threads, [&](int64_t y, float* row) {
-      for (int64_t t = 0; t < tiling.count; ++t)
-        for (int64_t below = 0; below < tiling.below() && y + below < tiling.pairs; ++below)
-          add_maps(args, b, tiling, tiling.tile(t, y, below, row), lines + thread_number() * tiling.stride);
-    });
+    window_of_any(tiling, b, args.head_bias, out, buffers, threads,
+                  [&](int64_t y, float* row) { fill_maps(args, b, tiling, y, lines, row); });
   return Status::ok;
 }
 

@@ -4,7 +4,7 @@
 // heads, in registers; a chunk of channels of the four operands is in shared memory while the next is on its way to registers.
 // Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
 // float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
-// pair's share of the loss, or the gradient of the scores. Shares of the loss are summed in a fixed order by the block that comes
+// pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a fixed order by the block that comes
 // last, in the same launch: the same bits every run.
 // Floor: 2 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band. Bytes: queries and keys,
 // each tile read (reach + 1) * (2 reach + 1) times, from L2.
@@ -67,18 +67,18 @@ __device__ inline void keep_share(const PairArgs& args, int64_t pair, bool mirro
                                     __int_as_float(weight * different_count));
 }
 
-// G of one pair to memory, scaled to at most 1 and in the operands' type for tensor cores: gradients of a mean over many pairs lie
-// below half precision's range.
-template <class T>
+// G of one pair to memory, where kTensor has its numbers; in half precision scaled to at most 1: gradients of a mean over many pairs
+// lie below its range.
+template <class T, bool kTensor>
 __device__ inline void keep_gradients(const PairBuffers& buffers, int64_t pair, bool mirrored, const float (&values)[16],
                                       SharedArray<float> scratch) {
-  constexpr bool kTensor = sizeof(T) == 2;
+  constexpr bool kScaled = sizeof(T) == 2;
   float sum = 0, largest = 0;
 #pragma unroll
   for (int e = 0; e < 16; ++e) sum += values[e], largest = fmaxf(largest, fabsf(values[e]));
   sum = block_sum(sum, scratch);
   float scale = 1;
-  if (kTensor) {
+  if (kScaled) {
     largest = block_max(largest, scratch);
     scale = largest > 0 ? largest : 1;
   }
@@ -94,18 +94,23 @@ __device__ inline void keep_gradients(const PairBuffers& buffers, int64_t pair, 
   }
   if (threadIdx.x == 0) {
     buffers.sums[pair] = mirrored ? 2 * sum : sum;
-    if (kTensor) buffers.scale[pair] = scale;
+    if (kScaled) buffers.scale[pair] = scale;
   }
 }
 
-template <class Scores>
+// The type of G, which tensor cores multiply next. A window's gradient may be of any size, so that path keeps it in float.
+template <class Scores, Goal kGoal>
 struct GradientType {
   typedef float type;
 };
 template <class T>
-struct GradientType<TensorScores<T>> {
+struct GradientType<TensorScores<T>, Goal::gradient> {
   typedef T type;
 };
+
+__device__ inline float at_tap(const View<4>& view, int64_t b, int tap, int64_t pixel, int width) {
+  return load_element(view.data, view.dtype, offset_of(view, b, tap, pixel / width) + pixel % width * view.stride[3]);
+}
 
 // One pair of tiles of image b.
 template <class Scores, Goal kGoal>
@@ -126,6 +131,19 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
       store_element(out.data, out.dtype, image + at.tap * out.stride[1] + at.pixel, affinity);
       if (mirrored) store_element(out.data, out.dtype, image + at.back * out.stride[1] + at.other, affinity);
     }
+  } else if constexpr (kGoal == Goal::window_gradient) {
+    float values[16];
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      const ScorePlace at = score_place<kTensor, false>(args, place, other_place, labels, e);
+      values[e] = 0;
+      if (!at.near) continue;
+      const float decay = __expf(-fabsf(scores[e] + bias)), inverse = 1.0f / (1.0f + decay);
+      const float grad = at_tap(args.window, b, at.tap, at.pixel, args.grid.width) +
+                         at_tap(args.window, b, at.back, at.other, args.grid.width);
+      values[e] = decay * inverse * inverse * grad;
+    }
+    keep_gradients<float, kTensor>(args.buffers, pair, mirrored, values, scratch);
   } else {
     float values[16], same = 0, different = 0;
     int same_count = 0, different_count = 0;
@@ -144,7 +162,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
     if constexpr (kGoal == Goal::loss)
       keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch, counts);
     else
-      keep_gradients<typename GradientType<Scores>::type>(args.buffers, pair, mirrored, values, scratch);
+      keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, scratch);
   }
 }
 
@@ -161,10 +179,10 @@ __device__ inline void walk_pairs(const PairArgs& args) {
     const int64_t pair = args.grid.pair(b, tile, neighbour);
     if (other < 0) {
       if (kGoal == Goal::loss && threadIdx.x == 0) args.shares[pair] = make_float4(0, 0, __int_as_float(0), __int_as_float(0));
-      if (kGoal == Goal::gradient && threadIdx.x == 0) args.buffers.sums[pair] = 0;
+      if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && threadIdx.x == 0) args.buffers.sums[pair] = 0;
       continue;
     }
-    if (kGoal != Goal::window) {
+    if (kGoal == Goal::loss || kGoal == Goal::gradient) {
       __syncthreads();
       if (threadIdx.x < 2 * kTilePixels) {
         const TilePlace place(args.grid, threadIdx.x < kTilePixels ? tile : other);
@@ -237,15 +255,21 @@ Status window_affinity_cuda(const AttentionArgs& args, const float* head, const 
   return launch_products<Goal::window>(pairs, stream);
 }
 
+static PairArgs maps_args(const MapsArgs& args, const float* head) {
+  PairArgs pairs = {};
+  pairs.grid = PairGrid(args.maps.size[0], args.height, args.width, args.radius);
+  pairs.query = args.maps, pairs.head = head, pairs.side = int(2 * args.radius + 1);
+  return pairs;
+}
+
 Status affinity_from_maps_cuda(const MapsArgs& args, const float* head, const View<4>& out, int device, void* stream) {
   const int64_t pixels = args.height * args.width;
   if (args.maps.size[2] != pixels || args.maps.size[3] != pixels || args.radius < 0) return Status::bad_argument;
   DeviceGuard guard(device);
-  PairArgs pairs = {};
-  pairs.grid = PairGrid(args.maps.size[0], args.height, args.width, args.radius);
+  PairArgs pairs = maps_args(args, head);
   if (!pairs.grid.launchable() || args.radius >= (1 << 14)) return Status::unsupported;
   AFA_TRY(clear_window(out, stream));
-  pairs.query = args.maps, pairs.head = head, pairs.window = out, pairs.side = int(2 * args.radius + 1);
+  pairs.window = out;
   return launch_pairs<MapScores, Goal::window>(pairs, stream);
 }
 
@@ -269,9 +293,15 @@ Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head
 Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers,
                       void* stream) {
   AFA_TRY(fits(args));
-  PairArgs pairs = pair_args(args, head, buffers.tensor);
-  pairs.labels = slopes.labels, pairs.slopes = slopes, pairs.buffers = buffers;
-  return launch_products<Goal::gradient>(pairs, stream);
+  PairArgs pairs = pair_args(args, head, have_tensor_cores());
+  pairs.labels = slopes.labels, pairs.slopes = slopes, pairs.window = slopes.grad_window, pairs.buffers = buffers;
+  return slopes.labels ? launch_products<Goal::gradient>(pairs, stream) : launch_products<Goal::window_gradient>(pairs, stream);
+}
+Status pair_gradients(const MapsArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream) {
+  PairArgs pairs = maps_args(args, head);
+  if (!pairs.grid.launchable() || args.radius >= (1 << 14)) return Status::unsupported;
+  pairs.window = slopes.grad_window, pairs.buffers = buffers;
+  return launch_pairs<MapScores, Goal::window_gradient>(pairs, stream);
 }
 
 }  // namespace afa

@@ -145,7 +145,8 @@ struct PairBuffers {
   float* sums = nullptr;    // [pairs]: of G, both orders
 };
 
-// From the loss; float, or the operands' type if buffers.tensor.
+// From the loss, in the operands' type if buffers.tensor; or from a window's gradient, always in float.
 Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
+Status pair_gradients(const MapsArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
 
 }  // namespace afa

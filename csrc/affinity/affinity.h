@@ -38,11 +38,11 @@ static inline void add_sums(const PairSums& from, PairSums* to) {
 }
 
 // How the gradient enters a backward pass: either from the loss, as the derivative of L by A for pairs with equal and with
-// different labels, or from a window's gradient together with the window itself.
+// different labels, or from a window's gradient.
 struct PairGradient {
   const int32_t* labels = nullptr;  // [B, h, w]
   float same = 0, different = 0;
-  View<4> window, grad_window;      // [B, taps, h, w], used if labels is null
+  View<4> grad_window;              // [B, taps, h, w], used if labels is null
 };
 
 // Gradients to be written; a null `data` or pointer means: not wanted.
@@ -82,7 +82,7 @@ struct DeviceSlopes {  // dL/dA is -grad / (2 pos_count) for pairs with the same
   const int32_t* labels = nullptr;
   const float* grad = nullptr;
   const int64_t *pos_count = nullptr, *neg_count = nullptr;
-  View<4> window, grad_window;  // used if labels is null
+  View<4> grad_window;  // used if labels is null
 };
 struct DeviceGradients {
   View<4> query, key;   // or maps in query; null data: not wanted

@@ -1,10 +1,13 @@
 // Affinity on the CPU, backward.
 //
-// Data flow, one image at a time. First G_ij = dL/dz_ij + dL/dz_ji for every pair of the window, [N][side][side + margins]: from the
-// loss by computing the scores again, or from the gradient of a window and the window itself. Then, since z = u v^T + bias,
+// Data flow, one image at a time. First G_ij = dL/dz_ij + dL/dz_ji for every pair of the window, [N][side][side + margins], by computing
+// the scores again (a sigmoid that has been rounded no longer tells its slope): from the loss, or from the gradient of a window. Then,
+// since z = u v^T + bias,
 //   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G :
 // each thread takes up to 4 vectors of one head's channels at a time, copies them for all pixels (which then stay in L2), and
 // sums 6 pixels' gradients in registers over their joint window; G is 0 in the margins, where a pixel's neighbour has run ahead.
+// A query or key that is no finite number counts as 0 there, lest 0 times it reach pixels outside its window, or, where its label is
+// ignored, any: the pairs that it does count in have a G that is NaN, or 0 at the sigmoid's ends.
 // Floor: 2 * N * (2r+1)^2 * heads * d fused multiply-adds beside the forward's. Bound: arithmetic.
 #include "affinity/band.h"
 
@@ -49,6 +52,17 @@ struct PairGradients {
   }
 };
 
+// Query i's gradients, which lie where its scores did, to both pixels of each pair.
+static void keep_gradients(const BandTile& tile, const Tiling& tiling, int64_t i, const PairGradients& to) {
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    const Line at = tiling.line(tile, i, parity);
+    const int64_t dy = at.key_y - at.y;
+    float *here = to.at(at.y, at.x, dy) - at.x, *there = to.at(at.key_y, 0, -dy) + at.x;
+    const int64_t step = to.side * to.row - 1;  // to the next pixel's gradient at the same key
+    for (int64_t k = at.begin; k < at.end; ++k) here[k] = there[k * step] = at.scores[2 * k];
+  }
+}
+
 static void pair_gradients_of_loss(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, const PairGradient& gradient,
                                    float bias, const PairGradients& to) {
   const vfloat same = splat(2.0f * gradient.same), different = splat(2.0f * gradient.different);
@@ -57,32 +71,43 @@ static void pair_gradients_of_loss(const BandTile& tile, const Tiling& tiling, c
     float* scores = tile.scores + i * tile.stride;
     labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
       const vfloat factor = (vfloat)(((vint)same & is_same) | ((vint)different & is_different));
-      const vfloat slope = (vfloat)((vint)sigmoid_slope(load(scores + lane) + bias) & (is_same | is_different));
+      const vfloat slope = (vfloat)((vint)Sigmoids(load(scores + lane) + bias).slope & (is_same | is_different));
       store(scores + lane, factor * slope);
     });
-    for (int64_t parity = 0; parity < 2; ++parity) {
-      const Line at = tiling.line(tile, i, parity);
-      const int64_t dy = at.key_y - at.y;
-      float *here = to.at(at.y, at.x, dy) - at.x, *there = to.at(at.key_y, 0, -dy) + at.x;
-      const int64_t step = to.side * to.row - 1;  // to the next pixel's gradient at the same key
-      for (int64_t k = at.begin; k < at.end; ++k) here[k] = there[k * step] = at.scores[2 * k];
-    }
+    keep_gradients(tile, tiling, i, to);
   }
 }
 
-// `lines` holds three rows of pixels.
-static void pair_gradients_of_window(const PairGradient& gradient, int64_t b, int64_t y, const Tiling& tiling,
-                                     const PairGradients& to, float* lines) {
-  const int64_t centre = tiling.side / 2, width = tiling.width, r = tiling.radius;
-  float *affinity = lines, *own = lines + width, *mirrored = lines + 2 * width;
+static void slopes_of_window(const BandTile& tile, const Tiling& tiling, float bias, const PairGradients& to) {
+  for (int64_t i = 0; i < 2 * tile.columns; ++i) {
+    float* scores = tile.scores + i * tile.stride;
+    for (int64_t lane = 0; lane < 2 * tile.keys; lane += kLanes) store(scores + lane, Sigmoids(load(scores + lane) + bias).slope);
+    keep_gradients(tile, tiling, i, to);
+  }
+}
+
+// Slopes to gradients of row y; `lines` holds two rows of pixels.
+static void times_gradients(const View<4>& grad_window, int64_t b, int64_t y, const Tiling& tiling, const PairGradients& to,
+                            float* lines) {
+  const int64_t side = tiling.side, centre = side / 2, width = tiling.width, r = tiling.radius;
+  float *own = lines, *mirrored = lines + width;
   for (int64_t dy = std::max(-r, -y); dy <= std::min(r, tiling.height - 1 - y); ++dy)
     for (int64_t dx = -r; dx <= r; ++dx) {
-      load_row(gradient.window, b, (centre + dy) * tiling.side + centre + dx, y, affinity);
-      load_row(gradient.grad_window, b, (centre + dy) * tiling.side + centre + dx, y, own);
-      load_row(gradient.grad_window, b, (centre - dy) * tiling.side + centre - dx, y + dy, mirrored);
+      load_row(grad_window, b, (centre + dy) * side + centre + dx, y, own);
+      load_row(grad_window, b, (centre - dy) * side + centre - dx, y + dy, mirrored);
       for (int64_t x = std::max(-dx, int64_t(0)); x < std::min(width - dx, width); ++x)
-        to.at(y, x, dy)[dx] = affinity[x] * (1.0f - affinity[x]) * (own[x] + mirrored[x + dx]);
+        to.at(y, x, dy)[dx] *= own[x] + mirrored[x + dx];
     }
+}
+
+// G of image b from the gradient of a window; `fill` computes the scores of a pair of rows, `lines` [threads][2 * width].
+template <class Fill>
+static void pair_gradients_of_window(const View<4>& grad_window, int64_t b, float bias, const Tiling& tiling, const PairGradients& to,
+                                     float* buffers, float* lines, int threads, const Fill& fill) {
+  for_each_tile(tiling, buffers, threads, fill, [&](const BandTile& tile) { slopes_of_window(tile, tiling, bias, to); });
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t y = 0; y < tiling.height; ++y)
+    times_gradients(grad_window, b, y, tiling, to, lines + thread_number() * 2 * tiling.width);
 }
 
 // --- G times queries or keys ---
@@ -131,6 +156,20 @@ struct Share {
   }
 };
 
+static inline vfloat finite_or_zero(vfloat value) {
+  const vint exponent = (vint)value & 0x7f800000;
+  return (vfloat)((vint)value & (exponent != 0x7f800000));
+}
+static bool all_finite(const float* values, int64_t count) {
+  vint odd = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) odd |= ((vint)load(values + i) & 0x7f800000) == 0x7f800000;
+  for (; i < count; ++i) odd[0] |= (to_bits(values[i]) & 0x7f800000u) == 0x7f800000u;
+  int32_t any = 0;
+  for (int l = 0; l < kLanes; ++l) any |= odd[l];
+  return any == 0;
+}
+
 // Returns this share's part of the head weight's gradient. `panel` [N][kPanel], `lines` [kBackQueries + 1][kPanel].
 static double multiply_share(const AttentionArgs& args, const PairGradients& from, const Share& share, int64_t b,
                              const View<4>& out, float* panel, float* lines) {
@@ -138,14 +177,20 @@ static double multiply_share(const AttentionArgs& args, const PairGradients& fro
   const View<4> own = line_of(args.query, share.begin, share.count);
   const View<4> to = out.data ? line_of(out, share.begin, share.count) : out;
   float *result = lines, *line = lines + kBackQueries * kPanel;
-  const bool in_place = other.dtype == DType::f32 && other.stride[3] == 1 && other.stride[2] == kPanel && share.count == kPanel;
+  const int64_t pixels = from.height * from.width;
   const float* values = panel;
+  bool in_place = other.dtype == DType::f32 && other.stride[3] == 1 && other.stride[2] == kPanel && share.count == kPanel;
   if (in_place) {
     values = static_cast<const float*>(other.data) + b * other.stride[0] + share.head * other.stride[1];
-  } else {
-    for (int64_t n = 0; n < from.height * from.width; ++n) {
-      std::fill(panel + n * kPanel + share.count, panel + (n + 1) * kPanel, 0.0f);
-      load_row(other, b, share.head, n, panel + n * kPanel);
+    in_place = all_finite(values, pixels * kPanel);
+  }
+  if (!in_place) {
+    values = panel;
+    for (int64_t n = 0; n < pixels; ++n) {
+      float* row = panel + n * kPanel;
+      std::fill(row + share.count, row + kPanel, 0.0f);
+      load_row(other, b, share.head, n, row);
+      for (int64_t c = 0; c < kPanel; c += kLanes) store(row + c, finite_or_zero(load(row + c)));
     }
   }
   std::fill(line, line + kPanel, 0.0f);
@@ -160,7 +205,7 @@ static double multiply_share(const AttentionArgs& args, const PairGradients& fro
         if (share.of_query) {
           load_row(own, b, share.head, y * from.width + x + q, line);
           vfloat products = {};
-          for (int64_t c = 0; c < kPanel; c += kLanes) products += load(line + c) * load(sums + c);
+          for (int64_t c = 0; c < kPanel; c += kLanes) products += finite_or_zero(load(line + c)) * load(sums + c);
           dot += sum_of(products);
         }
         if (!to.data) continue;
@@ -198,7 +243,8 @@ int64_t backward_bytes(const AttentionArgs& args, int threads) {
   PairGradients(tiling, first), PairGradients(tiling, second);
   Channels(args, first, threads);
   LaneLabels(tiling, first);
-  first.take<float>(threads * std::max(tiling.floats(), 3 * args.width));
+  first.take<float>(threads * tiling.floats());
+  first.take<float>(threads * 2 * args.width);
   second.take<float>(threads * args.height * args.width * kPanel);
   second.take<float>(threads * (kBackQueries + 1) * kPanel);
   second.take<double>(Share::total(args));
@@ -214,21 +260,19 @@ Status backward_of_attention(const AttentionArgs& args, const PairGradient& grad
   if (out.head) std::fill(out.head, out.head + args.query.size[1] + 1, 0.0);
   for (int64_t b = 0; b < args.query.size[0]; ++b) {
     Arena rest = arena;
+    const Channels channels(args, rest, threads);
+    const LaneLabels labels(tiling, rest);
+    float *buffers = rest.take<float>(threads * tiling.floats()), *lines = rest.take<float>(threads * 2 * args.width);
+    const auto fill = [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); };
     pairs.clear();
+    pack_channels(args, b, channels, threads);
     if (gradient.labels) {
-      const Channels channels(args, rest, threads);
-      const LaneLabels labels(tiling, rest);
       labels.load(gradient.labels + b * args.height * args.width, tiling);
-      pack_channels(args, b, channels, threads);
-      for_each_tile(
-          tiling, rest.take<float>(threads * tiling.floats()), threads,
-          [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
-          [&](const BandTile& tile) { pair_gradients_of_loss(tile, tiling, labels, gradient, args.head_bias, pairs); });
+      for_each_tile(tiling, buffers, threads, fill, [&](const BandTile& tile) {
+        pair_gradients_of_loss(tile, tiling, labels, gradient, args.head_bias, pairs);
+      });
     } else {
-      float* lines = rest.take<float>(threads * 3 * args.width);
-#pragma omp parallel for schedule(static) num_threads(threads)
-      for (int64_t y = 0; y < args.height; ++y)
-        pair_gradients_of_window(gradient, b, y, tiling, pairs, lines + thread_number() * 3 * args.width);
+      pair_gradients_of_window(gradient.grad_window, b, args.head_bias, tiling, pairs, buffers, lines, threads, fill);
     }
     pairs.add_up(threads);
     multiply(args, pairs, b, out, arena, threads);
@@ -238,11 +282,15 @@ Status backward_of_attention(const AttentionArgs& args, const PairGradient& grad
 
 // --- of score maps ---
 
+// Floats of a thread's lines, which hold a tile's, then two rows of pixels, then two images.
+static int64_t maps_line(const Tiling& tiling) { return std::max(tiling.stride, 2 * tiling.height * tiling.width); }
+
 int64_t maps_backward_bytes(const MapsArgs& args, int threads) {
   const Tiling tiling(args.height, args.width, args.radius);
   Arena arena(nullptr);
   PairGradients(tiling, arena);
-  arena.take<float>(threads * (std::max(2 * args.height, int64_t(3)) * args.width));
+  arena.take<float>(threads * tiling.floats());
+  arena.take<float>(threads * maps_line(tiling));
   arena.take<double>(args.height * args.maps.size[1]);
   return arena.used;
 }
@@ -262,7 +310,7 @@ static void maps_row(const MapsArgs& args, const PairGradients& from, int64_t b,
         load_row(line_of(args.maps, row * from.width + low, high - low), b, head, y * from.width + x, line);
         float part = 0;
         for (int64_t k = low; k < high; ++k) {
-          part += gradient[k] * line[k - low];
+          part += gradient[k] != 0 ? gradient[k] * line[k - low] : 0.0f;  // an infinite score's gradient is 0
           dense[row * from.width + k] = gradient[k] * args.head_weight[head];
         }
         dots[head] += part;
@@ -276,18 +324,18 @@ Status backward_of_maps(const MapsArgs& args, const PairGradient& gradient, cons
                         int threads) {
   if (args.maps.size[2] != args.height * args.width || gradient.labels || threads < 1) return Status::bad_argument;
   const Tiling tiling(args.height, args.width, args.radius);
-  const int64_t heads = args.maps.size[1], line = std::max(2 * args.height, int64_t(3)) * args.width;
+  const int64_t heads = args.maps.size[1], line = maps_line(tiling);
   Arena arena(workspace);
   const PairGradients pairs(tiling, arena);
+  float* buffers = arena.take<float>(threads * tiling.floats());
   float* lines = arena.take<float>(threads * line);
   double* dots = arena.take<double>(args.height * heads);
   std::fill(head, head + heads + 1, 0.0);
   for (int64_t b = 0; b < args.maps.size[0]; ++b) {
     pairs.clear();
     std::fill(dots, dots + args.height * heads, 0.0);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t y = 0; y < args.height; ++y)
-      pair_gradients_of_window(gradient, b, y, tiling, pairs, lines + thread_number() * line);
+    pair_gradients_of_window(gradient.grad_window, b, args.head_bias, tiling, pairs, buffers, lines, threads,
+                             [&](int64_t y, float* row) { fill_maps(args, b, tiling, y, lines, row); });
     pairs.add_up(threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t y = 0; y < args.height; ++y)

@@ -1,14 +1,15 @@
 // Affinity on a GPU, backward: G, the gradients of the scores of every pair of tiles, times queries and keys.
 //
-// G comes from pair_kernel (affinity.cu), which computes the scores again, or from window_gradient_kernel, which has the window and its
-// gradient; it lives in the workspace for the length of this pass alone. Then, since z = u v^T + bias,
+// G comes from pair_kernel (affinity.cu), which computes the scores again: a sigmoid that has been rounded no longer tells its slope. It
+// lives in the workspace for the length of this pass alone. Then, since z = u v^T + bias,
 //   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G .
 // Data flow of product_kernel: a block owns a tile of 64 pixels and 64 channels of one head, of the queries' gradient or the keys'; it
 // walks over the tile's neighbours, whose G (mirrored for those above and to the left) and values pass through shared memory, and sums
-// in registers. head_kernel adds up what the blocks found for a head's weight, in order.
+// in registers. head_kernel adds up what the blocks found for a head's weight, in order. A query or key that is no finite number counts
+// as 0 there, lest 0 times it reach pixels outside its window, or, where its label is ignored, any: the pairs that it does count in have
+// a G that is NaN, or 0 at the sigmoid's ends.
 // Floor: 4 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band.
-// Occupancy: product_kernel 256 x 2, window_gradient_kernel 256 x 4, map_product_kernel 256 x 2, head_kernel 256 x 4 (threads x
-// blocks a multiprocessor, by registers).
+// Occupancy: product_kernel 256 x 2, map_product_kernel 256 x 2, head_kernel 256 x 4 (threads x blocks a multiprocessor, by registers).
 // Wide loads: product_kernel<__half, true>, product_kernel<__nv_bfloat16, true>, product_kernel<float, false>.
 #include "affinity/affinity.cuh"
 #include "common/arena.h"
@@ -16,51 +17,6 @@
 namespace afa {
 
 constexpr int kProductChannels = 64;
-
-// ---- G from a window and its gradient --------------------------------------------------------------------------------------
-
-struct WindowGradientArgs {
-  PairGrid grid;
-  View<4> window, grad_window;
-  PairBuffers buffers;
-  int side;
-};
-
-__device__ inline float at_tap(const View<4>& view, int64_t b, int tap, int y, int x) {
-  return load_element(view.data, view.dtype, offset_of(view, b, tap, y) + x * view.stride[3]);
-}
-
-__global__ void __launch_bounds__(kPairThreads, 4) window_gradient_kernel(const __grid_constant__ WindowGradientArgs args) {
-  SharedArena arena;
-  SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
-  const PairGrid& grid = args.grid;
-  const int64_t tile = blockIdx.x, other = neighbour_of(grid, tile, middle_of(grid) + int(blockIdx.y));
-  for (int64_t b = blockIdx.z; b < grid.batch; b += gridDim.z) {
-    const int64_t pair = grid.pair(b, tile, int(blockIdx.y));
-    if (other < 0) {
-      if (threadIdx.x == 0) args.buffers.sums[pair] = 0;
-      continue;
-    }
-    const TilePlace place(grid, tile), other_place(grid, other);
-    float sum = 0;
-    for (int at = threadIdx.x; at < kPairScores; at += blockDim.x) {
-      const int i = at / kTilePixels, j = at % kTilePixels, centre = args.side / 2;
-      const int dy = other_place.row(j) - place.row(i), dx = other_place.column(j) - place.column(i);
-      float value = 0;
-      if (abs(dy) <= grid.radius && abs(dx) <= grid.radius && place.inside(grid, i) && other_place.inside(grid, j)) {
-        const int tap = (centre + dy) * args.side + centre + dx, back = (centre - dy) * args.side + centre - dx;
-        const float affinity = at_tap(args.window, b, tap, place.row(i), place.column(i));
-        value = affinity * (1.0f - affinity) *
-                (at_tap(args.grad_window, b, tap, place.row(i), place.column(i)) +
-                 at_tap(args.grad_window, b, back, other_place.row(j), other_place.column(j)));
-      }
-      static_cast<float*>(args.buffers.values)[pair * kPairScores + at] = value;
-      sum += value;
-    }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) args.buffers.sums[pair] = blockIdx.y > 0 ? 2 * sum : sum;
-  }
-}
 
 // ---- G times values ------------------------------------------------------------------------------------------------------
 
@@ -76,6 +32,19 @@ struct ProductArgs {
   int chunks;          // of kProductChannels in a head
 };
 
+// The elements of 16 bytes, 0 for those that are no finite numbers: their exponents are all ones, and carry into the sign from the
+// lowest of them.
+template <class T>
+__device__ inline uint4 finite_or_zero(uint4 packed) {
+  constexpr unsigned kExponent = sizeof(T) == 4 ? 0x7f800000u : std::is_same<T, __half>::value ? 0x7c007c00u : 0x7f807f80u;
+  constexpr unsigned kLowest = kExponent & ~(kExponent << 1), kSign = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
+  auto odd = [](unsigned word) { return ((word & kExponent) + kLowest) & kSign; };
+  if ((odd(packed.x) | odd(packed.y) | odd(packed.z) | odd(packed.w)) == 0) return packed;
+  auto kept = [&](unsigned word) { return word & ~((odd(word) >> (8 * sizeof(T) - 1)) * (sizeof(T) == 4 ? 0xffffffffu : 0xffffu)); };
+  return make_uint4(kept(packed.x), kept(packed.y), kept(packed.z), kept(packed.w));
+}
+__device__ inline bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }
+
 // kProductChannels channels of the 64 pixels of a tile, kCount to a vector of 16 bytes.
 template <class T, int kCount>
 __device__ inline void load_rows(const ProductArgs& args, const View<4>& values, int64_t b, int64_t h, const TilePlace& from, int channel,
@@ -88,10 +57,13 @@ __device__ inline void load_rows(const ProductArgs& args, const View<4>& values,
     const int64_t at = offset_of(values, b, h, from.pixel(args.grid, line));
     const bool present = from.inside(args.grid, line);
     if (args.wide) {
-      *reinterpret_cast<uint4*>(&rows[line * pitch + part]) = load_wide(values, at, present, channel + part);
+      *reinterpret_cast<uint4*>(&rows[line * pitch + part]) = finite_or_zero<T>(load_wide(values, at, present, channel + part));
     } else {
 #pragma unroll 1
-      for (int i = 0; i < kCount; ++i) rows[line * pitch + part + i] = load_narrow<T>(values, at, present, channel + part + i);
+      for (int i = 0; i < kCount; ++i) {
+        const T value = load_narrow<T>(values, at, present, channel + part + i);
+        rows[line * pitch + part + i] = is_finite(to_float(value)) ? value : load_narrow<T>(values, at, false, 0);
+      }
     }
   }
 }
@@ -204,9 +176,11 @@ __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_c
       const int i = ResultPlace<kTensor>::row(e), c = channel + ResultPlace<kTensor>::column(e);
       if (!place.inside(grid, i) || c >= depth) continue;
       const int64_t n = place.pixel(grid, i);
-      if (!of_key)
-        dot = fmaf(load_element(args.query.data, args.query.dtype, offset_of(args.query, b, h, n) + c * args.query.stride[3]), total[e],
-                   dot);
+      if (!of_key) {
+        const View<4>& query = args.query;
+        const float own = load_element(query.data, query.dtype, offset_of(query, b, h, n) + c * query.stride[3]);
+        dot = fmaf(is_finite(own) ? own : 0.0f, total[e], dot);
+      }
       if (args.write[of_key]) store_element(out.data, out.dtype, offset_of(out, b, h, n) + c * out.stride[3], weight * total[e]);
     }
     if (!of_key) {
@@ -324,13 +298,6 @@ int64_t affinity_from_maps_backward_cuda_workspace(const MapsArgs& args) {
   return pieces_of(grid, grid.pairs() * args.maps.size[1], nullptr).bytes;
 }
 
-static Status launch_window_gradient(const PairGrid& grid, const DeviceSlopes& slopes, const PairBuffers& buffers, int64_t radius,
-                                     void* stream) {
-  if (!grid.launchable() || radius >= (1 << 14)) return Status::unsupported;
-  const WindowGradientArgs args = {grid, slopes.window, slopes.grad_window, buffers, int(2 * radius + 1)};
-  return launch(window_gradient_kernel, grid.shape(SharedArena::bytes<float>(kPairThreads / 32)), stream, args);
-}
-
 template <class T, bool kTensor>
 static Status launch_product(const ProductArgs& args, void* stream) {
   LaunchShape shape = args.grid.shape(SharedArena::bytes<float>(kPairThreads / 32) + ProductStep<T, kTensor>::shared_bytes());
@@ -354,10 +321,7 @@ Status attention_backward_cuda(const AttentionArgs& args, const float* head, con
   const bool tensor = slopes.labels != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
   pieces.buffers.tensor = tensor;
   product.wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
-  if (slopes.labels != nullptr)
-    AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
-  else
-    AFA_TRY(launch_window_gradient(product.grid, slopes, pieces.buffers, args.radius, stream));
+  AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
   if (!tensor)
     AFA_TRY((launch_product<float, false>(product, stream)));
   else if (args.query.dtype == DType::f16)
@@ -374,7 +338,7 @@ Status affinity_from_maps_backward_cuda(const MapsArgs& args, const float* head,
   DeviceGuard guard(device);
   const PairGrid grid(args.maps.size[0], args.height, args.width, args.radius);
   const Pieces pieces = pieces_of(grid, grid.pairs() * args.maps.size[1], workspace);
-  AFA_TRY(launch_window_gradient(grid, slopes, pieces.buffers, args.radius, stream));
+  AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
   const MapProductArgs product = {grid, pieces.buffers, args.maps, out.query, out.query.data != nullptr, head, pieces.dots};
   AFA_TRY(launch(map_product_kernel, grid.shape(SharedArena::bytes<float>(kPairThreads / 32)), stream, product));
   const HeadArgs head_args = {pieces.dots, grid.pairs(), int(args.maps.size[1]), 1, pieces.buffers.sums, grid.pairs(), out.head};

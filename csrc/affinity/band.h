@@ -219,17 +219,45 @@ static inline void fill_products(const Channels& from, const Tiling& tiling, int
     }
 }
 
+// --- score maps in their place ---
+
+// sum_h w_h (S_ij + S_ji) of one tile; `line` takes a query's keys or a key's queries.
+static inline void add_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, const BandTile& tile, float* line) {
+  for (int64_t rows = 0; rows < 4; ++rows) {
+    const int64_t y = 2 * tile.y + rows % 2, key_y = 2 * (tile.y + tile.below) + rows / 2;
+    if (y >= tiling.height || key_y >= tiling.height || key_y < y) continue;
+    const int64_t from = y * tiling.width + tile.x, to = key_y * tiling.width + tile.first;
+    float* scores = tile.scores + rows % 2 * tile.stride + rows / 2;
+    for (int64_t head = 0; head < args.maps.size[1]; ++head) {
+      for (int64_t q = 0; q < tile.columns; ++q) {
+        load_row(line_of(args.maps, to, tile.keys), b, head, from + q, line);
+        for (int64_t k = 0; k < tile.keys; ++k) scores[2 * q * tile.stride + 2 * k] += args.head_weight[head] * line[k];
+      }
+      for (int64_t k = 0; k < tile.keys; ++k) {
+        load_row(line_of(args.maps, from, tile.columns), b, head, to + k, line);
+        for (int64_t q = 0; q < tile.columns; ++q) scores[2 * q * tile.stride + 2 * k] += args.head_weight[head] * line[q];
+      }
+    }
+  }
+}
+
+// The scores of one pair of rows; `lines` [threads][tiling.stride].
+static inline void fill_maps(const MapsArgs& args, int64_t b, const Tiling& tiling, int64_t y, float* lines, float* row) {
+  for (int64_t t = 0; t < tiling.count; ++t)
+    for (int64_t below = 0; below < tiling.below() && y + below < tiling.pairs; ++below)
+      add_maps(args, b, tiling, tiling.tile(t, y, below, row), lines + thread_number() * tiling.stride);
+}
+
 // --- the sigmoid, and lanes that are pairs ---
 
-// Without cancellation at either end: both 1/(1+e) and e/(1+e) come from e = exp(-|z|).
-static inline vfloat sigmoid(vfloat z) {
-  const vfloat e = exp_of(-abs_of(z)), inverse = 1.0f / (1.0f + e);
-  return z >= 0.0f ? inverse : e * inverse;
-}
-static inline vfloat sigmoid_slope(vfloat z) {
-  const vfloat e = exp_of(-abs_of(z)), inverse = 1.0f / (1.0f + e);
-  return e * inverse * inverse;
-}
+// A of z, 1 - A, which is A of -z, and A (1 - A), without cancellation at either end: all come from e = exp(-|z|).
+struct Sigmoids {
+  vfloat value, negated, slope;
+  explicit Sigmoids(vfloat z) {
+    const vfloat e = exp_of(-abs_of(z)), inverse = 1.0f / (1.0f + e), other = e * inverse;
+    value = z >= 0.0f ? inverse : other, negated = z >= 0.0f ? other : inverse, slope = other * inverse;
+  }
+};
 
 // Labels of one image as the lanes of the tiles have them, [pairs of rows][row], negative where there is no pixel.
 struct LaneLabels {

@@ -8,7 +8,7 @@
 
 namespace afa {
 
-enum class Goal : int { window, loss, gradient };
+enum class Goal : int { window, loss, gradient, window_gradient };
 
 struct PairArgs {
   PairGrid grid;
@@ -17,7 +17,7 @@ struct PairArgs {
   bool wide;             // rows of query and key may be read 16 bytes at a time
   const float* head;     // [heads + 1]
   const int32_t* labels;
-  View<4> window;        // Goal::window
+  View<4> window;        // Goal::window; its gradient for Goal::window_gradient
   PairResults results;   // Goal::loss
   float4* shares;        // [pairs]: sums over same and different, counts as bits
   unsigned* counter;

@@ -34,9 +34,9 @@ static PairGradient of_loss(uint64_t labels, float same, float different) {
   return gradient;
 }
 
-static PairGradient of_window(const View<4>& window, const View<4>& grad_window) {
+static PairGradient of_window(const View<4>& grad_window) {
   PairGradient gradient;
-  gradient.window = window, gradient.grad_window = grad_window;
+  gradient.grad_window = grad_window;
   return gradient;
 }
 
@@ -81,10 +81,10 @@ static void bind_attention(py::module_& module) {
                return attention_backward_cpu_workspace(attention_args(query, key, head, grid), threads);
              });
   module.def("window_affinity_backward_cpu", [](const View<4>& query, const View<4>& key, const Head& head, const Grid& grid,
-                                                const View<4>& window, const View<4>& grad_window, const View<4>& grad_query,
-                                                const View<4>& grad_key, uint64_t workspace, int threads) {
-    return attention_backward(attention_args(query, key, head, grid), of_window(window, grad_window), grad_query, grad_key,
-                              workspace, threads);
+                                                const View<4>& grad_window, const View<4>& grad_query, const View<4>& grad_key,
+                                                uint64_t workspace, int threads) {
+    return attention_backward(attention_args(query, key, head, grid), of_window(grad_window), grad_query, grad_key, workspace,
+                              threads);
   });
   module.def("attention_affinity_loss_backward_cpu",
              [](const View<4>& query, const View<4>& key, const Head& head, const Grid& grid, uint64_t labels, float same,
@@ -108,13 +108,13 @@ static void bind_maps(py::module_& module) {
              [](const View<4>& maps, const Head& head, const Grid& grid, int threads) {
                return affinity_from_maps_backward_cpu_workspace(maps_args(maps, head, grid), threads);
              });
-  module.def("affinity_from_maps_backward_cpu", [](const View<4>& maps, const Head& head, const Grid& grid, const View<4>& window,
+  module.def("affinity_from_maps_backward_cpu", [](const View<4>& maps, const Head& head, const Grid& grid,
                                                    const View<4>& grad_window, const View<4>& grad_maps, uint64_t workspace,
                                                    int threads) {
     const MapsArgs args = maps_args(maps, head, grid);
     std::vector<double> grad_head(head.size());
     py::gil_scoped_release release;
-    check(affinity_from_maps_backward_cpu(args, of_window(window, grad_window), grad_maps, grad_head.data(),
+    check(affinity_from_maps_backward_cpu(args, of_window(grad_window), grad_maps, grad_head.data(),
                                           pointer<void>(workspace), threads),
           "affinity_from_maps_backward_cpu");
     return grad_head;
@@ -163,9 +163,9 @@ static DeviceSlopes slopes_at(uint64_t labels, const Addresses& at) {
   slopes.pos_count = pointer<int64_t>(at[1]), slopes.neg_count = pointer<int64_t>(at[2]);
   return slopes;
 }
-static DeviceSlopes slopes_of(const View<4>& window, const View<4>& grad_window) {
+static DeviceSlopes slopes_of(const View<4>& grad_window) {
   DeviceSlopes slopes;
-  slopes.window = window, slopes.grad_window = grad_window;
+  slopes.grad_window = grad_window;
   return slopes;
 }
 static DeviceGradients gradients(const View<4>& query, const View<4>& key, uint64_t head) {
@@ -195,10 +195,10 @@ static void bind_attention_cuda(py::module_& module) {
     return attention_backward_cuda_workspace(device_args(query, key, grid), device);
   });
   module.def("window_affinity_backward_cuda",
-             [](V query, V key, uint64_t head, const Grid& grid, V window, V grad_window, V grad_query, V grad_key,
-                uint64_t grad_head, uint64_t workspace, int device, uint64_t stream) {
+             [](V query, V key, uint64_t head, const Grid& grid, V grad_window, V grad_query, V grad_key, uint64_t grad_head,
+                uint64_t workspace, int device, uint64_t stream) {
                py::gil_scoped_release release;
-               check_cuda(attention_backward_cuda(device_args(query, key, grid), pointer<float>(head), slopes_of(window, grad_window),
+               check_cuda(attention_backward_cuda(device_args(query, key, grid), pointer<float>(head), slopes_of(grad_window),
                                                   gradients(grad_query, grad_key, grad_head), pointer<void>(workspace), device,
                                                   pointer<void>(stream)),
                           "window_affinity_backward_cuda");
@@ -223,11 +223,11 @@ static void bind_maps_cuda(py::module_& module) {
   module.def("affinity_from_maps_backward_cuda_workspace",
              [](V maps, const Grid& grid) { return affinity_from_maps_backward_cuda_workspace(device_args(maps, grid)); });
   module.def("affinity_from_maps_backward_cuda",
-             [](V maps, uint64_t head, const Grid& grid, V window, V grad_window, V grad_maps, uint64_t grad_head, uint64_t workspace,
+             [](V maps, uint64_t head, const Grid& grid, V grad_window, V grad_maps, uint64_t grad_head, uint64_t workspace,
                 int device, uint64_t stream) {
                py::gil_scoped_release release;
                check_cuda(affinity_from_maps_backward_cuda(device_args(maps, grid), pointer<float>(head),
-                                                           slopes_of(window, grad_window), gradients(grad_maps, View<4>(), grad_head),
+                                                           slopes_of(grad_window), gradients(grad_maps, View<4>(), grad_head),
                                                            pointer<void>(workspace), device, pointer<void>(stream)),
                           "affinity_from_maps_backward_cuda");
              });

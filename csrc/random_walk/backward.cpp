@@ -3,7 +3,8 @@
 // With P = A^p, T_ij = P_ij / D_i and D_i = sum_k P_ki + eps:
 //   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) (dL/dT_ij / D_i + dL/dD_j)
 // Data flow, one image at a time: P is copied, rows of pixels form their slopes and their part of D's, and after a barrier every row
-// writes its gradient, reading its neighbours' dL/dD. Floor: N * (2r+1)^2 * C fused multiply-adds. Bound: unaligned loads.
+// writes its gradient, reading its neighbours' dL/dD. In an `odd` image some 1 / D is no number to multiply by: there the division by D
+// is left to the end, where p A^(p-1) is divided first. Floor: N * (2r+1)^2 * C fused multiply-adds. Bound: unaligned loads.
 #include "random_walk/window.h"
 
 namespace afa {
@@ -36,8 +37,8 @@ struct WalkGradient {
       load_row(grads, b, c, y, grad + (y * channels + c) * window.row);
     }
   }
-  // dL/dT and dL/dD of row y.
-  void slopes_of_row(int64_t y) const {
+  // dL/dT / D and dL/dD of row y; both times D if odd.
+  void slopes_of_row(int64_t y, bool odd) const {
     float* sum = sums + y * window.line_length + window.margin;
     for (int64_t dy = std::max(-window.reach_y, -y); dy <= std::min(window.reach_y, window.height - 1 - y); ++dy)
       for (int64_t dx = -window.reach_x; dx <= window.reach_x; ++dx)
@@ -46,13 +47,19 @@ struct WalkGradient {
           for (int64_t c = 0; c < channels; ++c)
             slope += load(grad + (y * channels + c) * window.row + x) *
                      load(state + ((y + dy) * channels + c) * state_row + window.margin + x + dx);
-          const vfloat inverse = load(window.inverse + y * window.row + x);
-          store(slope_at(dy, dx, y) + x, slope * inverse);
-          store(sum + x, load(sum + x) - load(window.at(dy, dx, y) + x) * slope * inverse * inverse);
+          const vfloat powered = load(window.at(dy, dx, y) + x);
+          if (odd) {
+            store(slope_at(dy, dx, y) + x, slope);
+            store(sum + x, load(sum + x) - powered / load(window.total + y * window.row + x) * slope);
+          } else {
+            const vfloat inverse = load(window.inverse + y * window.row + x);
+            store(slope_at(dy, dx, y) + x, slope * inverse);
+            store(sum + x, load(sum + x) - powered * slope * inverse * inverse);
+          }
         }
   }
   // dL/dA of row y: every plane of the window, those of taps that leave the image as zeros.
-  void write_row(const View<4>& out, int64_t b, int64_t y, float* line) const {
+  void write_row(const View<4>& out, int64_t b, int64_t y, bool odd, float* line) const {
     const float p = window.args.power;
     const int64_t radius = window.args.radius;
     for (int64_t dy = -radius; dy <= radius; ++dy)
@@ -60,12 +67,13 @@ struct WalkGradient {
         const int64_t tap = window.channel(dy, dx);
         const bool leaves = y + dy < 0 || y + dy >= window.height || std::abs(dx) > window.reach_x;
         load_row(window.args.affinity, b, tap, y, line);
-        for (int64_t x = 0; x < window.width; ++x) {
-          const float slope = p == 2 ? 2 * line[x] : p == 1 ? 1.0f : p * std::pow(line[x], p - 1);
-          line[x] = leaves || x + dx < 0 || x + dx >= window.width
-                        ? 0.0f
-                        : slope * (slope_at(dy, dx, y)[x] + sums[(y + dy) * window.line_length + window.margin + x + dx]);
-        }
+        const auto slope = [p](float value) { return p == 2 ? 2 * value : p == 1 ? 1.0f : p * std::pow(value, p - 1); };
+        const auto reaches = [&](int64_t x) { return !leaves && x + dx >= 0 && x + dx < window.width; };
+        const float *of_weight = slope_at(dy, dx, y), *of_sum = sums + (y + dy) * window.line_length + window.margin + dx;
+        const float *own = window.total + y * window.row, *other = window.total + (y + dy) * window.row + dx;
+        for (int64_t x = 0; x < window.width && !odd; ++x) line[x] = reaches(x) ? slope(line[x]) * (of_weight[x] + of_sum[x]) : 0.0f;
+        for (int64_t x = 0; x < window.width && odd; ++x)
+          line[x] = reaches(x) ? slope(line[x]) / own[x] * of_weight[x] + slope(line[x]) / other[x] * of_sum[x] : 0.0f;
         store_row(out, b, tap, y, line);
       }
   }
@@ -93,9 +101,12 @@ Status walk_gradient(const WalkArgs& args, const View<4>& states, const View<4>&
 #pragma omp for schedule(static)
       for (int64_t y = 0; y < window.height; ++y) window.copy_row(b, y), gradient.load_rows(b, y);
 #pragma omp for schedule(static)
-      for (int64_t y = 0; y < window.height; ++y) window.invert_row(y), gradient.slopes_of_row(y);
+      for (int64_t y = 0; y < window.height; ++y) window.sum_row(y);
+      const bool odd = window.any_odd();
 #pragma omp for schedule(static)
-      for (int64_t y = 0; y < window.height; ++y) gradient.write_row(out, b, y, line);
+      for (int64_t y = 0; y < window.height; ++y) gradient.slopes_of_row(y, odd);
+#pragma omp for schedule(static)
+      for (int64_t y = 0; y < window.height; ++y) gradient.write_row(out, b, y, odd, line);
     }
   }
   return Status::ok;

@@ -3,7 +3,8 @@
 // Data flow, one image at a time: rows of pixels add up the columns of A^p that end there and keep 1 / D; the cams go to rows of
 // pixels with their channels side by side. A step then takes 16 pixels of a row at a time: their windows' A^p go to a table,
 // zeros where a tap leaves the image, and up to 8 pixels at once take their share of every neighbour, which is loaded once for all of
-// them, one broadcast weight each; 1 / D comes at the end. Unlike in diffusion/diffusion.cpp, whose vectors run along pixel rows, loads are
+// them, one broadcast weight each; 1 / D comes at the end, or, where D is so small or large that it cannot, the table already holds
+// A^p / D. Unlike in diffusion/diffusion.cpp, whose vectors run along pixel rows, loads are
 // aligned whatever the tap. Sums run over taps in order: the same bits for any number of threads.
 // Floor: A read twice, N * (2r+1)^2 * C fused multiply-adds per step. Bound: these, and a load of a weight for every two.
 #include <type_traits>
@@ -36,18 +37,28 @@ struct Lanes {
   }
 };
 
-// The weights of row y, not yet divided by D: [row / kBlock][taps][kBlock], taps whose row leaves the image left out.
+// The table's weights of one tap, divided by D: their own pixels', or, for the adjoint, that of the neighbours they lie at.
+static void divide(const Window& window, bool transpose, int64_t y, int64_t dy, int64_t dx, const int32_t* mask, float* weights) {
+  const float* sums = transpose ? window.total + (y + dy) * window.row + dx : window.total + y * window.row;
+  for (int64_t x = 0; x < window.width; ++x)
+    if (mask[x]) weights[x / kBlock * kBlock * window.taps + x % kBlock] /= sums[x];
+}
+
+// The weights of row y, not yet divided by D unless the image is `odd`: [row / kBlock][taps][kBlock], taps whose row leaves the image
+// left out.
 template <int kPower>
-static void look_up(const Window& window, bool transpose, int64_t y, float* weights) {
+static void look_up(const Window& window, bool transpose, bool odd, int64_t y, float* weights) {
   const int64_t side = 2 * window.reach_x + 1, step = transpose ? 1 - window.plane_x : window.plane_x;
   for (int64_t dy = std::max(-window.reach_y, -y); dy <= std::min(window.reach_y, window.height - 1 - y); ++dy) {
     // The adjoint reads, at the neighbour, the tap that points back.
     const float* from = transpose ? window.at(-dy, window.reach_x, y + dy) - window.reach_x : window.at(dy, -window.reach_x, y);
     const int32_t* mask = window.inside;
     const bool whole = window.readable(from, step, side, window.row);
-    for (int64_t i = 0; i < side; ++i, from += step, mask += window.row, weights += kBlock)
+    for (int64_t i = 0; i < side; ++i, from += step, mask += window.row, weights += kBlock) {
       for (int64_t x = 0; x < window.row; x += kLanes)
         store(weights + x / kBlock * kBlock * window.taps + x % kBlock, window.powered<kPower>(from + x, mask + x, whole));
+      if (odd) divide(window, transpose, y, dy, i - window.reach_x, mask, weights);
+    }
   }
 }
 
@@ -103,8 +114,9 @@ static SumWindow sum_for(int64_t pixels, std::integer_sequence<int, kPixels...>)
   return table[pixels - 1];
 }
 
-static void step_row(const Window& window, bool transpose, const Lanes& lanes, float* cams, int64_t y, float* weights, float* out) {
-  window.power == 2 ? look_up<2>(window, transpose, y, weights) : look_up<1>(window, transpose, y, weights);
+static void step_row(const Window& window, bool transpose, bool odd, const Lanes& lanes, float* cams, int64_t y, float* weights,
+                     float* out) {
+  window.power == 2 ? look_up<2>(window, transpose, odd, y, weights) : look_up<1>(window, transpose, odd, y, weights);
   for (int64_t block = 0; block < window.width; block += kBlock, weights += window.taps * kBlock) {
     const int64_t count = std::min(kBlock, window.width - block), most = std::min<int64_t>(kMostPixels, 2 * window.reach_x + 1);
     const int64_t tiles = (count + most - 1) / most, tile = (count + tiles - 1) / tiles;
@@ -205,17 +217,21 @@ Status walk(const WalkArgs& args, const WalkMasks& masks, void* workspace, int t
       }
 #pragma omp for schedule(static)
       for (int64_t y = 0; y < window.height; ++y) {
-        window.invert_row(y);
+        window.sum_row(y);
         gather_lanes(masks.cams, b, present, count, lanes, y, window.row, table, source);
-        if (masks.transpose && masks.num_steps > 0) scale_row(window, lanes, y, source);
         if (masks.num_steps == 0) scatter_lanes(masks.out, b, present, count, lanes, y, window.row, table, source);
+      }
+      const bool odd = window.any_odd();
+      if (!odd && masks.transpose && masks.num_steps > 0) {
+#pragma omp for schedule(static)
+        for (int64_t y = 0; y < window.height; ++y) scale_row(window, lanes, y, source);
       }
       for (int64_t step = 0; step < masks.num_steps; ++step) {
         const bool last = step + 1 == masks.num_steps;
 #pragma omp for schedule(static)
         for (int64_t y = 0; y < window.height; ++y) {
-          step_row(window, masks.transpose, lanes, source, y, table, target);
-          if (!masks.transpose || !last) scale_row(window, lanes, y, target);
+          step_row(window, masks.transpose, odd, lanes, source, y, table, target);
+          if (!odd && (!masks.transpose || !last)) scale_row(window, lanes, y, target);
           if (last) scatter_lanes(masks.out, b, present, count, lanes, y, window.row, table, target);
         }
         std::swap(source, target);

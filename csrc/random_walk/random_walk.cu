@@ -1,11 +1,12 @@
 // The random walk on a GPU: T, then the shared diffusion with zero border (diffusion/stream.cu); and the gradient of the affinity.
 //
 //   D_i = sum_k P_ki + eps with P = A^p,   T_ij = P_ij / D_i
-//   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) (dL/dT_ij / D_i + dL/dD_j)
+//   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) / D_i dL/dT_ij + p A_ij^(p-1) dL/dD_j
 //
 // Data flow: a block has 32 neighbouring pixels, and 8 threads for each of them share its taps. walk_weights_kernel adds up what
 // points at its pixels, in a fixed order, and writes their T to the workspace, in float32 and without the taps that leave the image
-// whatever pixel they start from. walk_slopes_kernel leaves dL/dT_ij / D_i and dL/dD_i there, walk_gradient_kernel adds them up.
+// whatever pixel they start from. walk_slopes_kernel leaves dL/dT_ij, D_i and D_i dL/dD_i there, walk_gradient_kernel divides p A^(p-1)
+// by D, so that a D below the normal numbers does no harm, and adds them up.
 // Floor: the window read once and T written once, then what the diffusion needs; backward N * (2r+1)^2 * C multiply-adds and the
 // window, read, its gradient, written. Bound: memory (the second reading of the window is from L2), backward the loads of m.
 // Occupancy: walk_weights_kernel 256 x 4, walk_slopes_kernel 256 x 4, walk_gradient_kernel 256 x 4 (threads x blocks a
@@ -90,8 +91,9 @@ struct WalkGradientArgs {
   WalkTaps taps;
   View<4> states, grads;  // [B, C, H, W]
   View<4> out;            // the gradient
-  float* slopes;          // [B][taps][H][W]: dL/dT_ij / D_i
-  float* sums;            // [B][H][W]: dL/dD
+  float* slopes;          // [B][taps][H][W]: dL/dT
+  float* sums;            // [B][H][W]: D dL/dD
+  float* totals;          // [B][H][W]: D
 };
 
 __global__ void __launch_bounds__(kWalkThreads, 4) walk_slopes_kernel(const __grid_constant__ WalkGradientArgs args) {
@@ -113,12 +115,14 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_slopes_kernel(const __gr
         for (int64_t c = 0; c < states.size[1]; ++c)
           slope = fmaf(load_element(grads.data, grads.dtype, offset_of(grads, b, c, y) + x * grads.stride[3]),
                        load_element(states.data, states.dtype, offset_of(states, b, c, y + dy) + (x + dx) * states.stride[3]), slope);
-        slope /= total;
         args.slopes[(b * taps.count() + tap) * taps.pixels() + pixel] = slope;
         slope_of_sum -= taps.powered(taps.at(b, dy, dx, y, x)) / total * slope;
       }
     slope_of_sum = sum_groups(slope_of_sum, sums);
-    if (present && threadIdx.y == 0) args.sums[b * taps.pixels() + pixel] = slope_of_sum;
+    if (present && threadIdx.y == 0) {
+      args.sums[b * taps.pixels() + pixel] = slope_of_sum;
+      args.totals[b * taps.pixels() + pixel] = total;
+    }
   }
 }
 
@@ -136,8 +140,9 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_gradient_kernel(const __
     if (taps.inside(y + dy, x + dx)) {
       const int64_t tap = int64_t(dy + taps.reach_y) * taps.side() + dx + taps.reach_x;
       const float slope = args.slopes[(b * taps.count() + tap) * taps.pixels() + pixel];
-      const float of_sum = args.sums[b * taps.pixels() + int64_t(y + dy) * taps.width + x + dx];
-      value = taps.slope(taps.at(b, dy, dx, y, x)) * (slope + of_sum);
+      const int64_t other = b * taps.pixels() + int64_t(y + dy) * taps.width + x + dx;
+      const float power = taps.slope(taps.at(b, dy, dx, y, x));
+      value = power / args.totals[b * taps.pixels() + pixel] * slope + power / args.totals[other] * args.sums[other];
     }
     store_element(args.out.data, args.out.dtype, offset_of(args.out, b, channel, y) + x * args.out.stride[3], value);
   }
@@ -203,7 +208,7 @@ Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* work
 
 int64_t random_walk_affinity_gradient_cuda_workspace(const WalkArgs& args) {
   const WalkTaps taps(args);
-  return 4 * (weight_floats(taps) + round_up(taps.affinity.size[0] * taps.pixels(), 64));
+  return 4 * (weight_floats(taps) + 2 * round_up(taps.affinity.size[0] * taps.pixels(), 64));
 }
 
 Status random_walk_affinity_gradient_cuda(const WalkArgs& args, const View<4>& states, const View<4>& grads,
@@ -212,8 +217,9 @@ Status random_walk_affinity_gradient_cuda(const WalkArgs& args, const View<4>& s
   if (!same_size(states, grads)) return Status::bad_argument;
   DeviceGuard guard(device);
   const WalkTaps taps(args);
-  float* slopes = static_cast<float*>(workspace);
-  const WalkGradientArgs gradient = {taps, states, grads, grad_affinity, slopes, slopes + weight_floats(taps)};
+  float *slopes = static_cast<float*>(workspace), *sums = slopes + weight_floats(taps);
+  float* totals = sums + round_up(taps.affinity.size[0] * taps.pixels(), 64);
+  const WalkGradientArgs gradient = {taps, states, grads, grad_affinity, slopes, sums, totals};
   AFA_TRY(launch(walk_slopes_kernel, walk_shape(taps), stream, gradient));
   LaunchShape shape;
   shape.block = dim3(kWalkThreads);

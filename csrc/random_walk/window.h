@@ -13,7 +13,10 @@
 namespace afa {
 namespace AFA_ISA {
 
-// The window of one image, in place or copied, and 1 / D.
+// Sums D that may be inverted: neither 1 / D nor what is multiplied by it leaves the normal numbers.
+constexpr float kLeastSum = 1e-10f, kMostSum = 1e10f;
+
+// The window of one image, in place or copied, D, and 1 / D where that may be multiplied by.
 struct Window {
   WalkArgs args;
   int64_t height, width, row, reach_y, reach_x;  // reach: of the taps that can stay inside the image
@@ -23,7 +26,9 @@ struct Window {
   const float *centre, *begin, *end;        // the plane of (0, 0); the bounds of the affinity's memory
   int64_t plane_y, plane_x, line;           // strides over dy, dx and y
   int32_t* inside;                          // [2 * reach_x + 1][row]: all ones where the tap's column is in the image
-  float *inverse, *lines, *copy;            // [H][row]; [threads][2 * reach_x + 1][line_length]; [taps][H][row] + slack
+  float *total, *inverse;                   // [H][row]: D and 1 / D
+  int32_t* odd;                             // [H]: whether some D of the row may not be inverted
+  float *lines, *copy;                      // [threads][2 * reach_x + 1][line_length]; [taps][H][row] + slack
 
   Window(const WalkArgs& walk, int threads, bool may_read_in_place, Arena& arena) : args(walk) {
     const View<4>& view = args.affinity;
@@ -34,7 +39,9 @@ struct Window {
     power = args.power == 2 ? 2 : 1;
     in_place = may_read_in_place && view.dtype == DType::f32 && view.stride[3] == 1 && (args.power == 2 || args.power == 1);
     inside = arena.take<int32_t>((2 * reach_x + 1) * row);
+    total = arena.take<float>(height * row);
     inverse = arena.take<float>(height * row);
+    odd = arena.take<int32_t>(height);
     lines = arena.take<float>(threads * (2 * reach_x + 1) * line_length);
     copy = arena.take<float>(in_place ? 0 : taps * height * row);
     if (!in_place) power = 1;
@@ -116,17 +123,26 @@ struct Window {
     }
   }
 
-  void invert_row(int64_t y) const {
+  void sum_row(int64_t y) const {
     float* own = lines + thread_number() * (2 * reach_x + 1) * line_length + margin;  // margins stay 0
     for (int64_t dx = -reach_x; dx <= reach_x; ++dx) {
       float* sums = own + (reach_x + dx) * line_length;
       power == 2 ? add_rows<2>(y, dx, sums) : add_rows<1>(y, dx, sums);
     }
+    float* sums = total + y * row;
     for (int64_t x = 0; x < row; x += kLanes) {
       vfloat sum = {};
       for (int64_t dx = -reach_x; dx <= reach_x; ++dx) sum += load(own + (reach_x + dx) * line_length + x - dx);
+      store(sums + x, sum + args.eps);
       store(inverse + y * row + x, 1.0f / (sum + args.eps));
     }
+    odd[y] = 0;
+    for (int64_t x = 0; x < width; ++x) odd[y] |= !(sums[x] >= kLeastSum && sums[x] <= kMostSum);
+  }
+  bool any_odd() const {
+    for (int64_t y = 0; y < height; ++y)
+      if (odd[y]) return true;
+    return false;
   }
 };
 

@@ -56,6 +56,7 @@ def good():
         ("width", 4.0, TypeError),
         ("radius", -1, ValueError),
         ("radius", "1", TypeError),
+        ("radius", 2**70, ValueError),
     ],
 )
 def test_bad_input_names_the_argument(argument, value, error):
@@ -97,6 +98,7 @@ def test_a_grid_that_does_not_fit_the_pixels():
         ("labels", torch.zeros(1, 3, 4, dtype=torch.int64, device="meta"), ValueError),
         ("radius", -2, ValueError),
         ("ignore_index", 1.5, TypeError),
+        ("ignore_index", 2**70, ValueError),
         ("backend", "fast", ValueError),
     ],
 )
@@ -165,8 +167,8 @@ def test_operators_are_registered_right(rng, backend_name):
         (operators.affinity_from_maps, (maps, *head, 3, 4, 1)),
         (operators.affinity_loss, (window, labels, 1)),
         (operators.attention_affinity_loss, (*leaves, labels, 1)),
-        (operators.window_affinity_backward, (*still, window.detach(), grad, 1, [True, False])),
-        (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, grad, 1, [True])),
+        (operators.window_affinity_backward, (*still, grad, 1, [True, False])),
+        (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, 1, [True])),
         (operators.affinity_loss_backward, (window.detach(), labels, grad_loss, *counts, 1)),
         (operators.attention_affinity_loss_backward, (*still, labels, grad_loss, *counts, 1, [True, True])),
     ]

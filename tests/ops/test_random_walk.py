@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from support.common import DEVICE, available, relative_error
@@ -117,6 +118,52 @@ def test_a_pixel_without_affinity_gets_zero_where_eps_is_positive(backend):
     assert torch.equal(walked, torch.zeros_like(walked))
 
 
+@pytest.mark.parametrize("value, eps", [(0.0, 1e-40), (1e-20, 0.0), (1e-20, 1e-40), (1e-18, 1e-36)])
+def test_sums_below_the_normal_numbers_are_divided_by(rng, backend, value, eps):
+    """Neither they nor what is multiplied by 1 / D leave float32, though 1 / D does."""
+    affinity = (value * (0.5 + torch.rand(1, 9, 4, 5, generator=rng))).to(DEVICE).requires_grad_()
+    cams = torch.rand(1, 3, 4, 5, generator=rng).to(DEVICE).requires_grad_()
+    wide = affinity.detach().double().requires_grad_(), cams.detach().double().requires_grad_()
+    got, wanted = (
+        afa_kernels.random_walk(affinity, cams, 1, eps=eps),
+        dense_walk(*wide, 1, eps=eps),
+    )
+    assert relative_error(got, wanted) < 1e-4 and (value > 0) == bool(wanted.any())
+    mine, theirs = (torch.autograd.grad(out.sum(), leaves) for out, leaves in ((got, (affinity, cams)), (wanted, wide)))
+    assert relative_error(mine[1], theirs[1]) < 1e-4
+    # That of the affinity is a difference of terms of the size of out / affinity.
+    size = float(wanted.abs().max()) / max(value, 1e-30)
+    assert mine[0].isfinite().all() and float((mine[0] - theirs[0]).abs().max()) <= 1e-3 * size
+
+
+def test_one_faint_pixel_leaves_the_others_as_they_are(rng, backend):
+    affinity, cams = random_case(rng)
+    affinity[0, :, 3, 4] *= 1e-21
+    for dy in range(-2, 3):
+        for dx in range(-2, 3):
+            affinity[0, (2 - dy) * 5 + 2 - dx, 3 + dy, 4 + dx] *= 1e-20
+    got = afa_kernels.random_walk(affinity, cams, 2, eps=0)
+    wanted = dense_walk(affinity, cams, 2, eps=0)
+    assert relative_error(got, wanted) < 1e-3
+    others = torch.ones(7, 10, dtype=torch.bool, device=DEVICE)
+    others[3, 4] = False
+    assert relative_error(got[:, :, others], wanted[:, :, others]) < 1e-5
+
+
+def test_a_nan_stays_with_the_pixels_that_reach_it(rng, backend):
+    affinity, cams = random_case(rng, batch=1)
+    cams[0, 1, 3, 4] = torch.nan
+    leaves = affinity.requires_grad_(), cams.requires_grad_()
+    walked = afa_kernels.random_walk(*leaves, 2)
+    rows, columns = torch.arange(7, device=DEVICE)[:, None], torch.arange(10, device=DEVICE)
+    reached = ((rows - 3).abs() <= 2) & ((columns - 4).abs() <= 2)
+    assert torch.equal(walked[0, 1].isnan(), reached) and walked[0, [0, 2, 3]].isfinite().all()
+    of_affinity, of_cams = torch.autograd.grad(walked.nansum(), leaves)
+    assert of_cams.isfinite().all()
+    # A tap hears of the pixels that it starts from and points at, and these of their windows.
+    assert not of_affinity[0][:, ((rows - 3).abs() > 4) | ((columns - 4).abs() > 4)].isnan().any()
+
+
 def test_class_mask_leaves_channels_out(rng, backend):
     affinity, cams = random_case(rng)
     keep = torch.tensor([[True, False, True, False], [False, False, False, False]], device=DEVICE)
@@ -149,6 +196,16 @@ def test_several_scores_are_as_many_walks(rng, backend, kind):
     assert together.shape == (2, 2, 5, 4, 5)
     for score, one in zip((0.55, 0.35), together):
         assert relative_error(one, afa_kernels.random_walk_with_background(affinity, cams, labels, score, 2)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, np.float32])
+def test_scores_as_arrays_and_tensors(rng, backend, kind):
+    affinity, cams = random_case(rng, height=4, width=5)
+    labels = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]], device=DEVICE)
+    walk = afa_kernels.random_walk_with_background
+    several = walk(affinity, cams, labels, kind([0.5, 0.25]), 2)
+    assert torch.equal(several, walk(affinity, cams, labels, (0.5, 0.25), 2))
+    assert torch.equal(walk(affinity, cams, labels, kind([0.5])[0], 2), walk(affinity, cams, labels, 0.5, 2))
 
 
 # --- types, modes, bad input --------------------------------------------------------------------------------
@@ -200,6 +257,9 @@ def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend):
         ("power", float("nan"), ValueError),
         ("num_steps", -1, ValueError),
         ("num_steps", 1.0, TypeError),
+        ("num_steps", 2**70, ValueError),
+        ("radius", 2**70, ValueError),
+        ("power", 10**400, ValueError),
         ("eps", -0.1, ValueError),
         ("class_mask", torch.ones(1, 3, dtype=torch.bool), ValueError),
         ("class_mask", torch.ones(1, 2), TypeError),
@@ -221,6 +281,10 @@ def test_bad_input_names_the_argument(argument, value, error):
         ("score", (), ValueError),
         ("score", "0.4", TypeError),
         ("score", (0.4, float("inf")), ValueError),
+        ("score", None, TypeError),
+        ("score", [[0.4]], TypeError),
+        ("score", torch.tensor([[0.4]]), TypeError),
+        ("score", torch.tensor(0.4, requires_grad=True), ValueError),
         ("eps", -1.0, ValueError),
     ],
 )

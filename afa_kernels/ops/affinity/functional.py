@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...core import backends, taps
-from ...core.checks import FLOATS, check_int, check_same_device, check_tensor, check_window
+from ...core.checks import FARTHEST, FLOATS, check_int, check_same_device, check_tensor, check_window
 from ...core.implementations import implementation
 from ...core.self_check import Draw, Sample
+from ...core.transforms import no_autocast
 from . import reference
 
 # --- checks -------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def check_query_key(query: Tensor, key: Tensor, height: int, width: int) -> None
 
 
 def _check_grid(height: int, width: int, radius: int) -> tuple[int, int, int]:
-    return check_int(height, "height", 1), check_int(width, "width", 1), check_int(radius, "radius", 0)
+    return check_int(height, "height", 1), check_int(width, "width", 1), check_int(radius, "radius", 0, FARTHEST)
 
 
 def window_affinity(
@@ -86,7 +87,7 @@ def window_affinity(
     chosen = backends.choose("window_affinity", backend, query, key, learned=(head_weight, head_bias))
     inputs = query, key, head_weight, head_bias, height, width, radius
     if chosen == "reference":
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query.device):
             return reference.window_affinity(*inputs)
     return torch.ops.afa.window_affinity(*inputs, chosen)
 
@@ -117,14 +118,14 @@ def affinity_from_maps(
     chosen = backends.choose("affinity_from_maps", backend, maps, learned=(head_weight, head_bias))
     inputs = maps, head_weight, head_bias, height, width, radius
     if chosen == "reference":
-        with torch.autocast(maps.device.type, enabled=False):
+        with no_autocast(maps.device):
             return reference.affinity_from_maps(*inputs)
     return torch.ops.afa.affinity_from_maps(*inputs, chosen)
 
 
 def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
     """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w: A_ij of every pair, 0 outside the window."""
-    radius = check_int(radius, "radius", 0)
+    radius = check_int(radius, "radius", 0, FARTHEST)
     check_window(affinity, radius)
     return taps.window_to_dense(affinity, radius)
 
@@ -180,7 +181,8 @@ def _(maps, head_weight, head_bias, height, width, radius, backend):
 
 
 # --- backward ---------------------------------------------------------------------------------------------
-# One operator for each, so that compiled graphs hold a single node. Gradients nobody wants come back empty.
+# One operator for each, so that compiled graphs hold a single node. Gradients nobody wants come back empty. The scores
+# are computed again: a window that was rounded to half precision, where it is 1, no longer tells its slope.
 
 
 def fake_gradients(wanted: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -200,23 +202,22 @@ def _window_affinity_gradients(
     key: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
-    window: Tensor,
     grad: Tensor,
     radius: int,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = implementation(__package__, backend)
-    return kernels.window_affinity_backward(query, key, head_weight, head_bias, window, grad, radius, wanted)
+    return kernels.window_affinity_backward(query, key, head_weight, head_bias, grad, radius, wanted)
 
 
 @_window_affinity_gradients.register_fake
-def _(query, key, head_weight, head_bias, window, grad, radius, wanted, backend):
+def _(query, key, head_weight, head_bias, grad, radius, wanted, backend):
     return fake_gradients(wanted, query, key, head_weight, head_bias)
 
 
 def _save_window(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-4], output)
+    ctx.save_for_backward(*inputs[:-4])
     ctx.options = inputs[-2:]
 
 
@@ -232,18 +233,17 @@ def _affinity_from_maps_gradients(
     maps: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
-    window: Tensor,
     grad: Tensor,
     radius: int,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = implementation(__package__, backend)
-    return kernels.affinity_from_maps_backward(maps, head_weight, head_bias, window, grad, radius, wanted)
+    return kernels.affinity_from_maps_backward(maps, head_weight, head_bias, grad, radius, wanted)
 
 
 @_affinity_from_maps_gradients.register_fake
-def _(maps, head_weight, head_bias, window, grad, radius, wanted, backend):
+def _(maps, head_weight, head_bias, grad, radius, wanted, backend):
     return fake_gradients(wanted, maps, head_weight, head_bias)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...core import backends
-from ...core.checks import INTEGERS, check_int, check_same_device, check_tensor, check_window
+from ...core.checks import FARTHEST, INTEGERS, check_int, check_same_device, check_tensor, check_window
 from ...core.implementations import implementation
 from ...core.self_check import Draw, Sample
+from ...core.transforms import no_autocast
 from . import reference
 from .functional import HEAD, check_head, check_query_key, fake_gradients, gradients, sample_attention
 
@@ -23,6 +24,7 @@ from .functional import HEAD, check_head, check_query_key, fake_gradients, gradi
 
 @torch.library.custom_op("afa::pair_labels", mutates_args=())
 def _pair_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    labels = labels.to(torch.int64)  # as uint8 -1 would be 255, as int8 255 would be -1
     ignored = labels == ignore_index
     wrong = ((labels < 0) | (labels > 255)) & ~ignored
     if labels.device.type == "cpu":
@@ -70,7 +72,7 @@ def affinity_loss(
         TypeError, ValueError: naming the argument that is wrong. On CUDA, labels out of range end in an
             assertion on the device instead.
     """
-    radius = check_int(radius, "radius", 0)
+    radius = check_int(radius, "radius", 0, FARTHEST)
     check_window(affinity, radius)
     batch, _, height, width = affinity.shape
     check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=batch, h=height, w=width)
@@ -107,7 +109,7 @@ def attention_affinity_loss(
     Raises:
         As `window_affinity` and `affinity_loss`.
     """
-    radius = check_int(radius, "radius", 0)
+    radius = check_int(radius, "radius", 0, FARTHEST)
     check_tensor(query, "query", ("B", "heads", "N", "d"))
     check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=query.shape[0])
     check_query_key(query, key, labels.shape[1], labels.shape[2])
@@ -117,7 +119,7 @@ def attention_affinity_loss(
     chosen = backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
     inputs = query, key, head_weight, head_bias, labels, radius
     if chosen == "reference":
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query.device):
             return reference.attention_affinity_loss(*inputs)
     return torch.ops.afa.attention_affinity_loss(*inputs, chosen)
 

@@ -123,13 +123,12 @@ def window_affinity_backward(
     key: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
-    window: Tensor,
     grad: Tensor,
     radius: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grid = (*window.shape[2:], radius)
-    inputs = query, key, head_weight, head_bias, grid, (view(window), view(grad)), wanted
+    grid = (*grad.shape[2:], radius)
+    inputs = query, key, head_weight, head_bias, grid, (view(grad),), wanted
     return _attention_backward("window_affinity", *inputs)
 
 
@@ -177,12 +176,11 @@ def affinity_from_maps_backward(
     maps: Tensor,
     head_weight: Tensor,
     head_bias: Tensor,
-    window: Tensor,
     grad: Tensor,
     radius: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grid = (*window.shape[2:], radius)
+    grid = (*grad.shape[2:], radius)
     grad_maps, maps_view = _like(maps, wanted[0])
     if native_module.on_cuda(maps):
         head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
@@ -190,14 +188,13 @@ def affinity_from_maps_backward(
         grad_maps.zero_()  # the kernel writes what lies in the window
         scratch = workspace(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid), maps.device)
         places = maps_view, grad_head.data_ptr(), scratch.data_ptr(), *place
-        sources = view(window), view(grad)
-        native.affinity_from_maps_backward_cuda(view(maps), head.data_ptr(), grid, *sources, *places)
+        native.affinity_from_maps_backward_cuda(view(maps), head.data_ptr(), grid, view(grad), *places)
         return grad_maps, *_split_head(grad_head, head_weight, head_bias)
     common = view(maps), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
     scratch = workspace(native.affinity_from_maps_backward_cpu_workspace(*common, threads), maps.device)
     places = maps_view, scratch.data_ptr(), threads
-    head = native.affinity_from_maps_backward_cpu(*common, view(window), view(grad), *places)
+    head = native.affinity_from_maps_backward_cpu(*common, view(grad), *places)
     return grad_maps, head_weight.new_tensor(head[:-1]), head_bias.new_tensor(head[-1:])
 
 

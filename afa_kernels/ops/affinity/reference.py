@@ -7,9 +7,14 @@
 y_ij says whether the labels of pixels i and j agree; pairs with an ignored label or outside the window have
 none. Ordered pairs, the diagonal included, counts over the whole batch (AFA, Eq. 5 and 6). Computes in
 float32, or float64 where given.
+
+1 - A is the sigmoid of -z, which does not cancel where A is near 1. A query or key that is no finite number makes the
+pairs that it counts in what they are then, and no others, also in the gradients: those are masked by selection.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -48,13 +53,32 @@ def dense_to_window(dense: torch.Tensor, height: int, width: int, radius: int) -
     return torch.where(inside, dense[:, own, index], 0).unflatten(2, (height, width))
 
 
-def dense_affinity(maps: torch.Tensor, head_weight: torch.Tensor, head_bias: torch.Tensor) -> torch.Tensor:
-    """A for every pair, [B, N, N], from the score maps [B, heads, N, N]."""
+def sigmoid(z: torch.Tensor) -> torch.Tensor:
+    """torch.sigmoid has a derivative of 0 where A is rounded to 1; this one's is as exact as its value."""
+    decay = torch.exp(torch.where(z >= 0, -z, z))
+    return torch.where(z >= 0, 1, decay) / (1 + decay)
+
+
+def head_scores(maps: torch.Tensor, head_weight: torch.Tensor, head_bias: torch.Tensor) -> torch.Tensor:
+    """z for every pair, [B, N, N], from the score maps [B, heads, N, N]."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
     symmetric = maps.to(dtype)
     symmetric = symmetric + symmetric.transpose(2, 3)
     weight = head_weight.to(dtype).reshape(1, -1, 1, 1)
-    return torch.sigmoid(torch.conv2d(symmetric, weight, head_bias.to(dtype).reshape(1))[:, 0])
+    return torch.conv2d(symmetric, weight, head_bias.to(dtype).reshape(1))[:, 0]
+
+
+def dense_affinity(maps: torch.Tensor, head_weight: torch.Tensor, head_bias: torch.Tensor) -> torch.Tensor:
+    """A for every pair, [B, N, N], from the score maps [B, heads, N, N], as published."""
+    return torch.sigmoid(head_scores(maps, head_weight, head_bias))
+
+
+def contained(scores: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """``scores(*tensors)``, a sum of products, such that a gradient of 0 is not multiplied by what is not finite."""
+    with torch.no_grad():
+        exact = scores(*(tensor.detach() for tensor in tensors))
+    finite = scores(*(torch.where(tensor.isfinite(), tensor, 0) for tensor in tensors))
+    return finite + torch.where(exact.isfinite(), 0, exact)
 
 
 def affinity_from_maps(
@@ -66,14 +90,26 @@ def affinity_from_maps(
     radius: int,
 ) -> torch.Tensor:
     """maps [B, heads, N, N] -> [B, taps, h, w] in the dtype of maps."""
-    dense = dense_affinity(maps, head_weight, head_bias)
-    return dense_to_window(dense, height, width, radius).to(maps.dtype)
+    dense = contained(lambda maps: head_scores(maps, head_weight, head_bias), maps)
+    return _window_of(dense, height, width, radius).to(maps.dtype)
+
+
+def _window_of(scores: torch.Tensor, height: int, width: int, radius: int) -> torch.Tensor:
+    inside = window_neighbours(height, width, radius, scores.device)[1].unflatten(1, (height, width))
+    return torch.where(inside, sigmoid(dense_to_window(scores, height, width, radius)), 0)
 
 
 def score_maps(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """[B, heads, N, N] in the computing type."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.to(dtype) @ key.to(dtype).transpose(2, 3)
+
+
+def attention_scores(
+    query: torch.Tensor, key: torch.Tensor, head_weight: torch.Tensor, head_bias: torch.Tensor
+) -> torch.Tensor:
+    """z for every pair, [B, N, N]."""
+    return contained(lambda query, key: head_scores(score_maps(query, key), head_weight, head_bias), query, key)
 
 
 def window_affinity(
@@ -86,18 +122,25 @@ def window_affinity(
     radius: int,
 ) -> torch.Tensor:
     """query, key [B, heads, N, d] -> [B, taps, h, w] in the dtype of query."""
-    maps = score_maps(query, key)
-    return affinity_from_maps(maps, head_weight, head_bias, height, width, radius).to(query.dtype)
+    scores = attention_scores(query, key, head_weight, head_bias)
+    return _window_of(scores, height, width, radius).to(query.dtype)
+
+
+Pairs = tuple[torch.Tensor, torch.Tensor]
+
+
+def _pairs(own: torch.Tensor, other: torch.Tensor, inside: torch.Tensor) -> Pairs:
+    """Which pairs have the same label, and which have different ones."""
+    counted = inside & (own >= 0) & (other >= 0)
+    return counted & (own == other), counted & (own != other)
 
 
 def _loss(
-    affinity: torch.Tensor, own: torch.Tensor, other: torch.Tensor, inside: torch.Tensor
+    pairs: Pairs, affinity: torch.Tensor, complement: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    counted = inside & (own >= 0) & (other >= 0)
-    same = counted & (own == other)
-    different = counted & (own != other)
+    same, different = pairs
     pos_count, neg_count = same.sum() + 1, different.sum() + 1
-    pos_loss = torch.where(same, 1 - affinity, 0).sum() / pos_count
+    pos_loss = torch.where(same, complement, 0).sum() / pos_count
     neg_loss = torch.where(different, affinity, 0).sum() / neg_count
     return 0.5 * pos_loss + 0.5 * neg_loss, pos_count, neg_count
 
@@ -110,8 +153,8 @@ def affinity_loss(
     index, inside = window_neighbours(height, width, radius, affinity.device)
     own = labels.reshape(batch, 1, -1)
     other = own[:, 0, index]  # [B, taps, N]
-    dtype = torch.promote_types(affinity.dtype, torch.float32)
-    return _loss(affinity.to(dtype).flatten(2), own, other, inside)
+    affinity = affinity.to(torch.promote_types(affinity.dtype, torch.float32)).flatten(2)
+    return _loss(_pairs(own, other, inside), affinity, 1 - affinity)
 
 
 def attention_affinity_loss(
@@ -123,7 +166,9 @@ def attention_affinity_loss(
     radius: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """query, key [B, heads, N, d], labels [B, h, w] with -1 for ignored -> loss, N+ + 1, N- + 1."""
-    affinity = dense_affinity(score_maps(query, key), head_weight, head_bias)
     inside = window_mask(labels.shape[1], labels.shape[2], radius, labels.device)
     own = labels.flatten(1)
-    return _loss(affinity, own[:, :, None], own[:, None, :], inside)
+    same, different = _pairs(own[:, :, None], own[:, None, :], inside)
+    scores = attention_scores(query, key, head_weight, head_bias)
+    scores = torch.where(same | different, scores, 0)
+    return _loss((same, different), sigmoid(scores), sigmoid(-scores))

@@ -55,10 +55,10 @@ def _head(head_weight: Tensor, head_bias: Tensor) -> Tensor:
     return torch.cat([head_weight.float(), head_bias.float()])
 
 
-def _run_pairs(grid: _Grid, goal: int, *, query=None, key=None, maps=None, head=None, labels=None, window=None,
-               grad_window=None, slopes=None, out=None, partial=None, counts=None) -> None:  # fmt: skip
+def _run_pairs(grid: _Grid, goal: int, *, query=None, key=None, maps=None, head=None, labels=None, grad_window=None,
+               slopes=None, out=None, partial=None, counts=None) -> None:  # fmt: skip
     """`_pairs` over the whole grid; tensors that a goal does not use stay None."""
-    some = next(t for t in (query, maps, window) if t is not None)
+    some = query if maps is None else maps
     depth = 1 if query is None else query.shape[3]
 
     def strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -68,9 +68,9 @@ def _run_pairs(grid: _Grid, goal: int, *, query=None, key=None, maps=None, head=
         return some if tensor is None else tensor
 
     _pairs[(grid.tiles, grid.neighbours, grid.batch)](
-        *map(given, (query, key, maps, head, labels, window, grad_window, slopes, out, partial, counts)),
+        *map(given, (query, key, maps, head, labels, grad_window, slopes, out, partial, counts)),
         grid.height, grid.width, grid.radius, grid.tiles_y, grid.tiles_x,
-        *strides(query), *strides(key), *strides(maps), *strides(window), *strides(grad_window),
+        *strides(query), *strides(key), *strides(maps), *strides(grad_window),
         HEADS=some.shape[1], DEPTH=depth, REACH=grid.reach, SIDE=SIDE, CHANNELS=_channels(depth, some.dtype),
         FROM_MAPS=maps is not None, GOAL=goal, WIDE=interpreted(), num_warps=WARPS,
     )  # fmt: skip
@@ -171,27 +171,28 @@ def attention_affinity_loss_backward(
 
 @on_device
 def window_affinity_backward(
-    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, window: Tensor, grad: Tensor, radius: int,
+    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, grad: Tensor, radius: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grid = _Grid(query.shape[0], window.shape[2], window.shape[3], radius, query.device)
+    grid = _Grid(query.shape[0], grad.shape[2], grad.shape[3], radius, query.device)
     pairs, partial = grid.pair_gradients(), grid.sums(2)
-    _run_pairs(grid, WINDOW_GRADIENT.value, window=window, grad_window=grad, out=pairs, partial=partial)
+    sources = {"query": query, "key": key, "head": _head(head_weight, head_bias)}
+    _run_pairs(grid, WINDOW_GRADIENT.value, grad_window=grad, out=pairs, partial=partial, **sources)
     return _products(grid, pairs, partial, query, key, head_weight, head_bias, wanted)
 
 
 @on_device
 def affinity_from_maps_backward(
-    maps: Tensor, head_weight: Tensor, head_bias: Tensor, window: Tensor, grad: Tensor, radius: int, wanted: list[bool]
+    maps: Tensor, head_weight: Tensor, head_bias: Tensor, grad: Tensor, radius: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grid = _Grid(maps.shape[0], window.shape[2], window.shape[3], radius, maps.device)
-    pairs, partial = grid.pair_gradients(), grid.sums(2)
-    _run_pairs(grid, WINDOW_GRADIENT.value, window=window, grad_window=grad, out=pairs, partial=partial)
+    grid = _Grid(maps.shape[0], grad.shape[2], grad.shape[3], radius, maps.device)
+    pairs, partial, head = grid.pair_gradients(), grid.sums(2), _head(head_weight, head_bias)
+    _run_pairs(grid, WINDOW_GRADIENT.value, maps=maps, head=head, grad_window=grad, out=pairs, partial=partial)
     dtype = torch.float32 if interpreted() else maps.dtype
     out = torch.empty_like(maps, dtype=dtype).zero_() if wanted[0] else maps.new_empty(0)
     dots = grid.sums(maps.shape[1])
     _maps_product[(grid.tiles, grid.neighbours, grid.batch)](
-        pairs, maps, _head(head_weight, head_bias), out, dots,
+        pairs, maps, head, out, dots,
         grid.height, grid.width, grid.tiles_y, grid.tiles_x,
         *maps.stride(), *(out.stride() if wanted[0] else (0, 0, 0, 0)),
         HEADS=maps.shape[1], REACH=grid.reach, SIDE=SIDE, WRITE=wanted[0], num_warps=WARPS,

@@ -38,6 +38,15 @@ def _rows(base, pixels, inside, strides_n, strides_d, channel, depth, WIDE: tl.c
 
 
 @triton.jit
+def _finite(values):
+    """0 for what is no finite number. The pairs that such a query or key counts in have a gradient of the score that is
+    NaN, or 0 at the sigmoid's ends; times it, 0 would be NaN for pixels outside its window, or where its label is
+    ignored.
+    """
+    return tl.where(tl.abs(values.to(tl.float32)) < float("inf"), values, 0.0)
+
+
+@triton.jit
 def _scores(
     query, key, maps, head, image, own, other, inside, key_inside, near,
     query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d, maps_b, maps_h, maps_i, maps_j,
@@ -69,10 +78,10 @@ def _scores(
 
 @triton.jit
 def _pairs(
-    query, key, maps, head, labels, window, grad_window, slopes, out, partial, counts,
+    query, key, maps, head, labels, grad_window, slopes, out, partial, counts,
     height, width, radius, tiles_y, tiles_x,
     query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d, maps_b, maps_h, maps_i, maps_j,
-    window_b, window_t, window_y, window_x, grad_b, grad_t, grad_y, grad_x,
+    grad_b, grad_t, grad_y, grad_x,
     HEADS: tl.constexpr, DEPTH: tl.constexpr, REACH: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr,
     FROM_MAPS: tl.constexpr, GOAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -90,20 +99,13 @@ def _pairs(
         near = near & inside[:, None] & key_inside[None, :]
         side = 2 * radius + 1
         tap, back = (dy + radius) * side + dx + radius, (radius - dy) * side + radius - dx
-        if GOAL == WINDOW_GRADIENT:
-            at = window + image * window_b + tap.to(tl.int64) * window_t + (y * window_y + x * window_x)[:, None]
-            affinity = tl.load(at, mask=near, other=0.0).to(tl.float32)
-            at = grad_window + image * grad_b + tap.to(tl.int64) * grad_t + (y * grad_y + x * grad_x)[:, None]
-            grad = tl.load(at, mask=near, other=0.0).to(tl.float32)
-            at = grad_window + image * grad_b + back.to(tl.int64) * grad_t + (key_y * grad_y + key_x * grad_x)[None, :]
-            grad += tl.load(at, mask=near, other=0.0).to(tl.float32)
-            result = affinity * (1.0 - affinity) * grad
-        else:
-            scores = _scores(query, key, maps, head, image, own, other, inside, key_inside, near,
-                             query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
-                             maps_b, maps_h, maps_i, maps_j,
-                             HEADS, DEPTH, SIDE, CHANNELS, FROM_MAPS, WIDE)  # fmt: skip
-            result = tl.sigmoid(scores + tl.load(head + HEADS))
+        scores = _scores(query, key, maps, head, image, own, other, inside, key_inside, near,
+                         query_b, query_h, query_n, query_d, key_b, key_h, key_n, key_d,
+                         maps_b, maps_h, maps_i, maps_j,
+                         HEADS, DEPTH, SIDE, CHANNELS, FROM_MAPS, WIDE)  # fmt: skip
+        scores += tl.load(head + HEADS)
+        # 1 - A as the sigmoid of -z: the difference cancels where A is near 1.
+        result, rest = tl.sigmoid(scores), tl.sigmoid(-scores)
         if GOAL == WINDOW:
             pixels = height * width
             taps = image * side * side
@@ -120,14 +122,21 @@ def _pairs(
                 same = counted & (own_label == other_label)
                 different = counted & (own_label != other_label)
             if GOAL == LOSS:
-                tl.store(partial + 2 * program, weight * tl.sum(tl.where(same, 1.0 - result, 0.0)))
+                tl.store(partial + 2 * program, weight * tl.sum(tl.where(same, rest, 0.0)))
                 tl.store(partial + 2 * program + 1, weight * tl.sum(tl.where(different, result, 0.0)))
                 tl.store(counts + 2 * program, weight * tl.sum(same.to(tl.int32)))
                 tl.store(counts + 2 * program + 1, weight * tl.sum(different.to(tl.int32)))
             else:
                 if GOAL == SCORE_GRADIENT:
                     slope = tl.where(same, tl.load(slopes), tl.load(slopes + 1))
-                    result = tl.where(counted, 2.0 * slope * result * (1.0 - result), 0.0)
+                    result = tl.where(counted, 2.0 * slope * result * rest, 0.0)
+                else:
+                    at = grad_window + image * grad_b + tap.to(tl.int64) * grad_t + (y * grad_y + x * grad_x)[:, None]
+                    grad = tl.load(at, mask=near, other=0.0).to(tl.float32)
+                    at = grad_window + image * grad_b + back.to(tl.int64) * grad_t
+                    at += (key_y * grad_y + key_x * grad_x)[None, :]
+                    grad += tl.load(at, mask=near, other=0.0).to(tl.float32)
+                    result = tl.where(near, result * rest * grad, 0.0)
                 pixel = tl.arange(0, SIDE * SIDE)
                 at = pixel[:, None] * SIDE * SIDE + pixel[None, :]
                 tl.store(out + program * SIDE * SIDE * SIDE * SIDE + at, result)
@@ -163,7 +172,7 @@ def _product(
             at = pixel[:, None] * rows + pixel[None, :] * columns
             pairs = tl.load(gradient + program * SIDE * SIDE * SIDE * SIDE + at)
             y, x, inside = _tile(other, tiles_x, height, width, SIDE)
-            value = _rows(base, y * width + x, inside, values_n, values_d, channel, depth, WIDE)
+            value = _finite(_rows(base, y * width + x, inside, values_n, values_d, channel, depth, WIDE))
             if HALF:
                 # Gradients of a mean over many pairs lie below half precision's range: each tile is scaled to 1.
                 largest = tl.max(tl.abs(pairs))
@@ -175,7 +184,7 @@ def _product(
     mask = inside[:, None] & (channel < depth)[None, :]
     if DOT:
         base = own_values + image * own_b + h * own_h
-        own = _rows(base, y * width + x, inside, own_n, own_d, channel, depth, WIDE).to(tl.float32)
+        own = _finite(_rows(base, y * width + x, inside, own_n, own_d, channel, depth, WIDE)).to(tl.float32)
         product = tl.sum(tl.where(mask, own * total, 0.0))
         tl.store(dots + (image * tl.num_programs(0) + tile) * tl.num_programs(1) + tl.program_id(1), product)
     if WRITE:

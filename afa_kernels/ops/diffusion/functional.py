@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import backends
-from ...core.checks import FARTHEST, FLOATS, check_class_mask, check_int, check_same_device, check_tensor
+from ...core.checks import (
+    FARTHEST,
+    FLOATS,
+    MOST_STEPS,
+    check_class_mask,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
 from ...core.implementations import implementation
 from ...core.self_check import Draw, Sample
 from ...core.taps import clipped
@@ -37,11 +45,14 @@ def _check_offsets(offsets: Tensor | Sequence[Sequence[int]], taps: int) -> tupl
                 f"offsets must be [T, 2] with T = {taps} as in weights, got {tuple(offsets.shape)}"
             )
         return offsets.to(torch.int64), None
-    pairs = [tuple(check_int(value, "offsets", -FARTHEST, FARTHEST) for value in pair) for pair in offsets]
+    expected = f"offsets must be {taps} pairs (dy, dx), one per channel of weights"
+    try:
+        values = [tuple(pair) for pair in offsets]
+    except TypeError:
+        raise TypeError(f"{expected}, got {offsets!r}") from None
+    pairs = [tuple(check_int(value, "offsets", -FARTHEST, FARTHEST) for value in pair) for pair in values]
     if len(pairs) != taps or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"offsets must be {taps} pairs (dy, dx), one per channel of weights, got {len(pairs)}"
-        )
+        raise ValueError(f"{expected}, got {len(pairs)}" if len(pairs) != taps else f"{expected}, got {pairs}")
     return torch.tensor(pairs, dtype=torch.int64), pairs
 
 
@@ -78,7 +89,7 @@ def diffuse(
     check_tensor(masks, "masks", ("B", "C", "H", "W"), FLOATS, B=batch, H=height, W=width)
     check_same_device(weights, "weights", masks=masks)
     check_class_mask(class_mask, masks)
-    num_iter = check_int(num_iter, "num_iter", 0)
+    num_iter = check_int(num_iter, "num_iter", 0, MOST_STEPS)
     if border not in BORDERS:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")
     offsets, pairs = _check_offsets(offsets, taps)

@@ -37,6 +37,8 @@ def diffuse(
     weights [B, T, H, W], masks [B, C, H, W] -> [B, C, H, W] in the dtype of masks; sums in float32 (float64 if
     either is).
     """
+    if num_iter == 0:
+        return no_steps(masks, weights, class_mask)
     dtype = torch.promote_types(torch.promote_types(weights.dtype, masks.dtype), torch.float32)
     weights, result = weights.to(dtype), masks.to(dtype)
     keep = None if class_mask is None else class_mask[:, :, None, None]
@@ -46,4 +48,11 @@ def diffuse(
         result = (weights.unsqueeze(1) * shifted(result, offsets, border)).sum(dim=2)
     if keep is not None:
         result = torch.where(keep, result, 0)
-    return result.to(masks.dtype, copy=num_iter == 0)
+    return result.to(masks.dtype)
+
+
+def no_steps(masks: torch.Tensor, source: torch.Tensor, class_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy of the masks, present classes only, in which what the weights come from has a gradient: 0."""
+    keep = torch.ones((), dtype=torch.bool, device=masks.device)
+    unmoved = torch.where(keep, masks, source[:, :1].to(masks.dtype))
+    return unmoved if class_mask is None else torch.where(class_mask[:, :, None, None], unmoved, 0)

@@ -5,12 +5,13 @@
 
 The formulas stand in `reference`. The gradient of the masks is the adjoint diffusion, with the weights computed again
 rather than kept. The gradient of the images is the one exception to the rule that only the ``"reference"`` backend runs
-through `reference`: training does not ask for it, so it has no kernel, and PyTorch derives the formula.
+through `reference`: training does not ask for it, so it has no kernel, and PyTorch derives the formula, twice where
+a second backward is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,11 @@ from torch import Tensor
 from ...core import backends
 from ...core.checks import (
     FLOATS,
+    MOST_STEPS,
     check_class_mask,
     check_dilations,
     check_float,
+    check_images,
     check_int,
     check_same_device,
     check_tensor,
@@ -65,12 +68,12 @@ def refine(
     names: tuple[str, str] = ("images", "masks"),
 ) -> Tensor:
     """`par` (three factors) and `pamr` (none)."""
-    check_tensor(images, names[0], ("B", 3, "H", "W"))
+    check_images(images, names[0])
     check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS, B=images.shape[0])
     check_same_device(images, names[0], **{names[1]: masks})
     check_class_mask(class_mask, masks, names[1])
     dilations = check_dilations(dilations)
-    num_iter = check_int(num_iter, "num_iter", 0)
+    num_iter = check_int(num_iter, "num_iter", 0, MOST_STEPS)
     dtype = masks.dtype
     if check_resize(resize) == "mask":
         masks = _resized(masks, images)
@@ -110,7 +113,9 @@ def par(
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
 
     Returns:
-        [B, C, H, W], or [B, C, h, w] with ``resize="image"``, in the dtype of masks. Weights and sums are float32.
+        [B, C, H, W], or [B, C, h, w] with ``resize="image"``, in the dtype of masks. Weights and sums are float32. As
+        published, a pixel that differs in one colour from taps that are all the same in it gets nearly uniform weights,
+        whatever its other colours say: they are lost in float32 beside a distance over a deviation of 0.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
@@ -135,7 +140,7 @@ def pamr(
 
 
 def _weights(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:
-    check_tensor(images, "images", ("B", 3, "H", "W"))
+    check_images(images, "images")
     dilations = check_dilations(dilations)
     chosen = backends.choose("par_weights", backend, images)
     if chosen == "reference":
@@ -239,22 +244,33 @@ def _images_gradient(
 ) -> Tensor:
     if num_iter == 0:
         return torch.zeros_like(images)
-    with torch.enable_grad():
-        leaf = images.detach().float().requires_grad_()
-        out = reference.refine(
-            leaf, masks.detach().float(), dilations, num_iter, tuple(factors) or None, class_mask
-        )
-        return torch.autograd.grad(out, leaf, grad.float())[0].to(images.dtype)
+
+    def refined(images: Tensor, masks: Tensor) -> Tensor:
+        return reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask)
+
+    return _through_formula(refined, images, grad, masks)
 
 
 def _weights_gradient(images: Tensor, grad: Tensor, dilations: list[int], factors: list[float]) -> Tensor:
-    with torch.enable_grad():
-        leaf = images.detach().float().requires_grad_()
+    def weights(images: Tensor) -> Tensor:
         if factors:
-            weights = reference.par_weights(leaf, dilations, *factors)
+            return reference.par_weights(images, dilations, *factors)
+        return reference.pamr_weights(images, dilations)
+
+    return _through_formula(weights, images, grad)
+
+
+def _through_formula(formula: Callable[..., Tensor], images: Tensor, grad: Tensor, *others: Tensor) -> Tensor:
+    """The gradient of the images in ``formula(images, *others)``, with a backward of its own where one may follow."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if again:
+            leaf = images.view_as(images)  # others may come from the images too, which is no part of this
         else:
-            weights = reference.pamr_weights(leaf, dilations)
-        return torch.autograd.grad(weights, leaf, grad.float())[0].to(images.dtype)
+            leaf, *others = (tensor.detach() for tensor in (images, *others))
+            leaf.requires_grad_()
+        out = formula(leaf.float(), *(other.float() for other in others))
+        return torch.autograd.grad(out, leaf, grad.float(), create_graph=again)[0]
 
 
 def _save_images(ctx, inputs, output):

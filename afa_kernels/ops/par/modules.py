@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...core.checks import check_dilations, check_int
+from ...core.checks import MOST_STEPS, check_dilations, check_int
 from .functional import check_factors, check_resize, refine
 
 
@@ -34,7 +34,7 @@ class PAR(nn.Module):
     def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask") -> None:
         super().__init__()
         self.dilations = check_dilations(dilations)
-        self.num_iter = check_int(num_iter, "num_iter", 0)
+        self.num_iter = check_int(num_iter, "num_iter", 0, MOST_STEPS)
         self.resize = check_resize(resize)
         self.register_buffer("kernel", _neighbour_kernel(difference=False))
         self.dim = 2
@@ -74,7 +74,7 @@ class PAMR(nn.Module):
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask") -> None:
         super().__init__()
-        self.num_iter = check_int(num_iter, "num_iter", 0)
+        self.num_iter = check_int(num_iter, "num_iter", 0, MOST_STEPS)
         self.resize = check_resize(resize)
         self.dilations = check_dilations(dilations)
         self.aff_x = _holding(_neighbour_kernel(difference=True))

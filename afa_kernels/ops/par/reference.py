@@ -13,13 +13,18 @@ Images beyond 0..1 are taken as they are. sigma is finite for finite pixels, tho
 about 1e18 on: PyTorch sums them in float64 on a CPU (on CUDA it does not, and they do overflow), the kernels shrink
 such pixels first. Weights are NaN where a neighbour is NaN or infinite, and where every neighbour is so far from the
 pixel, in sigmas, that kappa overflows.
+
+Where all taps of a pixel have the same value of one colour and the pixel another, PAR's sigma of it is 0 and its share
+of kappa -1e12 or more, equal for all taps. Exact arithmetic would choose among them by the other colours alone (weights
+up to 0.9 away); float32 loses these beside it, and the weights come out nearly uniform. So they do in the published
+code, and in the kernels. PAMR's sigma has the pixel itself in it, and is not 0 there.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..diffusion.reference import diffuse, shifted
+from ..diffusion.reference import diffuse, no_steps, shifted
 
 
 def tap_offsets(dilations: list[int]) -> list[tuple[int, int]]:
@@ -67,6 +72,8 @@ def refine(
     """Weights, then num_iter steps of diffusion; factors (w1, w2, w3) for PAR, None for PAMR. masks have the
     image's size.
     """
+    if num_iter == 0:
+        return no_steps(masks, images, class_mask)
     dtype = torch.promote_types(torch.promote_types(images.dtype, masks.dtype), torch.float32)
     pixels = images.to(dtype)
     weights = pamr_weights(pixels, dilations) if factors is None else par_weights(pixels, dilations, *factors)

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ...core import backends
 from ...core.checks import (
+    FARTHEST,
     FLOATS,
     INTEGERS,
+    MOST_STEPS,
     check_class_mask,
     check_float,
     check_int,
@@ -28,13 +30,14 @@ from ...core.checks import (
 )
 from ...core.implementations import implementation
 from ...core.self_check import Draw, Sample
+from ...core.transforms import no_autocast
 from . import reference
 
 # --- checks -------------------------------------------------------------------------------------------------
 
 
 def _check(affinity: Tensor, cams: Tensor, radius: int, power: float, eps: float) -> tuple[int, float, float]:
-    radius = check_int(radius, "radius", 0)
+    radius = check_int(radius, "radius", 0, FARTHEST)
     check_window(affinity, radius)
     batch, _, height, width = affinity.shape
     check_tensor(cams, "cams", ("B", "C", "h", "w"), FLOATS, B=batch, h=height, w=width)
@@ -76,12 +79,12 @@ def random_walk(
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
     """
     radius, power, eps = _check(affinity, cams, radius, power, eps)
-    num_steps = check_int(num_steps, "num_steps", 0)
+    num_steps = check_int(num_steps, "num_steps", 0, MOST_STEPS)
     check_class_mask(class_mask, cams, "cams")
     chosen = backends.choose("random_walk", backend, affinity, cams)
     inputs = affinity, cams, radius, power, num_steps, eps, class_mask
     if chosen == "reference":
-        with torch.autocast(cams.device.type, enabled=False):
+        with no_autocast(cams.device):
             return reference.random_walk(*inputs)
     return torch.ops.afa.random_walk(*inputs, False, chosen)
 
@@ -90,7 +93,7 @@ def random_walk_with_background(
     affinity: Tensor,
     cams: Tensor,
     cls_labels: Tensor,
-    score: float | Sequence[float],
+    score: float | Sequence[float] | Tensor,
     radius: int,
     power: float = 2,
     eps: float = 0.1,
@@ -106,8 +109,8 @@ def random_walk_with_background(
         affinity, radius, power, eps: as in `random_walk`.
         cams: [B, K, h, w] class activation, in 0..1 where the score is to mean what it does in the paper.
         cls_labels: [B, K], above 0 where the image has the class; bool, integers or floats.
-        score: the background score, or several of them, which share the walk's weights and go through it
-            together.
+        score: the background score, or several of them (a sequence, or an array or tensor of one axis), which share
+            the walk's weights and go through it together. Numbers: a tensor that asks for a gradient is refused.
         backend: as in `random_walk`.
 
     Returns:
@@ -121,10 +124,7 @@ def random_walk_with_background(
     batch, classes = cams.shape[:2]
     check_tensor(cls_labels, "cls_labels", ("B", "K"), (torch.bool, *INTEGERS, *FLOATS), B=batch, K=classes)
     check_same_device(cams, "cams", cls_labels=cls_labels)
-    several = isinstance(score, Sequence) and not isinstance(score, str)
-    scores = [check_float(value, "score") for value in (score if several else [score])]
-    if not scores:
-        raise ValueError("score must be a number or a sequence of at least one number, got an empty sequence")
+    scores, several = _check_score(score)
     probabilities, present = _with_background(cams, cls_labels, scores)
     walked = random_walk(
         affinity,
@@ -138,6 +138,18 @@ def random_walk_with_background(
     )
     walked = walked.unflatten(1, (len(scores), classes + 1)).transpose(0, 1).to(cams.dtype)
     return walked if several else walked[0]
+
+
+def _check_score(score: float | Sequence[float] | Tensor) -> tuple[list[float], bool]:
+    """The scores, and whether they came as several."""
+    if isinstance(score, Tensor) and score.requires_grad:
+        raise ValueError("score must be a number or several, which have no gradient: score.detach()")
+    values = score.tolist() if isinstance(score, Tensor) or hasattr(score, "__array__") else score
+    several = isinstance(values, Sequence) and not isinstance(values, str)
+    scores = [check_float(value, "score") for value in (values if several else [values])]
+    if not scores:
+        raise ValueError("score must be a number or a sequence of at least one number, got an empty sequence")
+    return scores, several
 
 
 def _with_background(

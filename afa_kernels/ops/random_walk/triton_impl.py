@@ -1,8 +1,9 @@
 """The random walk in Triton: the ``triton`` backend.
 
-`_inverse_sums` adds up the columns of A^p that end at each pixel, `_weights` writes T, and the steps are
-the diffusion's with zero border. The gradient of the affinity takes two launches of the same shape: `_slopes`
-forms dL/dT and each pixel's dL/dD, `_affinity_gradient` brings them together. Floor: A read twice, T written once.
+`_sums` adds up the columns of A^p that end at each pixel, `_weights` writes T, and the steps are the diffusion's with
+zero border. The gradient of the affinity takes two launches of the same shape: `_slopes` forms dL/dT and each pixel's
+D dL/dD, `_affinity_gradient` brings them together. Nothing is multiplied by 1 / D, which of a D below the normal
+numbers is infinite. Floor: A read twice, T written once.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def _power(value, power, POWER: tl.constexpr):
 
 
 @triton.jit
-def _inverse_sums(
-    affinity, inverse, height, width, power, eps, affinity_b, affinity_t, affinity_y, affinity_x,
+def _sums(
+    affinity, totals, height, width, power, eps, affinity_b, affinity_t, affinity_y, affinity_x,
     RADIUS: tl.constexpr, POWER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """inverse [B, N]: 1 / D."""
+    """totals [B, N]: D."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     y, x = pixel // width, pixel % width
@@ -44,41 +45,42 @@ def _inverse_sums(
         value = tl.load(plane + from_y * affinity_y + from_x * affinity_x, mask=exists, other=0.0)
         total += _power(value.to(tl.float32), power, POWER)
         plane += affinity_t  # a pointer, so that no index outgrows 32 bits
-    tl.store(inverse + image * height * width + pixel, 1.0 / (total + eps), mask=y < height)
+    tl.store(totals + image * height * width + pixel, total + eps, mask=y < height)
 
 
 @triton.jit
 def _weights(
-    affinity, inverse, weights, height, width, power, affinity_b, affinity_t, affinity_y, affinity_x,
+    affinity, totals, weights, height, width, power, affinity_b, affinity_t, affinity_y, affinity_x,
     RADIUS: tl.constexpr, POWER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """weights [B, taps, H, W]: T, 0 where a tap leaves the image."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     y, x = pixel // width, pixel % width
-    scale = tl.load(inverse + image * height * width + pixel, mask=y < height, other=0.0)
+    total = tl.load(totals + image * height * width + pixel, mask=y < height, other=1.0)
     plane = affinity + image * affinity_b
     out = weights + image * (2 * RADIUS + 1) * (2 * RADIUS + 1) * height * width
     for tap in range((2 * RADIUS + 1) * (2 * RADIUS + 1)):
         to_y, to_x = y + tap // (2 * RADIUS + 1) - RADIUS, x + tap % (2 * RADIUS + 1) - RADIUS
         exists = (y < height) & (to_y >= 0) & (to_y < height) & (to_x >= 0) & (to_x < width)
         value = tl.load(plane + y * affinity_y + x * affinity_x, mask=exists, other=0.0)
-        tl.store(out + pixel, _power(value.to(tl.float32), power, POWER) * scale, mask=y < height)
+        # Where a tap leaves the image that is 0, whatever D.
+        weight = tl.where(exists, _power(value.to(tl.float32), power, POWER) / total, 0.0)
+        tl.store(out + pixel, weight, mask=y < height)
         plane += affinity_t
         out += height * width
 
 
 @triton.jit
 def _slopes(
-    weights, inverse, states, grads, slopes, sums, height, width,
+    weights, states, grads, slopes, sums, height, width,
     states_b, states_c, states_y, states_x, grads_b, grads_c, grads_y, grads_x,
     CHANNELS: tl.constexpr, RADIUS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """slopes [B, taps, N]: dL/dT / D; sums [B, N]: dL/dD = -sum_t T dL/dT / D."""
+    """slopes [B, taps, N]: dL/dT; sums [B, N]: D dL/dD = -sum_t T dL/dT."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     y, x = pixel // width, pixel % width
-    scale = tl.load(inverse + image * height * width + pixel, mask=y < height, other=0.0)
     total = tl.zeros((PIXELS,), dtype=tl.float32)
     plane = image * (2 * RADIUS + 1) * (2 * RADIUS + 1) * height * width
     for tap in range((2 * RADIUS + 1) * (2 * RADIUS + 1)):
@@ -91,7 +93,6 @@ def _slopes(
             slope += value * tl.load(grad + y * grads_y + x * grads_x, mask=exists, other=0.0)
             state += states_c
             grad += grads_c
-        slope *= scale
         tl.store(slopes + plane + pixel, slope, mask=y < height)
         total -= tl.load(weights + plane + pixel, mask=y < height, other=0.0) * slope
         plane += height * width
@@ -100,13 +101,16 @@ def _slopes(
 
 @triton.jit
 def _affinity_gradient(
-    affinity, slopes, sums, out, height, width, power, affinity_b, affinity_t, affinity_y, affinity_x,
+    affinity, totals, slopes, sums, out, height, width, power, affinity_b, affinity_t, affinity_y, affinity_x,
     RADIUS: tl.constexpr, POWER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """out [B, taps, H, W]: p A^(p-1) (dL/dT / D + dL/dD of the neighbour), 0 where a tap leaves the image."""
+    """out [B, taps, H, W]: p A^(p-1) / D dL/dT + p A^(p-1) / D dL/dD, the second of the neighbour; 0 where a tap leaves
+    the image.
+    """
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     y, x = pixel // width, pixel % width
+    total = tl.load(totals + image * height * width + pixel, mask=y < height, other=1.0)
     plane = image * (2 * RADIUS + 1) * (2 * RADIUS + 1) * height * width
     source = affinity + image * affinity_b
     for tap in range((2 * RADIUS + 1) * (2 * RADIUS + 1)):
@@ -119,15 +123,16 @@ def _affinity_gradient(
             base = value * 0.0 + 1.0
         else:
             base = power * tl.exp2((power - 1.0) * tl.log2(value))
-        slope = tl.load(slopes + plane + pixel, mask=exists, other=0.0)
-        slope += tl.load(sums + image * height * width + to_y * width + to_x, mask=exists, other=0.0)
-        tl.store(out + plane + pixel, tl.where(exists, base * slope, 0.0), mask=y < height)
+        to = image * height * width + to_y * width + to_x
+        result = base / total * tl.load(slopes + plane + pixel, mask=exists, other=0.0)
+        result += base / tl.load(totals + to, mask=exists, other=1.0) * tl.load(sums + to, mask=exists, other=0.0)
+        tl.store(out + plane + pixel, tl.where(exists, result, 0.0), mask=y < height)
         source += affinity_t
         plane += height * width
 
 
 class _Walk:
-    """1 / D and T of an affinity."""
+    """D and T of an affinity."""
 
     def __init__(self, affinity: Tensor, radius: int, power: float, eps: float):
         batch, _, height, width = affinity.shape
@@ -136,11 +141,11 @@ class _Walk:
         self.sizes = height, width
         self.options = {"RADIUS": radius, "PIXELS": self.pixels}
         self.power = {"POWER": int(power) if power in (1, 2) else 0}
-        self.inverse = torch.empty(batch, height, width, dtype=torch.float32, device=affinity.device)
+        self.totals = torch.empty(batch, height, width, dtype=torch.float32, device=affinity.device)
         self.weights = torch.empty(affinity.shape, dtype=torch.float32, device=affinity.device)
         options = {**self.options, **self.power}
-        _inverse_sums[self.grid](affinity, self.inverse, height, width, power, eps, *affinity.stride(), **options)
-        inputs = affinity, self.inverse, self.weights, height, width, power
+        _sums[self.grid](affinity, self.totals, height, width, power, eps, *affinity.stride(), **options)
+        inputs = affinity, self.totals, self.weights, height, width, power
         _weights[self.grid](*inputs, *affinity.stride(), **options)
 
 
@@ -164,12 +169,12 @@ def random_walk_affinity_gradient(
     affinity: Tensor, states: Tensor, grads: Tensor, radius: int, power: float, eps: float
 ) -> Tensor:
     walk = _Walk(affinity, radius, power, eps)
-    slopes, sums = torch.empty_like(walk.weights), torch.empty_like(walk.inverse)
-    inputs = walk.weights, walk.inverse, states, grads, slopes, sums, *walk.sizes, *states.stride(), *grads.stride()
+    slopes, sums = torch.empty_like(walk.weights), torch.empty_like(walk.totals)
+    inputs = walk.weights, states, grads, slopes, sums, *walk.sizes, *states.stride(), *grads.stride()
     _slopes[walk.grid](*inputs, CHANNELS=states.shape[1], **walk.options)
     # The interpreter would truncate to bfloat16 rather than round.
     dtype = torch.float32 if interpreted() else affinity.dtype
     out = torch.empty(affinity.shape, dtype=dtype, device=affinity.device)
-    inputs = affinity, slopes, sums, out, *walk.sizes, power, *affinity.stride()
+    inputs = affinity, walk.totals, slopes, sums, out, *walk.sizes, power, *affinity.stride()
     _affinity_gradient[walk.grid](*inputs, **walk.options, **walk.power)
     return out.to(affinity.dtype)
