@@ -45,6 +45,12 @@ class TrainingError(AfaError, RuntimeError):
     exit_code = 1  # nothing was asked wrongly: the run itself failed
 
 
+class ProcessError(AfaError, RuntimeError):
+    """Another one of the processes that train together ended, or did not answer in time."""
+
+    exit_code = 1
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, in one line: the system's own words where there are any (a library raises an error of its own
     on top), and the kind of error before words that say nothing alone, such as a KeyError's ``101``.

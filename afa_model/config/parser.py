@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,8 +108,8 @@ def find_config(name: str) -> str:
     Raises:
         ConfigError: there is neither.
     """
-    if Path(name).is_file():
-        return name
+    if Path(name).expanduser().is_file():
+        return os.path.expanduser(name)
     known = CONFIG_FOLDER / f"{Path(name).stem}.yaml"
     if Path(name).name == name and known.is_file():
         return str(known)

@@ -38,7 +38,8 @@ def test_the_systems_words_come_before_a_librarys():
 def test_a_foreign_error_names_the_file():
     with pytest.raises(DataError, match=r"^mask a\.png cannot be read: KeyError 7$"), naming("a.png", "mask"):
         {}[7]
-    with pytest.raises(CheckpointError, match=r"^file b is cut: no end$"), naming("b", kind=CheckpointError, is_not="is cut"):
+    cut = naming("b", kind=CheckpointError, is_not="is cut")
+    with pytest.raises(CheckpointError, match=r"^file b is cut: no end$"), cut:
         raise ValueError("no end")
 
 
