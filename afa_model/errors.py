@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class AfaError(Exception):
@@ -68,3 +70,45 @@ class TrainingError(AfaError, RuntimeError):
     """Training cannot go on; the message says why and what was saved."""
 
     exit_code = 1  # nothing was asked wrongly: the run itself failed
+
+
+class ProcessError(AfaError, RuntimeError):
+    """Another one of the processes that train together ended, or did not answer in time."""
+
+    exit_code = 1
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: the system's own words where there are any (a library raises an error of its own
+    on top), and the kind of error before words that say nothing alone, such as a KeyError's ``101``.
+    """
+    innermost = error
+    while not isinstance(innermost, OSError) and (innermost.__cause__ or innermost.__context__) is not None:
+        innermost = innermost.__cause__ or innermost.__context__
+    if isinstance(innermost, OSError):
+        return innermost.strerror or " ".join(str(innermost).split()) or type(innermost).__name__
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    return words if " " in words and not isinstance(error, KeyError) else f"{kind} {words}".strip()
+
+
+@contextlib.contextmanager
+def naming(
+    path: str | os.PathLike, what: str = "file", kind: type[AfaError] = DataError, is_not: str = "cannot be read"
+) -> Iterator[None]:
+    """Whatever goes wrong inside goes wrong with the file ``path``, and is told so: ``WHAT PATH IS_NOT: REASON``.
+
+        with naming(path, "mask"):
+            Image.open(path).load()
+
+    Broken bytes lead a decoder to raise anything at all. An error of this project has named its file already.
+
+    Raises:
+        kind: in place of any other exception.
+    """
+    try:
+        yield
+    except AfaError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} {path} {is_not}: {reason(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -52,7 +53,8 @@ def _data_main(argv: Sequence[str]) -> int:
         " All other options are those of `afa train`, such as --data.root DIR and --data.num_workers N.",
     )
     parser.add_argument("--batches", type=int, default=50, help="batches to measure (default: 50)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON; - prints them")
+    told = "also write the numbers as JSON; - prints them"
+    parser.add_argument("--json", type=os.path.expanduser, metavar="FILE", help=told)
     options, rest = parser.parse_known_args(argv)
     if options.batches < 1:
         parser.error(f"--batches: expected at least 1, got {options.batches}")

@@ -17,7 +17,7 @@ from ..evaluation.scores import EvaluationResult
 from ..labels.settings import LabelSettings
 from ..runtime.processes import processes
 from ..runtime.writing import writable_file
-from .options import asks_for_help, mistakes_named, parser_of, restored, set_defaults
+from .options import asks_for_help, mistakes_named, parser_of, restored, set_defaults, told_of_the_run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,12 +52,13 @@ def main(argv: Sequence[str]) -> None:
     outputs = {kind: options[kind] for kind in ("json", "csv") if options[kind] is not None}
     outputs = {kind: writable_file(path, kind) for kind, path in outputs.items()}
     with processes(options.device) as here, mistakes_named():
-        dataset = EvaluationSet(data)
+        with told_of_the_run(run, data):
+            dataset = EvaluationSet(data)
         result = evaluate(run.model.to(here.device), dataset, settings, labels)
         if not here.first:
             return
         result.about.update(checkpoint=str(run.path), iteration=run.iteration, root=data.root)
-        print(f"{run.path}, trained for {run.iteration} steps, on {data.val_split} of {data.root}")
+        print(f"{run.path}, {run.trained}, on {data.val_split} of {data.root}")
         problems = _written(result, outputs)
         console = Console()
         result.print(console if console.is_terminal else Console(width=120))

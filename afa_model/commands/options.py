@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
 
 from ..config import Parser
-from ..errors import AfaError, ConfigError
+from ..data.datasets import DataSettings
+from ..errors import AfaError, ConfigError, DataError
 from ..runs.restore import Restored, load_model
 
 
@@ -68,6 +70,21 @@ def set_defaults(parser: Parser, values: Mapping[str, Any]) -> None:
 def part(kind: type, options: Namespace) -> Namespace:
     """Those of the options that are fields of a settings dataclass."""
     return Namespace(**{name: options[name] for name in kind.__dataclass_fields__})
+
+
+@contextlib.contextmanager
+def told_of_the_run(run: Restored, data: DataSettings) -> Iterator[None]:
+    """What is wrong with data whose relative root is the checkpoint's is told with where that came from."""
+    try:
+        yield
+    except DataError as error:
+        root = data.root
+        if os.path.isabs(root) or root != run.config.data.root or run.folder == os.getcwd():
+            raise
+        where = f"in {run.folder}: --data.root {os.path.join(run.folder, root)}" if run.folder else "in another folder"
+        raise DataError(
+            str(error), [f"data.root {root} is what the checkpoint {run.path} says; its run was started {where}"]
+        ) from error
 
 
 @contextlib.contextmanager

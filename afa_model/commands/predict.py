@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from os.path import expanduser
 from pathlib import Path
 
 from ..config import section
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default="predictions", help="folder to write into")
     parser.add_argument(
         "--head_weights",
-        type=str,
+        type=expanduser,
         default=None,
         metavar="FILE",
         help="draw how much each attention head counts in the affinity as this PNG; photographs may then be left out",
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     with processes(options.device) as here, mistakes_named():
         model = run.model.to(here.device)
         if options.head_weights is not None:
-            title = f"{run.path.name}, step {run.iteration}"
+            title = f"{run.path.name}, {run.trained}"
             print(f"wrote {draw_head_weights(model, options.head_weights, title)}")
             if not options.images:
                 return 0

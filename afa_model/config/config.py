@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,9 +15,12 @@ from ..errors import ConfigError
 from ..evaluation.evaluate import EvaluateSettings
 from ..labels.settings import LabelSettings
 from ..networks.settings import ModelSettings
-from ..runtime.processes import check_device
+from ..runtime.processes import PROCESS_TIMEOUT, check_device
 from ..training.schedule import OptimSettings, ScheduleSettings
 from ..training.step import StepSettings
+
+MOST_SEED = 2**63
+"""What torch's generators take, with room for a number per process."""
 
 
 @dataclass
@@ -76,13 +80,15 @@ class Config:
 
     Args:
         out: folder for checkpoints, logs and pictures.
-        resume: never, auto (the newest checkpoint in out, if there is one) or the path of a checkpoint.
+        resume: never, auto (the newest checkpoint in out, if there is one), a checkpoint, or another run's folder (the
+            newest in it).
         seed: of weights, dropout, the order of the data and their augmentation.
         device: auto (CUDA if there is one), cpu, cuda or cuda:N.
         amp: auto (bfloat16 where the device is a GPU that has it), bf16 or off.
         channels_last: keep images and convolution weights in channels_last memory format.
         compile: run backbone and decoder through torch.compile while training (for GPUs; starts slowly).
         cuda_graph: on a GPU, make the pseudo-labels in a CUDA graph.
+        process_timeout: minutes that one of several processes waits for another before the run ends with an error.
         data: where the images and labels are.
         augment: how training photographs are varied.
         loader: how they are grouped.
@@ -104,6 +110,7 @@ class Config:
     channels_last: bool = False
     compile: bool = False
     cuda_graph: bool = False
+    process_timeout: float = PROCESS_TIMEOUT
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)
@@ -129,6 +136,7 @@ def check(config: Config) -> Config:
     Raises:
         ConfigError: naming the key, what was expected and what was given.
     """
+    config.out, config.resume = os.path.expanduser(config.out), os.path.expanduser(config.resume)
     for name, part in sections(config).items():
         try:
             getattr(part, "__post_init__", lambda: None)()  # again: values may have been changed since
@@ -140,7 +148,8 @@ def check(config: Config) -> Config:
         " schedule.warmup_iters, step.cam_iters and step.aff_iters)"
     )
     try:
-        require(config.seed >= 0, "seed", "at least 0", config.seed)
+        require(0 <= config.seed < MOST_SEED, "seed", f"0 .. {MOST_SEED - 1}", config.seed)
+        require(0 < config.process_timeout < 1e6, "process_timeout", "minutes above 0", config.process_timeout)
         check_device(config.device)
         require(bool(config.out), "out", "a folder", config.out)
         graphed = config.cuda_graph and step.cam_mode == "train"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,9 +108,10 @@ def find_config(name: str) -> str:
     Raises:
         ConfigError: there is neither, or the file holds no settings.
     """
-    if Path(name).is_file():
-        _check_file(name)
-        return name
+    if Path(name).expanduser().is_file():
+        path = os.path.expanduser(name)
+        _check_file(path)
+        return path
     known = CONFIG_FOLDER / f"{Path(name).stem}.yaml"
     if Path(name).name == name and known.is_file():
         return str(known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,9 @@ class DataSettings:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("root", "train_split", "val_split", "label_file"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.without_class not in ("refuse", "background"):
             raise ValueError(f"without_class: expected refuse or background, got {self.without_class!r}")
         require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ..conventions import require
-from ..errors import DataError
-from .datasets import TrainingSet
+from ..errors import AfaError, TrainingError, naming, reason
+from ..runtime.signals import end_with_parent, held_back
+from .datasets import EvaluationSet, TrainingSet
 
 
 @dataclass
@@ -91,20 +93,6 @@ class ResumableBatchSampler(Sampler):
         return int(self._order[place]), sample_seed
 
 
-class NamingLoader(DataLoader):
-    """A loader whose processes' errors about a file are as short as the main process's: the file and what is wrong."""
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from super().__iter__()
-        except Exception as error:
-            # torch puts the whole traceback of the other process into the message; its last line is the error.
-            kind, _, what = str(error).strip().rpartition("\n")[2].partition("Error: ")
-            if "in DataLoader worker process" in str(error) and kind.rpartition(".")[2] in ("Data", "Photograph"):
-                raise DataError(what) from None
-            raise
-
-
 def training_loader(
     dataset: TrainingSet,
     batch_size: int,
@@ -115,7 +103,7 @@ def training_loader(
     start_iteration: int = 0,
     num_workers: int | None = None,
     pin_memory: bool = False,
-) -> NamingLoader:
+) -> CarefulLoader:
     """An endless loader of training batches from ``start_iteration`` on, the same whatever the number of
     workers.
 
@@ -123,10 +111,116 @@ def training_loader(
     """
     sampler = ResumableBatchSampler(len(dataset), batch_size, seed, rank, world_size, start_iteration)
     workers = dataset.settings.num_workers if num_workers is None else num_workers
-    return NamingLoader(
-        dataset,
+    return CarefulLoader(
+        _Told(dataset),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=end_with_parent,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def evaluation_loader(dataset: EvaluationSet, share: Sequence[int], num_workers: int = 0) -> DataLoader:
+    """A loader of one image after the other, those of ``share``. It never touches the global random state."""
+    return CarefulLoader(
+        _Told(dataset),
+        batch_size=None,
+        sampler=share,
+        num_workers=num_workers,
+        collate_fn=_handed_over,
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),
+    )
+
+
+class CarefulLoader(DataLoader):
+    """A loader whose processes no signal reaches, and whose errors are told as if they had happened here.
+
+    Raises, while batches are taken:
+        DataError: an image cannot be loaded (any more).
+        TrainingError: a process that loads data ended, or there is no shared memory for its batches.
+    """
+
+    def __iter__(self) -> Batches:
+        with held_back():
+            batches = super().__iter__()
+        return Batches(batches)
+
+
+class Batches:
+    """What such a loader gives, one after the other."""
+
+    def __init__(self, batches: Iterator[Any]):
+        self._batches = batches
+
+    def close(self) -> None:
+        """End the processes that load them: left to the interpreter's end, that takes five seconds for each."""
+        self._batches = iter(())
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or isinstance(error, AfaError):
+                raise
+            raise TrainingError(
+                f"a process that loads data ended: {reason(error)}; the system may have killed it for want of memory"
+                " or of shared memory (/dev/shm): num_workers 0 (of data, of eval) loads without such processes"
+            ) from error
+        if isinstance(batch, AfaError):
+            raise batch
+        return batch
+
+
+class _Told(Dataset):
+    """The samples of a data set, and in place of one that cannot be had the error: raised in another process it would
+    arrive as that process's traceback.
+    """
+
+    def __init__(self, dataset: TrainingSet | EvaluationSet):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any] | AfaError:
+        try:
+            with naming(self.dataset.names[item if isinstance(item, int) else item[0]], "image"):
+                return self.dataset[item]
+        except AfaError as error:
+            return error
+
+
+def _collate(samples: list[dict[str, Any] | AfaError]) -> dict[str, Any] | AfaError:
+    error = next((sample for sample in samples if isinstance(sample, AfaError)), None)
+    return error or _in_shared_memory(default_collate, samples)
+
+
+def _handed_over(sample: dict[str, Any] | AfaError) -> dict[str, Any] | AfaError:
+    """Into shared memory here and now: later, on the way to the process that waits for it, torch would find none for it
+    on another thread, and say so to nobody.
+    """
+    if isinstance(sample, AfaError) or get_worker_info() is None:
+        return sample
+    return _in_shared_memory(_shared, sample)
+
+
+def _shared(sample: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.share_memory_() if isinstance(value, Tensor) else value for key, value in sample.items()}
+
+
+def _in_shared_memory(make: Callable[[Any], dict[str, Any]], samples: Any) -> dict[str, Any] | AfaError:
+    try:
+        return make(samples)
+    except (RuntimeError, OSError) as error:
+        if get_worker_info() is None:
+            raise
+        return TrainingError(
+            f"what a process loaded cannot be handed over: {reason(error)}; where shared memory (/dev/shm) is short,"
+            " num_workers 0 (of data, of eval) does without (in a container: --shm-size)"
+        )

@@ -48,6 +48,8 @@ class SyntheticSettings:
         for name, value, least in (("train", self.train, 1), ("val", self.val, 1), ("seed", self.seed, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.seed >= 2**32:  # numpy's oldest generator takes no more
+            raise ValueError(f"seed: expected at most {2**32 - 1}, got {self.seed}")
         if not 0 <= self.own_coat <= 1:
             raise ValueError(f"own_coat: expected a share in 0..1, got {self.own_coat}")
 

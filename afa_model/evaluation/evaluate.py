@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.datasets import EvaluationSet
-from ..data.order import NamingLoader
+from ..data.order import evaluation_loader
 from ..labels.kinds import check_kinds, kinds_of
 from ..labels.label_maps import MapSettings, label_maps
 from ..labels.settings import LabelSettings
@@ -111,7 +112,8 @@ def evaluate(
     dataset: EvaluationSet,
     settings: EvaluateSettings | None = None,
     labels: LabelSettings | None = None,
-) -> EvaluationResult:
+    stop: Callable[[], bool] = lambda: False,
+) -> EvaluationResult | None:
     """Score a model against the masks of a data set.
 
     CAM, refined CAM and random-walk label know the image-level labels of the data set, as in the paper's
@@ -127,9 +129,10 @@ def evaluate(
         dataset: photographs with masks.
         settings: what and how.
         labels: how training makes labels from the CAM.
+        stop: asked before each image whether to give up.
 
     Returns:
-        The scores of each kind of label map.
+        The scores of each kind of label map; None if some process gave up.
 
     Raises:
         ValueError: a kind the model does not give, or a model whose number of classes is not the data set's.
@@ -146,15 +149,19 @@ def evaluate(
 
     start = time.perf_counter()
     # its own generator: evaluating in the middle of a training run must not change what the run draws next
-    loader = NamingLoader(
-        dataset, batch_size=None, sampler=share, num_workers=settings.num_workers, generator=torch.Generator()
-    )
+    samples = iter(evaluation_loader(dataset, share, settings.num_workers))
     found: list[tuple[list[float], list[float]]] = []
-    for sample in progress(loader, "evaluating", len(share), settings.progress):
+    stopped = False
+    for sample in progress(samples, "evaluating", len(share), settings.progress):
+        stopped = stop()
+        if stopped:
+            break
         maps = label_maps(model, sample["image"], sizes, how, sample["cls_labels"], kinds)
         for kind, label in maps.labels.items():
             keeper.add(kind, label, sample["mask"])
         found.append((maps.probabilities.tolist(), sample["cls_labels"].tolist()))
+    if any(gather_from_all(stopped)):
+        return None
     scores = keeper.scores()
     images = [image for share in gather_from_all(found) for image in share]
     probabilities, cls_labels = (torch.tensor(column) for column in zip(*images))

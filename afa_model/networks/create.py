@@ -11,6 +11,7 @@ import timm
 from timm.models import is_model_in_modules
 from torch import nn
 
+from ..runtime.tensor_files import nothing_runs
 from . import mit  # noqa: F401  (registers mit_b0..mit_b5 with timm)
 from .cnn import create_cnn
 from .weights import load_mit_weights
@@ -33,7 +34,8 @@ def create_backbone(
     family = next((module for module in WITH_ATTENTION if is_model_in_modules(name, [module])), None)
     if family is None:
         return create_cnn(name, math.prod(stride), pretrained, dict(arguments))
-    backbone = timm.create_model(name, pretrained=pretrained is True, num_classes=0, stride=stride, **arguments)
+    with nothing_runs():
+        backbone = timm.create_model(name, pretrained=pretrained is True, num_classes=0, stride=stride, **arguments)
     if not isinstance(pretrained, bool):
         WITH_ATTENTION[family](backbone, pretrained)
     return backbone

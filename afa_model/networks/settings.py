@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,4 +27,6 @@ class ModelSettings:
     pooling: Literal["gmp", "gap"] = "gmp"
 
     def __post_init__(self) -> None:
+        if isinstance(self.pretrained, str):
+            self.pretrained = os.path.expanduser(self.pretrained)
         require(all(stride >= 1 for stride in self.stride), "stride", "four numbers of at least 1", self.stride)

@@ -4,19 +4,26 @@ Public (mit_b*.pth)  patch_embed1.proj, block1.0.attn.{q,kv,proj,sr,norm}, block
 Hugging Face         encoder.patch_embeddings.0, encoder.block.0.0.attention.self.{query,key,value,sr}, ...
                      and, in memory since transformers 5, stages.0.blocks.0.attention.{q,k,v,o}_proj, ...
 AFA, SegFormer       the public names behind ``encoder.`` or ``backbone.``, beside a decoder
+
+They lie at the top of the file, or in ``state_dict``, ``model_state_dict``, ``model`` or ``net`` of it, and any wrapper
+(``module.``, ``model.``, ``model.backbone.``) may stand before their names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+from ..runtime.tensor_files import read_tensors
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net")  # where files keep weights beside other things
+_HF_WRAPPERS = re.compile(r"^(?:module\.|model\.|net\.|_orig_mod\.)+(?=segformer\.|encoder\.|stages\.)")
 _HF_STAGE = re.compile(
     r"^(?:segformer\.)?(?:encoder\.(?P<kind>patch_embeddings|block|layer_norm)\.(?P<old>\d)"
     r"|stages\.(?P<new>\d)\.(?P<kind5>patch_embeddings|blocks|layer_norm))\."
@@ -60,25 +67,74 @@ def _from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def weights_in(content: Any) -> dict[str, Tensor]:
+    """The named tensors in what a weight file holds.
+
+    Raises:
+        ValueError: there are none.
+    """
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise ValueError(f"holds a {type(content).__name__}, not tensors by name")
+    found = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not found:
+        listed = ", ".join(map(repr, list(content)[:5])) or "nothing"
+        raise ValueError(f"holds no tensors by name, but {listed}")
+    return found
+
+
+def under_prefix(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The part of ``state`` that has most of the names ``wanted``, without what stands before them; all of it where
+    none has the first of them.
+
+    Raises:
+        ValueError: two parts have as many of them (a teacher's and a student's).
+    """
+    first = next(iter(wanted))
+    prefixes = [name.removesuffix(first) for name in state if name == first or name.endswith(f".{first}")]
+    counts = {prefix: sum(prefix + name in state for name in wanted) for prefix in prefixes}
+    best = [prefix for prefix in prefixes if counts[prefix] == max(counts.values())]
+    if len(best) > 1:
+        raise ValueError(f"holds several networks of this kind ({', '.join(best)}): keep one of them")
+    prefix = best[0] if best else ""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Any known layout of MiT weights (also inside ``state_dict``, ``model``, ``module.``) -> public names.
+    """Any known layout of MiT weights -> public names.
 
     The ImageNet head is kept where the model has one of that shape; what belongs to no backbone is dropped.
+
+    Raises:
+        ValueError: there are no weights, or those of several networks.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if any(_HF_STAGE.match(name) for name in state):
-        state = _from_hugging_face(state)
+    state = weights_in(state)
+    plain = {_HF_WRAPPERS.sub("", name): value for name, value in state.items()}
+    if any(_HF_STAGE.match(name) for name in plain):
+        state = _from_hugging_face(plain)
     else:
-        for prefix in ("encoder.", "backbone."):
-            if f"{prefix}patch_embed1.proj.weight" in state:
-                state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        state = under_prefix(state, [name for name in model.state_dict() if not name.startswith("head.")])
     head = getattr(model.head, "weight", None)
     if head is None or getattr(state.get("head.weight"), "shape", None) != head.shape:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     return dict(state)
+
+
+def read_weights(path: str | Path) -> Any:
+    """What a file of pretrained weights (``.pth``, ``.bin``, ``.safetensors``) holds. Code in it is never run.
+
+    Raises FileNotFoundError, or ValueError saying what the file is instead.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"pretrained: no weight file at {path}")
+    try:
+        return read_tensors(path, "pretrained:")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 def load_mit_weights(model: nn.Module, path: str | Path) -> None:
@@ -87,11 +143,8 @@ def load_mit_weights(model: nn.Module, path: str | Path) -> None:
     Raises FileNotFoundError, or ValueError naming what is missing, unexpected or of another shape: a file of
     another variant never loads half.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"pretrained: no weight file at {path}")
-    state = checkpoint_filter_fn(load_state_dict(str(path), use_ema=False), model)
+    content = read_weights(path)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model.load_state_dict(checkpoint_filter_fn(content, model))
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"pretrained: {path} does not hold the weights of this MiT: {error}") from error

@@ -6,16 +6,17 @@ import contextlib
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, SavingError
+from ..errors import CheckpointError, SavingError, reason
+from ..runtime.tensor_files import read_tensors
 
 FORMAT = 1
 """Layout of the file; a checkpoint with a newer one is refused with a clear message."""
@@ -95,16 +96,9 @@ def write_atomically(path: str | os.PathLike, value: Any) -> Path:
             error, (OSError, RuntimeError)
         ):  # torch's zip writer turns a full disk into the latter
             raise
-        raise SavingError(f"could not write {path}: {_reason(error)}") from error
+        raise SavingError(f"could not write {path}: {reason(error)}") from error
     _flush_folder(path.parent)
     return path
-
-
-def _reason(error: BaseException) -> str:
-    """The system's own words where there are any: torch's zip writer raises an error of its own on top."""
-    while not isinstance(error, OSError) and (error.__context__ or error.__cause__) is not None:
-        error = error.__cause__ or error.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _flush_folder(folder: Path) -> None:
@@ -123,15 +117,15 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
     Raises:
         CheckpointError: the file is not there, is damaged, or is something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # broken bytes make the unpickler raise whatever they lead it to
-        raise CheckpointError(
-            f"checkpoint {path} is damaged or not a checkpoint: {_reason(error)}"
-        ) from error
+    return checked(path, read_tensors(path, device=device))
+
+
+def checked(path: str | os.PathLike, state: Any) -> dict[str, Any]:
+    """What a file holds, if that is a checkpoint of this project.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     if not isinstance(state, dict) or not _holds(state, {"format": int, "model": dict}):
         raise CheckpointError(
             f"checkpoint {path} was not written by `afa train` (backbone weights go to model.pretrained)"
@@ -154,38 +148,52 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(Path(folder).glob(_LAST), key=lambda path: path.name, reverse=True)
 
 
-def find(folder: str | os.PathLike, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from.
+class Found(NamedTuple):
+    """A checkpoint to go on from, what it holds, and why newer ones are not it, by their paths."""
 
-    ``resume`` is ``"never"``, ``"auto"`` (the newest readable one in ``folder``) or a path.
+    path: Path
+    state: dict[str, Any]
+    unreadable: dict[Path, str]
 
-    Returns:
-        The path and what it holds, or None to start afresh.
+
+def find(folder: str | os.PathLike, resume: str) -> Found | None:
+    """The checkpoint to go on from; None to start afresh.
+
+    ``resume`` is ``"never"``, ``"auto"`` (the newest readable one in ``folder``), a path, or a run's folder (the newest
+    readable one in it).
 
     Raises:
-        CheckpointError: the path given is not readable, or ``"auto"`` found checkpoints but no readable one.
+        CheckpointError: the path given is not readable, or a folder holds no readable checkpoint (with ``"auto"`` it
+            may hold none at all).
     """
     if resume == "never":
         return None
-    if resume != "auto":
-        return Path(resume), read(resume)
-    problems = []
+    if resume != "auto" and not Path(resume).is_dir():
+        return Found(Path(resume), read(resume), {})
+    folder = Path(folder if resume == "auto" else resume)
+    problems: dict[Path, str] = {}
     for path in checkpoints(folder):
         try:
-            return path, read(path)
+            return Found(path, read(path), problems)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems[path] = str(error)
     if problems:
-        raise CheckpointError("no checkpoint to resume from is readable:\n  " + "\n  ".join(problems))
+        raise CheckpointError("no checkpoint to resume from is readable:\n  " + "\n  ".join(problems.values()))
+    if resume != "auto":
+        raise CheckpointError(f"resume: {folder} holds no iter_*.pt")
     return None
 
 
 class CheckpointKeeper:
-    """Writes numbered checkpoints into ``folder``; keeps the newest ``keep_last`` of them, and the best."""
+    """Writes numbered checkpoints into ``folder``; keeps the newest ``keep_last`` of them, and the best.
 
-    def __init__(self, folder: str | os.PathLike, keep_last: int = 2):
+    Those of ``unreadable`` are left alone and do not count.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep_last: int = 2, unreadable: Collection[Path] = ()):
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self._unreadable = set(unreadable)
         for left in self.folder.glob(".*.pt.*.tmp"):  # by a run that was killed while it wrote
             with contextlib.suppress(OSError):
                 left.unlink()
@@ -205,7 +213,9 @@ class CheckpointKeeper:
         write_atomically(path, state)
         if is_best:
             self._copy(path, self.best)
-        for old in checkpoints(self.folder)[self.keep_last :]:
+        self._unreadable.discard(path)
+        others = [old for old in checkpoints(self.folder) if old != path and old not in self._unreadable]
+        for old in others[self.keep_last - 1 :]:  # a run that went back to an earlier step has newer ones of before
             with contextlib.suppress(OSError):
                 old.unlink()
         return path
@@ -223,7 +233,7 @@ class CheckpointKeeper:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise SavingError(f"could not write {target}: {_reason(error)}") from error
+            raise SavingError(f"could not write {target}: {reason(error)}") from error
 
 
 def pack(
@@ -243,8 +253,16 @@ def pack(
         "random": random_states,
         "config": config,
         "class_names": list(class_names),
+        "folder": _here(),  # relative paths among the settings count from here
         "torch": str(torch.__version__),
     }
+
+
+def _here() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return None
 
 
 def unpack(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

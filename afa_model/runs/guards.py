@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, TrainingError
+from ..config import Config, to_dict
+from ..config.renamed import flatten
+from ..errors import CheckpointError, ConfigError, TrainingError
+from ..runtime.collectives import Ballot, Notice, gather_from_all
+from ..runtime.processes import Here
+from ..runtime.signals import STOPPING
 from . import checkpoint
+
+
+def same_in_all(config: Config) -> None:
+    """Processes that were started with different settings would wait for each other for ever, or learn nonsense.
+
+    Every process must call this.
+
+    Raises:
+        ConfigError: naming the settings that differ, in all of them.
+    """
+    first, *others = (flatten(to_dict(each)) for each in gather_from_all(config))
+    for rank, other in enumerate(others, 1):
+        differing = [f"{key} ({first.get(key)!r}, {other.get(key)!r})" for key in first if first[key] != other.get(key)]
+        if differing:
+            raise ConfigError(f"processes 0 and {rank} were started with different settings: {', '.join(differing)}")
 
 
 class FiniteGuard:
@@ -69,26 +91,56 @@ def _on_cpu(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Interrupt:
-    """The first SIGINT or SIGTERM lets the step end and the run be saved; the second one kills as usual."""
+    """A signal lets the step end and the run be saved, in all processes after the same step.
 
-    def __init__(self, active: bool):
-        self.signal: int | None = None
-        self._active = active and threading.current_thread() is threading.main_thread()
+    Repeated signals change nothing: launchers and ``timeout`` send them twice. Only who presses Ctrl-C again, a second
+    or more later, at a run of one process ends it there and then. A launcher that is gone counts as a signal.
+    """
+
+    LAUNCHER_GONE = 1000
+
+    def __init__(self, here: Here):
+        self.cause = 0
+        self._ballot, self._notice = Ballot(here.device), Notice("afa stops")
+        self._alone = here.world_size == 1
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        if self._active:
-            for number in (signal.SIGINT, signal.SIGTERM):
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        self._restore()
+        again = self.cause and time.monotonic() - self._since >= 1
+        if number == signal.SIGINT and again and self._alone:
+            raise KeyboardInterrupt
+        if not self.cause:
+            self.cause, self._since = number, time.monotonic()
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def asked(self) -> bool:
+        """Whether this process was asked to stop, or another one said that it was; nobody waits for anybody.
+
+        Long work looks here whether to go on at all.
+        """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.cause = self.cause or self.LAUNCHER_GONE
+        if self.cause:
+            self._notice.give()
+        return bool(self.cause) or self._notice.seen()
+
+    def agreed(self) -> int:
+        """Why to stop now, the same in all processes: 0 (go on), the number of a signal or ``LAUNCHER_GONE``.
+
+        Every process must call this after each step.
+        """
+        self.asked()
+        return self._ballot.cast(self.cause)
 
     def __exit__(self, *exception: Any) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 
 import afa_kernels
 
-from ..config import Config, to_yaml
-from ..errors import CheckpointError, ConfigError
+from ..config import Config
+from ..errors import CheckpointError
+from ..runtime.collectives import agreeing, gather_from_all
 from ..runtime.processes import Here, autocast, processes
 from ..training.step import StepResult
 from . import checkpoint
-from .guards import FiniteGuard, Interrupt
+from .folder import RunFolder
+from .guards import FiniteGuard, Interrupt, same_in_all
 from .logs import RunLog, Window
 from .memory import keep_freed_memory
 from .trainer import NUMBERS, Trainer
@@ -47,42 +50,41 @@ def train(config: Config) -> Summary:
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, naming all that is wrong.
         TrainingError: the loss became NaN or infinite; the batch is saved.
+        ProcessError: another process ended, or did not answer in time.
     """
-    with processes(config.device) as here:
+    with processes(config.device, config.process_timeout) as here:
         if here.device.type == "cpu":
             keep_freed_memory()
-        folder = Path(config.out)
-        _prepare_folder(config, here)
-        found = checkpoint.find(folder, config.resume)
-        trainer = Trainer(config, here)
-        if found is not None:
-            trainer.restore(found[1])
-            trainer.notes.insert(0, f"resumed from {found[0]}: {trainer.progress.iteration} steps are done")
+        same_in_all(config)
+        with agreeing():
+            folder = RunFolder(config, here.first)
+        with folder:
+            return _train_in(folder, here)
+
+
+def _train_in(folder: RunFolder, here: Here) -> Summary:
+    config = folder.config
+    with agreeing():
+        found = checkpoint.find(folder.path, config.resume)
+    trainer = Trainer(config, here)
+    trainer.notes.extend(folder.notes)
+    if found is not None:
+        with agreeing():
+            trainer.restore(found.state)
+        trainer.notes.insert(0, f"resumed from {found.path}: {trainer.progress.iteration} steps are done")
+        trainer.notes.extend(f"warning: passed over, {problem}" for problem in found.unreadable.values())
+    with Interrupt(here) as interrupt, contextlib.closing(trainer):
         trainer.start()
         if here.device.type == "cuda":
             _prove_kernels(config, here)
+        begins = trainer.progress.iteration < config.schedule.max_iters or found is None
+        with agreeing():
+            folder.accept(writes=here.first and begins)
         log = RunLog(
             config.out, config.schedule.max_iters, trainer.progress.iteration, here.first, config.log.tensorboard
         )
-        with log, Interrupt(active=here.world_size == 1) as interrupt:
-            return _Loop(trainer, log, interrupt, found[0] if found else None).run()
-
-
-def _prepare_folder(config: Config, here: Here) -> None:
-    """Refuse to mix two runs in one folder; find out now, not after an hour, that nothing can be written."""
-    folder = Path(config.out)
-    there = checkpoint.checkpoints(folder)
-    if there and config.resume == "never":
-        raise ConfigError(
-            f"out: {folder} holds a run already ({there[0].name}): --resume auto goes on with it;"
-            " or choose another folder"
-        )
-    if here.first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(config))
-        except OSError as error:
-            raise ConfigError(f"out: {folder} cannot be written: {error}") from error
+        with log:
+            return _Loop(trainer, log, interrupt, found).run()
 
 
 def _prove_kernels(config: Config, here: Here) -> None:
@@ -96,28 +98,47 @@ def _prove_kernels(config: Config, here: Here) -> None:
 class _Loop:
     """What happens around the steps of a run."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, interrupt: Interrupt, newest: Path | None):
+    def __init__(self, trainer: Trainer, log: RunLog, interrupt: Interrupt, found: checkpoint.Found | None):
         config = trainer.config
-        self.trainer, self.log, self.interrupt, self.newest = trainer, log, interrupt, newest
+        self.trainer, self.log, self.interrupt = trainer, log, interrupt
+        self.newest = found.path if found else None
         self.folder, self.total = Path(config.out), config.schedule.max_iters
-        self.keeper = checkpoint.CheckpointKeeper(self.folder, config.checkpoint.keep_last)
+        self.begun, self.saved = trainer.progress.iteration, trainer.progress.iteration
+        unreadable = found.unreadable if found else ()
+        self.keeper = checkpoint.CheckpointKeeper(self.folder, config.checkpoint.keep_last, unreadable)
         self.guard, self.window = FiniteGuard(self.folder, trainer.here.rank), Window()
         self.scores: dict[str, float] = {}
+        self.cause = 0
 
     def run(self) -> Summary:
         """All steps that are left."""
         self._introduce()
         progress = self.trainer.progress
-        while progress.iteration < self.total:
-            batch, result = self._step()
-            stop = self.interrupt.signal is not None
-            self._after(batch, result, last=progress.iteration == self.total or stop)
-            if stop:
-                where = f"step {progress.iteration}; `--resume auto` goes on from here"
-                self.log.say(f"stopped by signal {self.interrupt.signal} after {where}")
-                return Summary(progress.iteration, self.folder, self.newest, self.scores, interrupted=True)
+        if self.trainer.owes_evaluation:
+            self._save(self._evaluate(), must=False)
+        while progress.iteration < self.total and not self._stop():
+            self._after(*self._step())
+        if progress.iteration < self.total or self.trainer.owes_evaluation:
+            return self._stopped()
         self.log.say(f"done: {self.newest}; logs, pictures and config.yaml are in {self.folder}")
         return Summary(progress.iteration, self.folder, self.newest, self.scores)
+
+    def _stop(self) -> bool:
+        """Whether the run is to stop before its next step; the same in all processes."""
+        self.cause = self.interrupt.agreed()
+        return bool(self.cause) or self.trainer.owes_evaluation
+
+    def _stopped(self) -> Summary:
+        """Save what there is."""
+        done = self.trainer.progress.iteration
+        cause = max(gather_from_all(self.cause or self.interrupt.cause))
+        if done > self.begun:
+            self.guard.settle()
+            self.log.train(self.window.flush())
+            self._save(False, must=True)
+        why = "as its launcher is gone" if cause == Interrupt.LAUNCHER_GONE else f"by signal {cause}"
+        self.log.say(f"stopped {why} after step {done}; `--resume auto` goes on from here")
+        return Summary(done, self.folder, self.newest, self.scores, interrupted=True)
 
     def _introduce(self) -> None:
         trainer, config, here = self.trainer, self.trainer.config, self.trainer.here
@@ -148,12 +169,13 @@ class _Loop:
         self.window.add(trainer.progress.iteration, rate, values)
         return batch, result
 
-    def _after(self, batch: Mapping[str, Any], result: StepResult, last: bool) -> None:
+    def _after(self, batch: Mapping[str, Any], result: StepResult) -> None:
         """Log, picture, evaluation and checkpoint, as far as they are due after a step."""
         trainer, config, log = self.trainer, self.trainer.config, self.log
         done = trainer.progress.iteration
+        last = done == self.total
         log.advance(done)
-        evaluating = bool(config.eval.every) and (_every(config.eval.every, done) or done == self.total)
+        evaluating = bool(config.eval.every) and (_every(config.eval.every, done) or last)
         saving = evaluating or _every(config.checkpoint.every, done) or last
         if saving:
             self.guard.settle()
@@ -167,10 +189,14 @@ class _Loop:
                 self._save(better, must=last)
 
     def _evaluate(self) -> bool:
-        """Whether the model is the best so far."""
+        """Whether the model is the best so far. A signal ends it, and the run owes it then."""
         trainer, progress = self.trainer, self.trainer.progress
         with self.log.aside():
-            self.scores, image_level = trainer.evaluate()
+            found = trainer.evaluate(self.interrupt.asked)
+        trainer.owes_evaluation = found is None
+        if found is None:
+            return False
+        self.scores, image_level = found
         self.log.evaluation(progress.iteration, self.scores, trainer.config.labels.refinement, image_level)
         headline = _headline(self.scores)
         better = headline >= progress.best
@@ -180,10 +206,12 @@ class _Loop:
     def _save(self, is_best: bool, must: bool) -> None:
         """A full disk in the middle of a run is no reason to throw the run away; at its end it is an error."""
         state = self.trainer.state()
-        if not self.trainer.here.first:
+        done = self.trainer.progress.iteration
+        if not self.trainer.here.first or (must and done == self.saved and not is_best):
             return
         try:
             self.newest = self.keeper.save(state, is_best)
+            self.saved = done
         except CheckpointError as error:
             if must:
                 raise

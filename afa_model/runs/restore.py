@@ -10,7 +10,9 @@ import torch
 from ..config import Config, from_dict
 from ..errors import CheckpointError, ConfigError
 from ..networks.afa import AFA
+from ..runtime.tensor_files import read_tensors
 from . import checkpoint
+from .published import published_model, published_weights
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,21 @@ class Restored:
         config: of the run.
         class_names: K names, background first.
         path: the file that was read.
-        iteration: steps the model was trained for.
+        iteration: steps the model was trained for; None where the file does not say (a published one).
+        folder: the one the run was started in, from which the relative paths of its settings count, if known.
     """
 
     model: AFA
     config: Config
     class_names: tuple[str, ...]
     path: Path
-    iteration: int
+    iteration: int | None
+    folder: str | None = None
+
+    @property
+    def trained(self) -> str:
+        """How far the model was trained, in words."""
+        return "published weights" if self.iteration is None else f"trained for {self.iteration} steps"
 
 
 def build_model(config: Config, num_classes: int, pretrained: bool = True) -> AFA:
@@ -52,7 +61,7 @@ def checkpoint_of(path: str | Path) -> Path:
     Raises:
         CheckpointError: the folder holds none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     best = path / checkpoint.BEST
@@ -63,13 +72,18 @@ def checkpoint_of(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Restored:
-    """Load a model that `afa train` saved; ``path`` is a checkpoint or a run's folder.
+    """Load a model that `afa train` or the public AFA code saved; ``path`` is a checkpoint or a run's folder.
 
     Raises:
-        CheckpointError: no such file, or no checkpoint of this project.
+        CheckpointError: no such file, or no checkpoint of either.
     """
     path = checkpoint_of(path)
-    state = checkpoint.read(path)
+    content = read_tensors(path)
+    weights = published_weights(content)
+    if weights is not None:
+        model, config, names = published_model(path, weights)
+        return Restored(model.to(device).eval(), config, names, path, None)
+    state = checkpoint.checked(path, content)
     names = tuple(state["class_names"])
     try:
         config = from_dict(state["config"])
@@ -79,4 +93,5 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Restored
         raise CheckpointError(
             f"checkpoint {path} does not fit this version of afa: {error}"
         ) from error
-    return Restored(model.to(device).eval(), config, names, path, state["progress"]["iteration"])
+    folder, progress = state.get("folder"), state["progress"]
+    return Restored(model.to(device).eval(), config, names, path, progress["iteration"], folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from ..config import Config, from_dict, to_dict
 from ..data.datasets import EvaluationSet, TrainingSet
-from ..data.order import training_loader
+from ..data.order import Batches, training_loader
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import evaluate
 from ..labels.kinds import kinds_of
-from ..runtime.collectives import gather_from_all
+from ..runtime.collectives import agreeing, gather_from_all
 from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
 from ..training.step import StepResult, TrainingStep
@@ -37,16 +38,18 @@ class Trainer:
         learning: the parameters that the optimizer changes.
         progress: steps done, best score.
         notes: what a resume found, for the log.
+        owes_evaluation: one that was due after the last step was given up.
     """
 
     def __init__(self, config: Config, here: Here):
         self.config, self.here = config, here
-        self.data, self.validation = open_data(config)
-        seed_everything(config.seed)  # the same starting weights in every process
-        self.model = self._place(build_model(config, self.data.num_classes))
+        with agreeing():
+            self.data, self.validation = open_data(config)
+            seed_everything(config.seed)  # the same starting weights in every process
+            self.model = self._place(build_model(config, self.data.num_classes))
+            if config.eval.every:
+                self._check_kinds()  # now, not at the first evaluation
         optim = config.optim
-        if config.eval.every:
-            self._check_kinds()  # now, not at the first evaluation
         self.optimizer = build_optimizer(
             self.model, optim.lr, optim.weight_decay, optim.betas, optim.head_multiplier
         )
@@ -63,6 +66,8 @@ class Trainer:
         self.step = data_parallel(step, here)
         self.progress = checkpoint.Progress()
         self.notes: list[str] = []
+        self.owes_evaluation = False
+        self.batches: Batches | None = None
         seed_everything(config.seed + here.rank)  # dropout differs between processes
 
     def _check_kinds(self) -> None:
@@ -82,7 +87,8 @@ class Trainer:
         """The contents of a checkpoint. Every process must call this."""
         states = gather_from_all(checkpoint.random_state())
         config = to_dict(self.config)
-        return checkpoint.pack(self.model, self.optimizer, self.progress, states, config, self.data.class_names)
+        state = checkpoint.pack(self.model, self.optimizer, self.progress, states, config, self.data.class_names)
+        return {**state, "owes_evaluation": self.owes_evaluation}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from the contents of a checkpoint.
@@ -91,6 +97,7 @@ class Trainer:
             CheckpointError: it is of another model.
         """
         self.progress = checkpoint.unpack(state, self.model, self.optimizer)
+        self.owes_evaluation = bool(state.get("owes_evaluation")) and bool(self.config.eval.every)
         states = state["random"]
         if len(states) == self.here.world_size:
             checkpoint.set_random_state(states[self.here.rank])
@@ -116,11 +123,19 @@ class Trainer:
 
         Raises:
             CheckpointError: the processes stand at different steps.
+            DataError: they see different images or labels.
         """
         places = gather_from_all(self.progress.iteration)
         if len(set(places)) > 1:
             raise CheckpointError(
                 f"the processes found checkpoints of different steps ({places}): out must be a shared folder"
+            )
+        labels = self.data.labels.numpy().tobytes()
+        content = hashlib.sha256("\n".join(self.data.names).encode() + labels).hexdigest()
+        if len(set(gather_from_all(content))) > 1:
+            raise DataError(
+                f"the processes see different data: {gather_from_all(len(self.data))} training images, or other names"
+                f" or labels of them ({self.config.data.root} of each machine)"
             )
         loader = training_loader(
             self.data,
@@ -133,6 +148,11 @@ class Trainer:
         )
         with checkpoint.kept_random_state():
             self.batches = iter(loader)
+
+    def close(self) -> None:
+        """No further batches are wanted."""
+        if self.batches is not None:
+            self.batches.close()
 
     def losses(self, everything: bool | None = None) -> tuple[dict[str, Any], StepResult, dict[str, Tensor]]:
         """First half of a step: a batch, what the step makes of it, and its numbers; gradients are there after it.
@@ -166,10 +186,15 @@ class Trainer:
         self.progress.iteration += 1
         return rate
 
-    def evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
-        """On the validation images mIoU of every kind of label map; F1 and mAP of the classifier; all in percent."""
+    def evaluate(self, stop: Callable[[], bool]) -> tuple[dict[str, float], dict[str, float]] | None:
+        """On the validation images mIoU of every kind of label map; F1 and mAP of the classifier; all in percent.
+        None if in some process ``stop`` said so before the end.
+        """
         with checkpoint.kept_random_state():
-            result = evaluate(self.model, self.validation, self.config.eval.by("training"), self.config.labels)
+            settings = self.config.eval.by("training")
+            result = evaluate(self.model, self.validation, settings, self.config.labels, stop)
+        if result is None:
+            return None
         miou = {kind: 100 * scores.miou for kind, scores in result.scores.items()}
         return miou, {name: 100 * value for name, value in result.image_level.items()}
 

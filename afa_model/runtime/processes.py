@@ -8,14 +8,18 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
-from ..errors import ConfigError
+from ..errors import AfaError, ConfigError, ProcessError, reason
+
+PROCESS_TIMEOUT = 10.0  # minutes
 
 
 @dataclass(frozen=True)
@@ -88,19 +92,51 @@ def place() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[Here]:
-    """Join the process group that ``torchrun`` announces in the environment; alone without it."""
+def processes(device: str, timeout: float = PROCESS_TIMEOUT) -> Iterator[Here]:
+    """Join the process group that ``torchrun`` announces in the environment; alone without it.
+
+    Args:
+        device: as :func:`choose_device` takes it.
+        timeout: minutes that one process waits for another.
+
+    Raises:
+        ProcessError: another process ended, or did not come within the timeout.
+    """
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if joins:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Here(*place(), chosen)
-    finally:
         if joins:
+            _join("nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=timeout))
+        yield Here(*place(), chosen)
+    except RuntimeError as error:
+        if isinstance(error, AfaError) or not (joins and _of_another(error)):
+            raise
+        told = re.sub(r"^\[.*?\] *", "", reason(error))  # without the place in gloo's sources
+        raise ProcessError(
+            f"process {announced_rank()}: another process ended, or did not answer within {timeout:g} minutes"
+            f" (process_timeout): {told}"
+        ) from error
+    finally:
+        if joins and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """At every restart by ``torchrun`` the processes meet under a name of its own in its store: there they would find
+    the addresses of those that are dead.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _of_another(error: RuntimeError) -> bool:
+    """Whether torch tells of the end or the silence of another process; gloo does so in plain RuntimeErrors."""
+    words = str(error).lower()
+    told = ("timed out", "timeout", "closed by peer", "connection reset", "connection refused", "broken pipe")
+    return isinstance(error, dist.DistError) or any(phrase in words for phrase in told)
 
 
 def seed_everything(seed: int) -> None:
@@ -142,5 +178,23 @@ def data_parallel(step: nn.Module, here: Here) -> nn.Module:
     """
     if here.world_size == 1:
         return step
+    for parameter in step.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(_Laid(parameter.stride()))
     ids = [here.device.index] if here.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(step, device_ids=ids)
+
+
+class _Laid:
+    """A gradient with the strides of its parameter. Along a side of length 1 a stride means nothing, and that of a
+    convolution may have another there (depthwise and 1 x 1 kernels); the buckets that are averaged compare them all.
+    """
+
+    def __init__(self, strides: tuple[int, ...]):
+        self.strides = strides
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        pairs = zip(gradient.shape, gradient.stride(), self.strides)
+        if gradient.stride() == self.strides or any(a != b for size, a, b in pairs if size > 1):
+            return None
+        return gradient.as_strided(gradient.shape, self.strides)

@@ -285,12 +285,14 @@ def test_training_on_a_gpu_begins_with_it(device, amp, expected, monkeypatch):
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # there may be no GPU to cast for
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: config.amp == "bf16")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    monkeypatch.setattr(train, "processes", lambda name: contextlib.nullcontext(here))
-    trainer = SimpleNamespace(progress=SimpleNamespace(iteration=0), start=lambda: None)
+    monkeypatch.setattr(train, "processes", lambda *_: contextlib.nullcontext(here))
+    trainer = SimpleNamespace(progress=SimpleNamespace(iteration=0), start=lambda: None, close=lambda: None, notes=[])
+    folder = contextlib.nullcontext()
+    folder.config, folder.path, folder.notes, folder.accept = config, None, [], lambda **_: None
+    monkeypatch.setattr(train, "RunFolder", lambda *_: folder)
     monkeypatch.setattr(train, "Trainer", lambda *_: trainer)
     monkeypatch.setattr(train, "RunLog", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(train, "_prepare_folder", lambda *_: None)
-    monkeypatch.setattr(train, "Interrupt", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "Interrupt", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(train, "_Loop", lambda *_: SimpleNamespace(run=lambda: events.append("run")))
     monkeypatch.setattr(afa_kernels, "self_check", lambda *args, **options: events.append((*args, options)))
     train.train(config)

@@ -9,6 +9,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from support.broken_files import SOMETHING_ELSE, flip_bytes, write_something_else
 from torch import nn
 
 from afa_model.errors import CheckpointError
@@ -132,10 +133,15 @@ def test_auto_resumes_from_the_newest_readable_one(tmp_path):
     for iteration in (1, 2, 3):
         newest = keeper.save(state_at(iteration))
     newest.write_bytes(newest.read_bytes()[:1000])  # as an interrupted copy from elsewhere leaves it
-    path, state = checkpoint.find(tmp_path, "auto")
-    assert (path.name, state["progress"]["iteration"]) == ("iter_00000002.pt", 2)
+    for place, resume in ((tmp_path, "auto"), (tmp_path / "elsewhere", str(tmp_path))):
+        path, state, unreadable = checkpoint.find(place, resume)
+        assert (path.name, state["progress"]["iteration"]) == ("iter_00000002.pt", 2)
+        assert list(unreadable) == [newest] and "iter_00000003.pt is damaged" in unreadable[newest]
+    with pytest.raises(CheckpointError, match=r"resume: .*elsewhere holds no iter"):
+        (tmp_path / "elsewhere").mkdir()
+        checkpoint.find(tmp_path, str(tmp_path / "elsewhere"))
     assert checkpoint.find(tmp_path, "never") is None
-    assert checkpoint.find(tmp_path, str(tmp_path / "iter_00000001.pt"))[1]["progress"]["iteration"] == 1
+    assert checkpoint.find(tmp_path, str(tmp_path / "iter_00000001.pt")).state["progress"]["iteration"] == 1
     for path in checkpoint.checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"(?s)no checkpoint.*iter_00000003.*iter_00000001"):
@@ -164,3 +170,37 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.read(path)
     assert "x.pt" in str(error.value)
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    """In a tensor they would be other weights; every checksum is looked at."""
+    path = checkpoint.write_atomically(tmp_path / "a.pt", state_at(1, size=100))
+    assert checkpoint.read(path)
+    part = flip_bytes(path)
+    words = rf"a\.pt is damaged .*the bytes of {part} are not those that were written"
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("kind", SOMETHING_ELSE)
+def test_why_a_file_is_no_checkpoint(tmp_path, kind):
+    path = tmp_path / "iter_00000001.pt"
+    write_something_else(path, kind)
+    words = SOMETHING_ELSE[kind].replace("holds no weights", "not a checkpoint")
+    words = "was not written by `afa train`" if kind in ("list", "no tensors") else words
+    with pytest.raises(CheckpointError, match=r"iter_00000001\.pt .*" + words):
+        checkpoint.read(path)
+
+
+def test_what_is_newer_than_the_step_gone_back_to_costs_no_checkpoint(tmp_path):
+    """A damaged one does not count, and what was just written is never the one to go."""
+    keeper = CheckpointKeeper(tmp_path, keep_last=1)
+    newest = keeper.save(state_at(30))
+    newest.write_bytes(b"")
+    keeper = CheckpointKeeper(tmp_path, keep_last=2, unreadable=[newest])
+    for iteration in (10, 20):
+        keeper.save(state_at(iteration))
+    assert [path.name[-5:-3] for path in checkpoint.checkpoints(tmp_path)] == ["30", "20", "10"]
+    keeper = CheckpointKeeper(tmp_path, keep_last=1)
+    written = keeper.save(state_at(15))
+    assert written.is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import subprocess
 
@@ -108,6 +109,7 @@ checkpoint.torch.save = save
     run(root, killed, resume="auto", **settings)
     said = capsys.readouterr().out
     assert "resumed from" in said and "3 steps are done" in said and "warning" not in said
+    assert re.search(r"process \d+ on \S+, which had this folder, is gone: taken over", said)
     assert rows(killed / "train.csv") == rows(whole / "train.csv")
     assert rows(killed / "eval.csv") == rows(whole / "eval.csv")
     ends = [checkpoint.read(folder / "iter_00000008.pt") for folder in (whole, killed)]
@@ -144,11 +146,13 @@ real = loop.Trainer.update
 def update(self, *rest):
     result = real(self, *rest)
     if self.progress.iteration == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):  # as timeout, scancel and systemd do: the processes that load data get it too
+            os.killpg(0, signal.SIGTERM)
     return result
 loop.Trainer.update = update
+os.setsid()
 """
-    arguments = tiny_args(root, out, checkpoint__every=100)
+    arguments = tiny_args(root, out, checkpoint__every=100, data__num_workers=2)
     stopped = in_another_process(arguments, stop)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped by signal 15 after step 3" in stopped.stdout
@@ -229,7 +233,7 @@ def test_evaluation_in_a_run_makes_labels_as_its_steps_do(root, tmp_path, monkey
     monkeypatch.setattr(trainer, "evaluate", lambda *args: seen.append(args) or real(*args))
     changes = {"labels__walk_power": 5.0, "labels__bkg_score": 0.2, "eval__every": 2}
     run(root, tmp_path / "run", schedule__max_iters=2, **changes)
-    (_, _, settings, labels), = seen
+    (_, _, settings, labels, _), = seen
     assert (labels.walk_power, labels.bkg_score, labels.radius) == (5.0, 0.2, 2)
     assert settings.labels(labels).walk_power == 5.0
 
