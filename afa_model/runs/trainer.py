@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import evaluate
 from ..labels.kinds import kinds_of
 from ..runtime.collectives import agreeing, gather_from_all
+from ..runtime.machine import threads_beside
 from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
 from ..training.step import StepResult, TrainingStep
@@ -137,6 +138,9 @@ class Trainer:
                 f"the processes see different data: {gather_from_all(len(self.data))} training images, or other names"
                 f" or labels of them ({self.config.data.root} of each machine)"
             )
+        threads = threads_beside(self.config.data.num_workers)
+        if self.here.device.type == "cpu" and threads is not None:
+            torch.set_num_threads(threads)
         loader = training_loader(
             self.data,
             self.config.loader.batch_size,

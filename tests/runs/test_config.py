@@ -101,7 +101,7 @@ def test_published_values():
         (["--eval.scales", "1,2"], "eval.scales: expected tuple[float, ...] or null, got 1,2 (a list is written ["),
         (["--eval.radius", "wide"], "eval.radius: expected int or null, got wide"),
         (["--model.stride", "[4, 2, 2]"], "model.stride: expected tuple with 4 elements"),
-        (["--device", "tpu"], "device: expected Literal['auto', 'cpu', 'cuda'], got tpu"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["stray"], "stray"),
         (["--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'"),
     ],

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 
 import numpy as np
+import pytest
 import torch
+from rich.console import Console
 
+from afa_model.runs import logs
 from afa_model.runs.logs import RunLog, Table, Window, clock
 
 
@@ -88,3 +92,16 @@ def test_clock():
         "0:59:59",
         "25:01:01",
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_the_bar_keeps_its_numbers_on_a_narrow_screen(tmp_path, monkeypatch, width):
+    monkeypatch.setattr(logs, "Console", lambda **_: Console(file=io.StringIO(), width=width, force_terminal=True))
+    with RunLog(tmp_path, 20000, tensorboard=False) as log:
+        losses = {"loss": 1.2, "cls_loss": 0.7, "seg_loss": 3.1, "aff_loss": 0.4}
+        log.train([{"iteration": 12345, "lr": 6e-5, "seconds": 0.25, **losses}])
+        still = Console(file=io.StringIO(), width=width)
+        still.print(log._bar.get_renderable())
+    (line,) = still.file.getvalue().splitlines()
+    assert "12345/20000" in line and "0:00:00" in line
+    assert ("ETA" in line) == (width >= 80) and ("lr 6.00e-05" in line) == (width >= 160)
