@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
 
 from ..labels.kinds import title
 from ..runtime.collectives import process_count, sum_over_processes
@@ -148,14 +146,12 @@ class RunLog:
                 str(self.folder / "tensorboard"), purge_step=resume_at + 1 if resume_at else None
             )
         if self.console.is_terminal:
-            whole, cut = partial(Column, no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
             self._bar = Progress(
-                TextColumn("training", table_column=whole(min_width=8)),
-                BarColumn(20, table_column=whole(min_width=4)),
-                MofNCompleteColumn(table_column=whole(min_width=2 * len(str(total)) + 1)),
-                TimeElapsedColumn(table_column=whole(min_width=7)),
-                # what a narrow screen has no room for is the end of it
-                TextColumn("[dim]{task.fields[note]}", table_column=cut),
+                TextColumn("training"),
+                BarColumn(12),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
                 transient=True,
             )
@@ -213,7 +209,9 @@ class RunLog:
         pace = f"{mean['seconds']:.2f} s/it  ETA {left}"
         losses = f"{losses}  lr {mean['lr']:.2e}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=iteration, note=f"{pace}  {losses}")
+            # left to itself, the screen's lack of room takes the other columns' numbers
+            room = self.console.width - len("training") - 12 - len(f"{self.total}/{self.total}") - len("0:00:00") - 4
+            self._bar.update(self._task, completed=iteration, note=f"{pace}  {losses}"[: max(room, 0)])
         else:
             self.say(f"iter {iteration:>{len(str(self.total))}}/{self.total}  {losses}  {pace}")
 

@@ -104,4 +104,4 @@ def test_the_bar_keeps_its_numbers_on_a_narrow_screen(tmp_path, monkeypatch, wid
         still.print(log._bar.get_renderable())
     (line,) = still.file.getvalue().splitlines()
     assert "12345/20000" in line and "0:00:00" in line
-    assert ("ETA" in line) == (width >= 80) and ("lr 6.00e-05" in line) == (width >= 160)
+    assert ("ETA 0:31" in line) == (width >= 80) and ("lr 6.00e-05" in line) == (width >= 160)
