@@ -10,13 +10,18 @@ WORKERS ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 -
 .PHONY: demo test test-slow bench lint clean
 
 # Installed again whenever something that is compiled changes. Python files are used in place. Of all that torch brings
-# a tenth is ever imported, and compiled then: --no-compile saves a minute.
+# a tenth is ever imported, and compiled then: --no-compile saves a minute. What README says, `pip install -e .`, in two
+# parts at a time: one core unpacks torch while the others compile the kernels.
 NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
 $(VENV)/installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --no-compile -e '.[test]'
+	$(BIN)/python tests/support/requirements.py > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --no-compile --no-deps -e . & kernels=$$!; \
+	  $(BIN)/python -m pip install --quiet --no-compile -r $(VENV)/requirements.txt; others=$$?; \
+	  wait $$kernels && exit $$others
+	$(BIN)/python -m pip install --quiet --no-compile 'afa[test]'
 	touch $@
 
 demo: $(VENV)/installed

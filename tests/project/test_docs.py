@@ -49,3 +49,11 @@ def test_links_lead_somewhere(name):
     path = ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md"
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_tests_that_are_named_are_there():
+    sources = {path.relative_to(ROOT / "tests"): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    functions = {name for text in sources.values() for name in re.findall(r"def (test_\w+)", text)}
+    named = set(re.findall(r"\b(test_\w+(?:\.py)?)", DOCUMENTS["robustness"]))
+    files = {path.name for path in sources}
+    assert len(named) > 50 and {name for name in named if name not in functions and name not in files} == set()
