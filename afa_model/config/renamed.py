@@ -20,6 +20,7 @@ RENAMED = {
     "eval.bkg_score": "labels.bkg_score",
     "eval.par_dilations": "eval.dilations",
     "eval.par_iterations": "eval.num_iter",
+    "data.without_class": "data.allow_empty",
 }
 
 
@@ -44,6 +45,8 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     if "eval.long_side" in flat and "eval.protocol" not in flat:  # before there were protocols
         flat["eval.protocol"] = "test"
         flat["eval.long_side"] = flat["eval.long_side"] or 0  # None said "as they are"
+    if "data.without_class" in flat:
+        flat["data.without_class"] = flat["data.without_class"] == "background"
     for old, value in flat.items():
         key = RENAMED.get(old, old)
         if key is None:

@@ -43,8 +43,8 @@ class DataSettings:
             these that is there for training, and the masks for evaluation, which reads them anyway.
         label_file: ``.npy``, ``.npz``, ``.json``, ``.csv``, ``.pkl`` or ``.pt`` file with a label per image name;
             looked for in the root if not given.
-        without_class: what a training image without any class is: ``refuse``, an error in the annotation, or
-            ``background`` (COCO has some; they are trained as showing none).
+        allow_empty: train also on images without any class (COCO has some): they teach the classifier that there is
+            none, and are background everywhere. Without it they are taken for a mistake in the annotation.
         check: what to look at before training starts: ``full`` decodes every file, ``headers`` opens them,
             ``off``.
         image_dir: folder of the photographs in the root.
@@ -69,7 +69,7 @@ class DataSettings:
     num_classes: int | None = None
     label_source: LabelSource = "auto"
     label_file: str | None = None
-    without_class: Literal["refuse", "background"] = "refuse"
+    allow_empty: bool = False
     check: CheckLevel = "full"
     image_dir: str = "JPEGImages"
     mask_dir: str = "SegmentationClassAug"
@@ -87,8 +87,6 @@ class DataSettings:
         for name in ("root", "train_split", "val_split", "label_file"):
             if getattr(self, name) is not None:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
-        if self.without_class not in ("refuse", "background"):
-            raise ValueError(f"without_class: expected refuse or background, got {self.without_class!r}")
         require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
         require(self.exif in ("apply", "ignore"), "exif", "apply or ignore", self.exif)
         require(self.mask_palette in ("auto", "index"), "mask_palette", "auto or index", self.mask_palette)
@@ -266,7 +264,7 @@ class VOCData(Dataset):
         """The labels of all images [N, K-1]; what is wrong with one is added to its report."""
         table = LabelFile(label_file, self.class_names) if label_file else None
         settings = self.settings
-        refuse = for_training and settings.without_class == "refuse"
+        refuse = for_training and not settings.allow_empty
         from_masks: list[str] = []
 
         def of_annotation(name: str) -> tuple[str, Tensor | None]:
@@ -302,8 +300,8 @@ class VOCData(Dataset):
                     label = of_mask(number, report)
                 if refuse and not label.any():
                     raise ValueError(
-                        "empty annotation: no class but background (data.without_class: background trains on it as"
-                        f" showing none){_only_ignored(report)}"
+                        "empty annotation: no class but background (with data.allow_empty it is trained on as showing"
+                        f" none){_only_ignored(report)}"
                     )
                 return label
             except FileNotFoundError:

@@ -39,7 +39,7 @@ def test_cocos_public_layout_opens(tmp_path):
     coco = {"mask_dir": "SegmentationClass", "train_split": "train", "val_split": "val"}
     with pytest.raises(DataError, match="empty annotation"):
         TrainingSet(settings(tmp_path, **coco), SMALL)
-    dataset = TrainingSet(settings(tmp_path, **coco, without_class="background"), SMALL)
+    dataset = TrainingSet(settings(tmp_path, **coco, allow_empty=True), SMALL)
     assert dataset.labels.sum(1).tolist() == [1, 2, 0]
     assert all(dataset[i]["image"].shape == (3, 32, 32) for i in range(3))
     assert len(EvaluationSet(settings(tmp_path, **coco))) == 1
@@ -49,8 +49,6 @@ def test_cocos_public_layout_opens(tmp_path):
     (tmp_path / "ImageSets" / "Segmentation" / "inside.txt").write_text(f"val/{names[3]}\n")
     for split in ("part", "inside", str(tmp_path / "part.v2.txt")):
         assert EvaluationSet(settings(tmp_path, **coco | {"val_split": split}))[0]["mask"].shape == (48, 67)
-    with pytest.raises(ValueError, match="without_class: expected refuse or background"):
-        settings(tmp_path, without_class="none")
 
 
 def test_an_annotation_without_an_object_is_background_where_that_is_said(tmp_path):
@@ -58,5 +56,5 @@ def test_an_annotation_without_an_object_is_background_where_that_is_said(tmp_pa
     write_xml(tmp_path, names[0], [])
     with pytest.raises(DataError, match="empty annotation"):
         TrainingSet(settings(tmp_path, label_source="xml"), SMALL)
-    dataset = TrainingSet(settings(tmp_path, label_source="xml", without_class="background"), SMALL)
+    dataset = TrainingSet(settings(tmp_path, label_source="xml", allow_empty=True), SMALL)
     assert dataset.labels.sum(1).tolist() == [0, 2]

@@ -220,9 +220,9 @@ def test_an_image_of_no_class_names_the_setting(tmp_path):
     make_voc(tmp_path, count=2)
     path = tmp_path / "SegmentationClassAug" / "2007_000000.png"
     write_label(path, torch.zeros_like(read_label(path)))
-    with pytest.raises(DataError, match=r"empty annotation: no class but background \(data\.without_class: background"):
+    with pytest.raises(DataError, match=r"empty annotation: no class but background \(with data\.allow_empty"):
         TrainingSet(settings(tmp_path))
-    data = TrainingSet(settings(tmp_path, without_class="background"))
+    data = TrainingSet(settings(tmp_path, allow_empty=True))
     assert data.labels.sum(1).tolist() == [0, 2] and data.class_names == VOC_CLASSES
 
 

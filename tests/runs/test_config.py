@@ -70,7 +70,7 @@ def test_published_values():
     assert dataclasses.replace(voc, data=Config().data) == dataclasses.replace(Config(), amp="off", step=step)
     assert (coco.labels.num_iter, coco.step.affinity_target, coco.eval.every) == (15, "segmentation", 5_000)
     assert (voc.labels.num_iter, voc.step.affinity_target, voc.eval.every) == (10, "refined_cam", 2_000)
-    assert (coco.data.mask_dir, coco.data.without_class) == ("SegmentationClass", "background")
+    assert (coco.data.mask_dir, coco.data.allow_empty) == ("SegmentationClass", True)
     assert voc.labels.dilations == coco.labels.dilations == (1, 2, 4, 8, 12, 24)
     assert (voc.labels.walk_power, voc.labels.walk_eps, voc.labels.bkg_score) == (2, 0.1, 0.45)
     assert (voc.optim.lr, voc.optim.head_multiplier, voc.optim.weight_decay) == (6e-5, 10, 0.01)
@@ -274,3 +274,11 @@ def test_evaluation_takes_from_training_what_it_does_not_say():
     assert own == dataclasses.replace(training, radius=2, cam_scales=(1.0,), dilations=(7,), num_iter=0)
     with pytest.raises(ValueError, match="radius"):
         EvaluateSettings(radius=-1)
+
+
+@pytest.mark.parametrize(("before", "now"), [("background", True), ("refuse", False)])
+def test_what_an_earlier_version_said_of_images_without_a_class(before, now):
+    values = to_dict(Config())
+    del values["data"]["allow_empty"]
+    values["data"]["without_class"] = before
+    assert from_dict(values).data.allow_empty is now
