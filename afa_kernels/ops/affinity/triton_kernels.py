@@ -131,12 +131,13 @@ def _pairs(
                     slope = tl.where(same, tl.load(slopes), tl.load(slopes + 1))
                     result = tl.where(counted, 2.0 * slope * result * rest, 0.0)
                 else:
+                    result = tl.where(near, result * rest, 0.0)  # before the loads, which take registers
                     at = grad_window + image * grad_b + tap.to(tl.int64) * grad_t + (y * grad_y + x * grad_x)[:, None]
                     grad = tl.load(at, mask=near, other=0.0).to(tl.float32)
                     at = grad_window + image * grad_b + back.to(tl.int64) * grad_t
                     at += (key_y * grad_y + key_x * grad_x)[None, :]
                     grad += tl.load(at, mask=near, other=0.0).to(tl.float32)
-                    result = tl.where(near, result * rest * grad, 0.0)
+                    result *= grad
                 pixel = tl.arange(0, SIDE * SIDE)
                 at = pixel[:, None] * SIDE * SIDE + pixel[None, :]
                 tl.store(out + program * SIDE * SIDE * SIDE * SIDE + at, result)

@@ -86,15 +86,14 @@ def run_affinity(native, grid: tuple, kind: str, depth: int) -> None:
     gradients = view(grad_query), view(grad_key), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
     for name, source in (
         ("attention_affinity_loss", (labels.ctypes.data, slopes)),
-        ("window_affinity", (view(window), view(grad_window))),
+        ("window_affinity", (view(grad_window),)),
     ):
         getattr(native, f"{name}_backward_cuda")(*common, head.ctypes.data, grid, *source, *gradients)
     maps, grad_maps = (floats(2, 3, pixels, pixels, kind=kind) for _ in range(2))
     native.affinity_from_maps_cuda(view(maps), head.ctypes.data, grid, view(window), 0, 0)
     scratch = scratch_of(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid))
     gradients = view(grad_maps), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
-    sources = view(window), view(grad_window)
-    native.affinity_from_maps_backward_cuda(view(maps), head.ctypes.data, grid, *sources, *gradients)
+    native.affinity_from_maps_backward_cuda(view(maps), head.ctypes.data, grid, view(grad_window), *gradients)
     scratch = scratch_of(native.affinity_loss_cuda_workspace(view(window)))
     native.affinity_loss_cuda(view(window), labels.ctypes.data, radius, addresses, scratch.ctypes.data, 0, 0)
     native.affinity_loss_backward_cuda(view(grad_window), labels.ctypes.data, radius, slopes, 0, 0)
