@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SOFTWARE = "afa"  # who made a PNG, as its text says
 IGNORE = 255  # label of pixels that take no part in any score or loss
 
 # of ImageNet, on pixels in 0..1: what the backbones' weights were trained with

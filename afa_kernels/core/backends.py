@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -144,11 +144,15 @@ def _why_not(
     return _registry[operator][backend](first.device, *tensors) or proof.verdict(*key)
 
 
-@contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, calls with ``backend=None`` use this backend (per thread; None restores the
-    automatic choice).
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """``with use_backend(name):`` calls with ``backend=None`` use this backend (per thread; None restores the
+    automatic choice). Called without ``with`` it changes nothing.
     """
+    return _used(None if name is None else _check_name(name, "name"))
+
+
+@contextmanager
+def _used(name: str | None) -> Iterator[None]:
     thread, before = threading.get_ident(), _defaults.get(threading.get_ident())
 
     def set_to(value: str | None) -> None:
@@ -157,7 +161,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         else:
             _defaults[thread] = value
 
-    set_to(None if name is None else _check_name(name, "name"))
+    set_to(name)
     try:
         yield
     finally:

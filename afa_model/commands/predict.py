@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from os.path import expanduser
 from pathlib import Path
 
 from ..config import section
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default="predictions", help="folder to write into")
     parser.add_argument(
         "--head_weights",
-        type=expanduser,
+        type=str,
         default=None,
         metavar="FILE",
         help="draw how much each attention head counts in the affinity as this PNG; photographs may then be left out",
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     how = section(LabelSettings, part(LabelSettings, options))
     out = Path(options.out).expanduser()
     if options.head_weights is not None:
-        writable_file(options.head_weights, "head_weights")
+        options.head_weights = writable_file(options.head_weights, "head_weights")
     with processes(options.device) as here, mistakes_named():
         model = run.model.to(here.device)
         if options.head_weights is not None:
@@ -73,5 +72,5 @@ def main(argv: Sequence[str]) -> int:
     problems = [item.problem for item in done if item.problem is not None]
     if not problems:
         return 0
-    print(f"{len(problems)} could not be read:", *problems, sep="\n  ", file=sys.stderr)
+    print(f"{len(problems)} could not be labelled:", *problems, sep="\n  ", file=sys.stderr)
     return 1

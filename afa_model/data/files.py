@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ..conventions import SOFTWARE
 from .classes import voc_palette
 from .masks import index_values, load_mask
 from .photographs import MAX_PIXELS, Exif, read_photograph
@@ -31,6 +33,21 @@ def read_label(path: str | Path) -> torch.Tensor:
     return torch.from_numpy(index_values(image, bits).astype(np.int64))
 
 
+def _made_here() -> PngInfo:
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    return mark
+
+
+def made_here(path: str | Path) -> bool:
+    """Whether a PNG is a label or a panel of this project's, which is no photograph."""
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
+    except Exception:  # whatever is wrong with it will be said when it is read
+        return False
+
+
 def write_label(path: str | Path, label: torch.Tensor | np.ndarray) -> None:
     """Write a label [H, W] of indices 0..255 as a PNG of mode P with the VOC palette; the folder is made if
     need be.
@@ -41,4 +58,4 @@ def write_label(path: str | Path, label: torch.Tensor | np.ndarray) -> None:
     image = Image.fromarray(array.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    image.save(path, pnginfo=_made_here())

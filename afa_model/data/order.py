@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,18 +164,30 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        try:
+        with death_told():
             batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or isinstance(error, AfaError):
-                raise
-            raise TrainingError(
-                f"a process that loads data ended: {reason(error)}; the system may have killed it for want of memory"
-                " or of shared memory (/dev/shm): num_workers 0 (of data, of eval) loads without such processes"
-            ) from error
         if isinstance(batch, AfaError):
             raise batch
         return batch
+
+
+@contextlib.contextmanager
+def death_told() -> Iterator[None]:
+    """That a process that loads data ended is told in one line. torch raises it wherever the main process happens to
+    be, so whoever uses a loader's batches does so inside.
+
+    Raises:
+        TrainingError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or isinstance(error, AfaError):
+            raise
+        raise TrainingError(
+            f"a process that loads data ended: {reason(error)}; the system may have killed it for want of memory or of"
+            " shared memory (/dev/shm): num_workers 0 (of data, of eval) loads without such processes"
+        ) from error
 
 
 class _Told(Dataset):

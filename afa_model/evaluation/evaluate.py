@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.datasets import EvaluationSet
-from ..data.order import evaluation_loader
+from ..data.order import death_told, evaluation_loader
 from ..labels.kinds import check_kinds, kinds_of
 from ..labels.label_maps import MapSettings, label_maps
 from ..labels.settings import LabelSettings
@@ -152,14 +152,15 @@ def evaluate(
     samples = iter(evaluation_loader(dataset, share, settings.num_workers))
     found: list[tuple[list[float], list[float]]] = []
     stopped = False
-    for sample in progress(samples, "evaluating", len(share), settings.progress):
-        stopped = stop()
-        if stopped:
-            break
-        maps = label_maps(model, sample["image"], sizes, how, sample["cls_labels"], kinds)
-        for kind, label in maps.labels.items():
-            keeper.add(kind, label, sample["mask"])
-        found.append((maps.probabilities.tolist(), sample["cls_labels"].tolist()))
+    with death_told():
+        for sample in progress(samples, "evaluating", len(share), settings.progress):
+            stopped = stop()
+            if stopped:
+                break
+            maps = label_maps(model, sample["image"], sizes, how, sample["cls_labels"], kinds)
+            for kind, label in maps.labels.items():
+                keeper.add(kind, label, sample["mask"])
+            found.append((maps.probabilities.tolist(), sample["cls_labels"].tolist()))
     if any(gather_from_all(stopped)):
         return None
     scores = keeper.scores()

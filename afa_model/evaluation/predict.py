@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..data.files import write_label
+from ..data.files import made_here, write_label
 from ..data.image_labels import multi_hot
 from ..data.photographs import (
     IMAGE_SUFFIXES,
@@ -25,7 +25,7 @@ from ..data.photographs import (
     sizes,
 )
 from ..data.transforms import normalize
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..labels.label_maps import LabelMaps, MapSettings, label_maps
 from ..labels.settings import LabelSettings
 from ..pictures.overlays import thumbnail
@@ -134,7 +134,7 @@ def predict(
             f"affinity_at: the backbone {model.backbone} has no attention, so no affinity either"
         )
     out = Path(out).expanduser()
-    targets = _targets(photos(images, out), out)
+    targets = _targets(photos(images, out), out, settings.panels)
     if settings.affinity_at is not None:
         _check_point(targets, settings.affinity_at, settings)
     writable_folder(out, "out")
@@ -147,9 +147,12 @@ def predict(
             continue
         photo = torch.from_numpy(pixels).permute(2, 0, 1)
         maps = label_maps(model, normalize(photo), settings, how, cls_labels)
-        done.append(_write(path, target, photo, maps, class_names, settings))
+        try:
+            done.append(_write(path, target, photo, maps, class_names, settings))
+        except OSError as error:
+            done.append(Prediction(path, None, problem=f"{path}: not all of it can be written ({reason(error)})"))
     if all(item.label is None for item in done):
-        raise DataError("images: none can be read", [item.problem for item in done])
+        raise DataError("images: none can be labelled", [item.problem for item in done])
     return done
 
 
@@ -210,7 +213,8 @@ def photos(images: Iterable[str | Path], out: str | Path | None = None) -> dict[
     """
     found: dict[Path, Path] = {}
     problems = []
-    for given in map(str, images):
+    images = {os.path.abspath(os.path.expanduser(given)): given for given in reversed(list(images))}
+    for given in map(str, reversed(images.values())):
         path = Path(given).expanduser()
         if path.is_dir():
             inside = _photos_under(path, out)
@@ -219,8 +223,10 @@ def photos(images: Iterable[str | Path], out: str | Path | None = None) -> dict[
                 problems.append(f"{path}: no photograph ({listed}, ...) in this folder or below it")
             for file in inside:
                 found.setdefault(file, file.relative_to(path))
-        elif path.exists():
+        elif path.is_file():
             found.setdefault(path, Path(path.name))
+        elif path.exists():
+            problems.append(f"{path}: neither a file nor a folder")
         elif glob.has_magic(given):
             matching = sorted(map(Path, glob.glob(str(path), recursive=True)))
             matching = [file for file in matching if file.is_file() and is_image_name(file)]
@@ -238,14 +244,15 @@ def photos(images: Iterable[str | Path], out: str | Path | None = None) -> dict[
 
 
 def _photos_under(folder: Path, out: str | Path | None) -> list[Path]:
-    """Hidden folders are left out, as is ``out``: what was predicted before is no photograph."""
+    """Without hidden files and folders, ``out``, and labels and panels, wherever earlier predictions put them."""
     kept_out = None if out is None else Path(out).resolve()
     found = []
     for here, folders, files in os.walk(folder):
         folders[:] = [
             name for name in folders if not name.startswith(".") and Path(here, name).resolve() != kept_out
         ]
-        found += [Path(here, name) for name in files if is_image_name(name)]
+        paths = [Path(here, name) for name in files if is_image_name(name) and not name.startswith(".")]
+        found += [path for path in paths if path.is_file() and not (path.suffix.lower() == ".png" and made_here(path))]
     return sorted(found)
 
 
@@ -264,7 +271,7 @@ def _check_point(paths: Iterable[Path], point: tuple[int, int], settings: Predic
             )
 
 
-def _targets(found: Mapping[Path, Path], out: Path) -> dict[Path, Path]:
+def _targets(found: Mapping[Path, Path], out: Path, panels: bool) -> dict[Path, Path]:
     """Where each label goes. Photographs of one folder that differ in their ending only keep it: ``a.bmp.png``.
 
     Raises:
@@ -278,7 +285,7 @@ def _targets(found: Mapping[Path, Path], out: Path) -> dict[Path, Path]:
     owners: dict[Path, Path] = {path.resolve(): path for path in found}
     problems = []
     for path, target in targets.items():
-        for file in (target, _panel_of(target)):
+        for file in (target, _panel_of(target))[: 1 + panels]:
             if file.resolve() in owners:
                 problems.append(f"{file}: for {path}, but it belongs to {owners[file.resolve()]}")
             owners[file.resolve()] = path

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from ..conventions import IGNORE, denormalize, resize
+from ..conventions import IGNORE, SOFTWARE, denormalize, resize
 from ..data.classes import voc_palette
 from .overlays import (
     AFFINITY_COLORS,
@@ -344,5 +344,5 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG; its folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", format="png")
+    figure.savefig(path, facecolor="white", format="png", metadata={"Software": SOFTWARE})
     return path

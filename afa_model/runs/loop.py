@@ -13,6 +13,7 @@ import torch
 import afa_kernels
 
 from ..config import Config
+from ..data.order import death_told
 from ..errors import CheckpointError
 from ..runtime.collectives import agreeing, gather_from_all
 from ..runtime.processes import Here, autocast, processes
@@ -58,7 +59,7 @@ def train(config: Config) -> Summary:
         same_in_all(config)
         with agreeing():
             folder = RunFolder(config, here.first)
-        with folder:
+        with folder, death_told():
             return _train_in(folder, here)
 
 

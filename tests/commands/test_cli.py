@@ -261,7 +261,7 @@ def test_predict_lists_what_it_could_not_read_and_ends_with_1(trained, root, tmp
     assert cli.main([*line, "--device=cpu"]) == 1
     printed = capsys.readouterr()
     assert "wrote labels of 1 photograph to" in printed.out
-    assert f"1 could not be read:\n  {cut}: cannot be decoded" in printed.err
+    assert f"1 could not be labelled:\n  {cut}: cannot be decoded" in printed.err
 
 
 @pytest.mark.parametrize(

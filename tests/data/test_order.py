@@ -13,7 +13,7 @@ from support.voc_factory import make_voc
 
 from afa_model.data import order
 from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
-from afa_model.data.order import evaluation_loader, training_loader
+from afa_model.data.order import death_told, evaluation_loader, training_loader
 from afa_model.data.transforms import AugmentSettings
 from afa_model.errors import DataError, TrainingError
 
@@ -79,3 +79,11 @@ def test_a_full_shared_memory_is_told_with_the_setting_that_does_without(data, m
     with pytest.raises(RuntimeError, match=r"^unable to write") as error:
         next(iter(training_loader(data, 2, num_workers=0)))
     assert not isinstance(error.value, TrainingError), "here there is no shared memory to be short of"
+
+
+def test_the_death_of_a_process_is_told_wherever_it_is_noticed():
+    told = r"process that loads data ended: DataLoader worker .*num_workers 0"
+    with pytest.raises(TrainingError, match=told), death_told():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match=r"^out of luck$"), death_told():
+        raise RuntimeError("out of luck")

@@ -4,7 +4,10 @@ written.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from support.voc_factory import make_voc
 from afa_model.data.classes import VOC_CLASSES, voc_palette
 from afa_model.data.files import read_label
 from afa_model.errors import ConfigError, DataError
+from afa_model.evaluation import predict as predict_module
 from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
@@ -108,7 +112,7 @@ def test_one_that_cannot_be_read_does_not_end_a_folder(root):
     assert cut.image == broken and cut.label is None and "2007_000000.jpg: cannot be decoded" in cut.problem
     assert text.image == notes and re.search(r"notes\.jpg: .*\(it is a text\)", text.problem)
     assert whole.problem is None and whole.label.exists()
-    with pytest.raises(DataError, match=r"none can be read\n.*notes\.jpg"):
+    with pytest.raises(DataError, match=r"none can be labelled\n.*notes\.jpg"):
         run(root, [notes])
 
 
@@ -122,12 +126,21 @@ def test_photographs_of_every_kind_in_folders_below_and_by_pattern(root):
             image.save(folder / name)
     (folder / "._b.jpg").write_bytes(b"no photograph")
     (folder / "notes.txt").write_text("no photograph")
+    os.mkfifo(folder / "pipe.jpg")
+    with pytest.raises(DataError, match=r"pipe\.jpg: neither a file nor a folder"):
+        photos([folder / "pipe.jpg"])
     done = predict(ColorModel(), [folder], folder / "out", VOC_CLASSES, PredictSettings(**SMALL, panels=False), HOW)
     labels = [str(item.label.relative_to(folder / "out")) for item in done]
     assert labels == ["a.bmp.png", "a.webp.png", "b.png", "below/c.png", "below/deep/a.png"]
     assert all(item.label.exists() for item in done)
-    # what was predicted is no photograph
+    # what was predicted is no photograph, wherever it lies; nor are what is hidden and what is no file
     assert len(photos([folder], folder / "out")) == 5
+    for _ in range(2):
+        again = predict(ColorModel(), [folder / "below"], folder / "below", VOC_CLASSES, PredictSettings(**SMALL), HOW)
+        assert [item.image.name for item in again] == ["c.gif", "a.tif"]
+    assert len(photos([folder], "elsewhere")) == 5
+    twice = [folder / "b.JPeG", folder / "below" / ".." / "b.JPeG"]
+    assert list(photos(twice)) == twice[:1]
     assert [path.name for path in photos([str(folder / "**" / "*.t*")])] == ["a.tif"]
     with_spaces = [path.name for path in photos([str(folder / "[ab].*")])]
     assert with_spaces == ["a.bmp", "a.webp", "b.JPeG"]
@@ -206,3 +219,20 @@ def test_a_cnn_predicts_its_refined_cam(root):
         draw_head_weights(model, root / "weights.png")
     with pytest.raises(ValueError, match="affinity_at: the backbone resnet18 has no attention"):
         predict(model, [root], root / "out", VOC_CLASSES, PredictSettings(affinity_at=(0, 0)))
+
+
+def test_what_cannot_be_written_does_not_end_a_folder(root, monkeypatch):
+    write = predict_module.write_label
+
+    def full(target, label):
+        if target.name == "2007_000000.png":
+            raise OSError(errno.ENAMETOOLONG, "File name too long", str(target))
+        write(target, label)
+
+    monkeypatch.setattr(predict_module, "write_label", full)
+    (bad, good) = run(root)
+    assert bad.problem.endswith("2007_000000.jpg: not all of it can be written (File name too long)")
+    assert good.label.exists()
+    beside = root / "JPEGImages" / "2007_000001_panel.jpg"
+    shutil.copy(root / "JPEGImages" / "2007_000001.jpg", beside)
+    assert len(run(root, [root / "JPEGImages" / "2007_000001.jpg", beside], panels=False)) == 2
