@@ -21,6 +21,7 @@ from .functional import check_images, check_method, lattice_sigmas
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 LEAST_PROBABILITY = 1e-5
+MOST_FEATURES = 32
 
 # --- checks ---
 
@@ -37,7 +38,8 @@ def check_kernels(
     """Weight, sigma_xy and sigma_rgb of each kernel that weighs anything; a sigma_rgb of 0 is none."""
     pos_w, bi_w = check_float(pos_w, "pos_w"), check_float(bi_w, "bi_w")
     pos = [pos_w, check_float(pos_xy_std, "pos_xy_std", positive=True), 0.0]
-    bi = [bi_w, check_float(bi_xy_std, "bi_xy_std", positive=True), check_float(bi_rgb_std, "bi_rgb_std", positive=True)]
+    bi = [bi_w, *(check_float(value, name, positive=True) for value, name in
+                  ((bi_xy_std, "bi_xy_std"), (bi_rgb_std, "bi_rgb_std")))]  # fmt: skip
     return [*(pos if pos_w else []), *(bi if bi_w else [])]
 
 
@@ -117,6 +119,57 @@ def _unpacked(images: Tensor, *inputs) -> tuple:
             rgb, sigma_xy = lattice_sigmas(images.shape, rgb, sigma_xy)
         triples.append((weight, sigma_xy, rgb))
     return images, *others, triples, compat, method, normalization, tolerance
+
+
+class LatticeKernel:
+    """A kernel of a dense CRF over points of any features, by the permutohedral lattice, which is built once.
+
+    Args:
+        features: [N, d] float32 on the CPU, d at most 32; those that are 1 apart are a standard deviation apart.
+        shape: (H, W) with H * W = N, if the points are those of an image.
+        normalization: as in `dense_crf`.
+        silent: [m, d] features of points that have no values, but are in the lattice: where it has corners, it blurs.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        shape: tuple[int, int] | None = None,
+        normalization: str = "symmetric",
+        silent: Tensor | None = None,
+    ) -> None:
+        check_tensor(features, "features", ("N", "d"), (torch.float32,))
+        if features.shape[1] > MOST_FEATURES:
+            raise ValueError(f"features must have at most {MOST_FEATURES} columns, got {features.shape[1]}")
+        self._normalization = check_normalization(normalization)
+        points, self._silent = len(features), 0 if silent is None else len(silent)
+        if self._silent:
+            features, shape = torch.cat([features, silent]), None
+        self._shape = shape or (len(features), 1)
+        native = backends.choose("bilateral_filter", None, features) == "native"
+        self._kernels = implementation(__package__, "native") if native else None
+        self._features = self._kernels.lattice(features) if native else features
+        ones = torch.ones(1, points)
+        self._inverse = 1 / (self._filtered(ones) + 1e-20)
+
+    def _filtered(self, values: Tensor) -> Tensor:
+        if self._silent:
+            values = torch.nn.functional.pad(values, (0, self._silent))
+        if self._kernels is None:
+            filtered = reference.filter_lattice(self._features, values.t()).t()
+        else:
+            planes = values.reshape(1, -1, *self._shape)
+            filtered = self._kernels.filter_lattice(self._features, planes).view(values.shape)
+        return filtered[:, : values.shape[1] - self._silent]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """values [K, N] float32 -> the same, filtered and normalised."""
+        if self._normalization == "symmetric":
+            return self._inverse.sqrt() * self._filtered(self._inverse.sqrt() * values)
+        if self._normalization == "before":
+            return self._filtered(self._inverse * values)
+        filtered = self._filtered(values)
+        return self._inverse * filtered if self._normalization == "after" else filtered
 
 
 # --- forward ---

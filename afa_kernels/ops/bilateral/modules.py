@@ -1,5 +1,4 @@
-"""The dense energy loss and the dense CRF, with the constructors and the calls that the field's repositories already use.
-"""
+"""The dense energy loss and the dense CRF, as the field's repositories already construct and call them."""
 
 from __future__ import annotations
 

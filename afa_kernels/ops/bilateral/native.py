@@ -80,6 +80,18 @@ def dense_crf_gradient(
     return out
 
 
+def lattice(features: Tensor) -> _Lattice:
+    """features [N, d] -> what `filter_lattice` takes."""
+    return _build(features)
+
+
+def filter_lattice(lattice: _Lattice, values: Tensor) -> Tensor:
+    """values [1, K, H, W] float32 with H * W = N -> the same."""
+    out = torch.empty(values.shape)
+    _filter(lattice, values, out, False)
+    return out
+
+
 # --- mean field ---
 
 SWAPPED = {"before": "after", "after": "before"}
