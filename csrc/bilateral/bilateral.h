@@ -69,6 +69,7 @@ struct CrfStep {
   int64_t count = 0, points = 0, channels = 0;
   const float *base = nullptr, *in = nullptr;
   float *logits = nullptr, *spread = nullptr, *out = nullptr;
+  bool keep_logits = false;  // else what is left in logits is of no use
 };
 int64_t dense_crf_cpu_workspace(const CrfStep& step);
 Status dense_crf_cpu(const CrfStep& step, void* workspace, int threads);

@@ -52,14 +52,23 @@ struct Rows {
   float scale;
 };
 
+constexpr int64_t kAhead = 12;  // rows
+static inline void prefetch(const float* row) {
+  __builtin_prefetch(row);
+  __builtin_prefetch(row + 16);
+}
+
 template <int kVectors>
 static void splat(const Lattice& lattice, const Rows& rows, float* to) {
   const Row<kVectors> lanes(rows.row);
+  const int64_t last = lattice.points * (lattice.dims + 1) - 1;
 #pragma omp for schedule(static)
   for (int64_t m = 0; m < lattice.vertices; ++m) {
     vfloat sum[kVectors] = {};
     for (int64_t e = lattice.start[m]; e < lattice.start[m + 1]; ++e) {
       const float* from = rows.in + lattice.point[e] * rows.stride;
+      // As far ahead as memory is away; the list of the last vertex is followed by nothing.
+      prefetch(rows.in + lattice.point[std::min(e + kAhead, last)] * rows.stride);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[v] += lattice.share[e] * load(from + lanes.at[v]);
     }
@@ -82,19 +91,26 @@ static void blur(const Lattice& lattice, int64_t axis, int64_t row, const float*
   }
 }
 
+// sum += scale times what point i gets of its corners.
+template <int kVectors>
+static inline void add_corners(const Lattice& lattice, const float* from, int64_t row, const Row<kVectors>& lanes, int64_t i, float scale,
+                               vfloat (&sum)[kVectors]) {
+  const int64_t corners = lattice.dims + 1;
+  for (int64_t r = 0; r < corners; ++r) {
+    const float weight = lattice.weight[i * corners + r] * scale;
+    const float* corner = from + lattice.index[i * corners + r] * row;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(corner + lanes.at[v]);
+  }
+}
+
 template <int kVectors>
 static void slice(const Lattice& lattice, const float* from, float scale, const Rows& rows) {
   const Row<kVectors> lanes(rows.row);
-  const int64_t corners = lattice.dims + 1;
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < lattice.points; ++i) {
     vfloat sum[kVectors] = {};
-    for (int64_t r = 0; r < corners; ++r) {
-      const float weight = lattice.weight[i * corners + r] * scale;
-      const float* corner = from + lattice.index[i * corners + r] * rows.row;
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(corner + lanes.at[v]);
-    }
+    add_corners<kVectors>(lattice, from, rows.row, lanes, i, scale, sum);
     if (rows.base)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[v] += load(rows.base + i * rows.stride + lanes.at[v]);
@@ -103,8 +119,9 @@ static void slice(const Lattice& lattice, const float* from, float scale, const 
   }
 }
 
+// The values of all vertices, in one of the two tables, which have M + 1 rows each.
 template <int kVectors>
-static void filter_vectors(const Lattice& lattice, const Rows& rows, bool transpose, float* first, float* second) {
+static const float* blurred(const Lattice& lattice, const Rows& rows, bool transpose, float* first, float* second) {
   const int64_t corners = lattice.dims + 1;
 #pragma omp single
   for (float* table : {first, second})
@@ -114,7 +131,13 @@ static void filter_vectors(const Lattice& lattice, const Rows& rows, bool transp
     blur<kVectors>(lattice, transpose ? corners - 1 - i : i, rows.row, first, second);
     std::swap(first, second);
   }
-  slice<kVectors>(lattice, first, rows.scale / (1.0f + 1.0f / float(int64_t(1) << lattice.dims)), rows);
+  return first;
+}
+static inline float alpha(const Lattice& lattice) { return 1.0f / (1.0f + 1.0f / float(int64_t(1) << lattice.dims)); }
+
+template <int kVectors>
+static void filter_vectors(const Lattice& lattice, const Rows& rows, bool transpose, float* first, float* second) {
+  slice<kVectors>(lattice, blurred<kVectors>(lattice, rows, transpose, first, second), rows.scale * alpha(lattice), rows);
 }
 
 // rows.row = channel_row(at most kMostChannels). Called by all threads of a region; the tables have M + 1 rows each. in and out may

@@ -98,10 +98,12 @@ void bind_bilateral(py::module_& module) {
     return dense_crf_cpu_workspace(crf_step(taken, points, channels, {}));
   });
   module.def("dense_crf_cpu", [](const std::vector<CrfKernelGiven>& kernels, int64_t points, int64_t channels,
-                                 const std::vector<uint64_t>& rows, uint64_t workspace, int threads) {
+                                 const std::vector<uint64_t>& rows, bool keep_logits, uint64_t workspace, int threads) {
     py::gil_scoped_release release;
     const std::vector<CrfKernel> taken = crf_kernels(kernels);
-    check(dense_crf_cpu(crf_step(taken, points, channels, rows), pointer<void>(workspace), threads), "dense_crf_cpu");
+    CrfStep step = crf_step(taken, points, channels, rows);
+    step.keep_logits = keep_logits;
+    check(dense_crf_cpu(step, pointer<void>(workspace), threads), "dense_crf_cpu");
   });
 }
 

@@ -154,19 +154,19 @@ class _Step:
         self._native([], self.base, self.base, out)
         return out
 
-    def __call__(self, q: Tensor, out: Tensor) -> Tensor:
-        """The next distribution, written to ``out``; returns its logits."""
+    def __call__(self, q: Tensor, out: Tensor, keep_logits: bool = False) -> Tensor:
+        """The next distribution, written to ``out``; returns its logits, if they are to be kept."""
         if self.method == "exact":
             logits = self.rows(self.planes(self.base) + self.message(self.planes(q), False))
             self._native([], logits, q, out)
             return logits
-        self._native(self.given, self.base, q, out)
+        self._native(self.given, self.base, q, out, keep_logits)
         return self.logits if self.given else self.base
 
-    def _native(self, kernels: list[tuple], base: Tensor, q: Tensor, out: Tensor) -> None:
+    def _native(self, kernels: list[tuple], base: Tensor, q: Tensor, out: Tensor, keep_logits: bool = False) -> None:
         scratch = workspace(native.dense_crf_cpu_workspace(kernels, self.points, self.channels), q.device)
         rows = [tensor.data_ptr() for tensor in (base, q, self.logits, self.spread, out)]
-        last = scratch.data_ptr(), torch.get_num_threads()
+        last = keep_logits, scratch.data_ptr(), torch.get_num_threads()
         native.dense_crf_cpu(kernels, self.points, self.channels, rows, *last)
 
     def message(self, values: Tensor, transpose: bool) -> Tensor:
@@ -203,7 +203,7 @@ def _run(
     q, spare, kept, found = step.start(), None, [], []
     for _ in range(num_iter):
         out = torch.empty_like(q) if spare is None else spare
-        logits = step(q, out)
+        logits = step(q, out, convergence)
         if convergence:
             found.append(_divergence(q, logits, step.channels))
         small = tolerance > 0 and float((out - q)[:, : step.channels].abs().mean()) < tolerance
@@ -211,7 +211,7 @@ def _run(
         if small:
             break
     if convergence:
-        found.append(_divergence(q, step(q, torch.empty_like(q)), step.channels))
+        found.append(_divergence(q, step(q, torch.empty_like(q), True), step.channels))
         found += found[-1:] * (num_iter + 1 - len(found))
     return kept, q, found
 
