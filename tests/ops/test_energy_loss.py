@@ -57,6 +57,7 @@ def test_sure_pixels_and_those_outside_have_no_gradient_and_unlabelled_ones_all_
     sure = torch.zeros(2, 4, 12, 17, device=DEVICE)
     sure[:, 1] = 1
     sure.requires_grad_()
+    roi[0, :, 12:] = 0.5  # surer than it is inside
     DenseEnergyLoss(1, scale_factor=1)(images, sure, roi, label).backward()
     assert sure.grad[0, 1, :3].abs().min() > 0  # 255: the gate is open
     assert not sure.grad[:, :, 3:].any() and not sure.grad[1, :, :, 11:].any()
