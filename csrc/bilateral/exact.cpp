@@ -227,9 +227,10 @@ Status filter_exact(const BilateralArgs& args, void* workspace, int threads) {
 #pragma omp parallel num_threads(threads)
     {
       const int thread = thread_number();
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
       for (int64_t tile = 0; tile < exact.tiles; ++tile)
         filter_tile(exact, tile, exact.bins + thread * exact.tiles, exact.tables + thread * kTile * kTile);
+#pragma omp barrier
       float* line = exact.lines + thread * exact.width;
       int32_t* places = reinterpret_cast<int32_t*>(exact.values);  // which are done with
 #pragma omp for schedule(static)

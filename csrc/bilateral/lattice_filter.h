@@ -123,9 +123,10 @@ static void slice(const Lattice& lattice, const float* from, float scale, const 
 template <int kVectors>
 static const float* blurred(const Lattice& lattice, const Rows& rows, bool transpose, float* first, float* second) {
   const int64_t corners = lattice.dims + 1;
-#pragma omp single
-  for (float* table : {first, second})
-    std::fill(table + lattice.vertices * rows.row, table + (lattice.vertices + 1) * rows.row, 0.0f);
+  float* const tables[] = {first, second};
+#pragma omp for schedule(static)
+  for (int t = 0; t < 2; ++t)
+    std::fill(tables[t] + lattice.vertices * rows.row, tables[t] + (lattice.vertices + 1) * rows.row, 0.0f);
   splat<kVectors>(lattice, rows, first);
   for (int64_t i = 0; i < corners; ++i) {
     blur<kVectors>(lattice, transpose ? corners - 1 - i : i, rows.row, first, second);
