@@ -23,6 +23,7 @@ from .ops.affinity import (
     window_affinity,
     window_to_dense,
 )
+from .ops.bilateral import DenseCRF, DenseEnergyLoss, bilateral_filter, dense_crf
 from .ops.diffusion import diffuse
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.random_walk import random_walk, random_walk_with_background
@@ -34,11 +35,15 @@ __all__ = [
     "PAR",
     "CheckRow",
     "CheckTable",
+    "DenseCRF",
+    "DenseEnergyLoss",
     "affinity_from_maps",
     "affinity_loss",
     "attention_affinity_loss",
     "backends",
+    "bilateral_filter",
     "build_info",
+    "dense_crf",
     "dense_to_window",
     "diffuse",
     "pamr",

@@ -27,4 +27,5 @@ PYBIND11_MODULE(_native, module) {
   afa::bind_par(module);
   afa::bind_affinity(module);
   afa::bind_random_walk(module);
+  afa::bind_bilateral(module);
 }

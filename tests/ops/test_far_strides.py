@@ -47,6 +47,10 @@ OPERATORS = {
         [(BATCH, 9, HEIGHT, WIDTH)],
         lambda window: afa_kernels.affinity_loss(window, labels(), RADIUS)[0],
     ),
+    "bilateral_filter": (
+        [(BATCH, 3, HEIGHT, WIDTH)] * 2,
+        lambda images, values: afa_kernels.bilateral_filter(images.detach().float(), values, 0.5, 3),
+    ),
     "random_walk": (
         [(BATCH, 9, HEIGHT, WIDTH), (BATCH, 3, HEIGHT, WIDTH)],
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),

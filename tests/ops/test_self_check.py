@@ -10,6 +10,7 @@ import torch
 from support.common import DEVICE, relative_error
 from support.cuda_emulator import build
 from support.cuda_emulator.operators import emulated
+from support.fuzzing import has_cuda_source
 from support.self_checking import (  # noqa: F401 (fixtures)
     CPU,
     FLOAT,
@@ -77,7 +78,7 @@ def test_cases_call_every_kernel(monkeypatch):
 
 @pytest.mark.cuda_emulator
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("operator", sorted(self_check.samples))
+@pytest.mark.parametrize("operator", sorted(filter(has_cuda_source, self_check.samples)))
 def test_cases_are_passed_by_the_emulated_cuda_kernels(operator):
     """Where the tolerances have to hold: on tensor cores, with weights and gradients in half precision."""
     with emulated(build.load(build.kinds()[-1])):  # products fused into sums, as on a GPU

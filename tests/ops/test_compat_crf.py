@@ -1,0 +1,190 @@
+"""`afa_kernels.compat.pydensecrf` and `.rloss`: the calls that clients make, their layouts, defaults and errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.common import relative_error
+
+import afa_kernels
+import afa_kernels.compat.pydensecrf.densecrf as dcrf
+from afa_kernels import bilateral_filter, dense_crf
+from afa_kernels.compat import rloss
+from afa_kernels.compat.pydensecrf import utils
+from afa_kernels.ops.bilateral import LatticeKernel
+
+H, W, N = 8, 11, 4
+
+
+@pytest.fixture
+def photo():
+    random = np.random.default_rng(0)
+    probs = random.random((N, H, W)).astype(np.float32)
+    return random.integers(0, 256, (H, W, 3)).astype(np.uint8), probs / probs.sum(0)
+
+
+def built(photo, compat=3, **options):
+    image, probs = photo
+    crf = dcrf.DenseCRF2D(W, H, N)
+    crf.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probs)))
+    crf.addPairwiseGaussian(sxy=3, compat=compat, **options)
+    crf.addPairwiseBilateral(sxy=8, srgb=60, rgbim=image, compat=compat, **options)
+    return crf
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_client_gets_the_recorded_probabilities(golden, backend):
+    arrays = golden("dense_crf")
+    image, probs = arrays["image"][:24], np.ascontiguousarray(arrays["probs"][:, :24])
+    crf = dcrf.DenseCRF2D(80, 24, 5)
+    with afa_kernels.use_backend(backend):
+        crf.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probs)))
+        crf.addPairwiseGaussian(sxy=3, compat=3)
+        crf.addPairwiseBilateral(sxy=64, srgb=5, rgbim=np.ascontiguousarray(image), compat=4)
+        result = crf.inference(3)
+    got = np.array(result, dtype=np.float32).reshape((5, 24, 80))
+    want = dense_crf(torch.tensor(image).permute(2, 0, 1)[None], torch.tensor(probs)[None], 3)[0].numpy()
+    assert np.abs(got - want).max() < 1e-5
+    assert (np.argmax(result, axis=0).reshape(24, 80) == want.argmax(0)).all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("none", 0), ("before", 1), ("after", 2), ("symmetric", 3)])
+def test_normalisations(photo, name, value):
+    compat = 3 if value else 0.05
+    got = built(photo, compat, normalization=value, kernel=dcrf.FULL_KERNEL).inference(2.0)
+    image, probs = torch.tensor(photo[0]).permute(2, 0, 1)[None], torch.tensor(photo[1])[None]
+    want = dense_crf(image, probs, 2, compat, 3, compat, 8, 60, normalization=name)[0].flatten(1)
+    assert np.abs(got - want.numpy()).max() < 1e-5
+
+
+def test_signs_of_compatibilities(photo):
+    want = built(photo, 3).inference(3)
+    for compat in (np.float32(3), -3 * np.ones(N, np.float32), -3 * np.eye(N, dtype=np.float32)):
+        assert np.abs(built(photo, compat).inference(3) - want).max() < 1e-6
+    upper = np.triu(np.full((N, N), 2, np.float32), 1)
+    lower, mean = upper.T.copy(), (upper + upper.T) / 2
+    assert np.abs(built(photo, upper).inference(3) - built(photo, mean).inference(3)).max() < 1e-6
+    assert np.abs(built(photo, lower).inference(3) - built(photo, mean).inference(3)).max() < 1e-6
+
+
+def test_stepwise_in_place_and_its_divergence(photo):
+    crf = built(photo)
+    q, *rest = crf.startInference()
+    assert np.abs(q.reshape(N, H, W) - photo[1]).max() < 1e-6
+    place, divergences = q, [crf.klDivergence(q)]
+    for _ in range(3):
+        crf.stepInference(q, *rest)
+        divergences.append(crf.klDivergence(q))
+    assert q is place and q.dtype == np.float32 and np.abs(q - crf.inference(3)).max() < 1e-6
+    image, probs = torch.tensor(photo[0]).permute(2, 0, 1)[None], torch.tensor(photo[1])[None]
+    want = dense_crf(image, probs, 3, 3, 3, 3, 8, 60, convergence=True)[1][0]
+    assert np.abs(np.array(divergences) - want.numpy()).max() < 1e-3
+
+
+def test_features_of_the_general_class_are_theirs_row_before_column(photo):
+    image, probs = photo
+    crf = dcrf.DenseCRF(H * W, N)
+    crf.setUnaryEnergy(utils.unary_from_softmax(probs))
+    crf.addPairwiseEnergy(utils.create_pairwise_gaussian(sdims=(2, 3), shape=(H, W)), compat=3)
+    features = utils.create_pairwise_bilateral(sdims=(7, 8), schan=(60, 50, 40), img=image, chdim=2)
+    assert features.shape == (5, H * W) and features.dtype == np.float32
+    y, x = 5, 9
+    want = [y / 7, x / 8, *(image[y, x] / np.array([60, 50, 40]))]
+    assert np.abs(features[:, y * W + x] - want).max() < 1e-5
+    crf.addPairwiseEnergy(features, compat=4, kernel=dcrf.DIAG_KERNEL, normalization=dcrf.NORMALIZE_SYMMETRIC)
+    other = dcrf.DenseCRF2D(W, H, N)
+    other.setUnaryEnergy(utils.unary_from_softmax(probs))
+    other.addPairwiseGaussian((3, 2), 3)
+    other.addPairwiseBilateral((8, 7), (60, 50, 40), image, 4)
+    # The lattice is another where its coordinates come in another order.
+    difference = np.abs(crf.inference(2) - other.inference(2)).max()
+    assert 1e-6 < difference < 0.1
+    assert utils.create_pairwise_bilateral((7, 8), 0.1, photo[1][0]).shape == (3, H * W)
+
+
+def test_sigmas_are_x_before_y():
+    crf = dcrf.DenseCRF2D(W, H, N)
+    unary = np.zeros((N, H * W), np.float32)
+    unary[0, 4 * W + 5] = -5
+    crf.setUnaryEnergy(unary)
+    crf.addPairwiseGaussian((4, 0.3), 3)
+    spread = np.abs(crf.inference(1).reshape(N, H, W)[0] - 1 / N)
+    assert spread[4, 6] > 1e-2 > 1e-5 > spread[5, 5]
+
+
+def test_points_by_fours(rng):
+    """Where their number is no multiple of 4, the lattice has a simplex at the origin too."""
+    features = 2 * torch.rand(7, 2, generator=rng) + 0.5
+    values, silent = torch.rand(2, 7, generator=rng), torch.zeros(1, 2)
+    both = [LatticeKernel(features, None, "none", extra)(values) for extra in (None, silent)]
+    assert both[0].shape == both[1].shape == (2, 7) and relative_error(*both) > 1e-3
+    crf = dcrf.DenseCRF(7, 2)
+    crf.setUnaryEnergy(values.numpy())
+    crf.addPairwiseEnergy(features.t().contiguous().numpy(), 1, normalization=dcrf.NO_NORMALIZATION)
+    q = torch.tensor(crf.startInference()[0])
+    want = (LatticeKernel(features, None, "none", silent)(q) - values).softmax(0)
+    assert relative_error(torch.tensor(crf.inference(1)), want) < 1e-6
+
+
+def test_unaries():
+    labels = np.array([[0, 1], [2, 2]])
+    wrong, right = -np.log(0.3 / 2), -np.log(0.7)
+    got = utils.unary_from_labels(labels, 3, gt_prob=0.7, zero_unsure=False)
+    want = np.full((3, 4), wrong)
+    want[[0, 1, 2, 2], range(4)] = right
+    assert got.dtype == np.float32 and np.abs(got - want).max() < 1e-6
+    unsure = utils.unary_from_labels(labels, 3, 0.7)
+    assert np.abs(unsure[:, 0] + np.log(1 / 3)).max() < 1e-6 and abs(unsure[0, 1] - right) < 1e-6
+    probs = np.array([[[0.0, 0.25]], [[1.0, 0.75]]])
+    assert np.abs(utils.unary_from_softmax(probs)[0] + np.log([1e-5, 0.25])).max() < 1e-5
+    assert np.abs(utils.unary_from_softmax(probs, 0.5)[0] + np.log([0.25, 0.375])).max() < 1e-6
+    with pytest.raises(AssertionError, match="gt_prob"):
+        utils.unary_from_labels(labels, 3, 1.0)
+
+
+def bad_calls():
+    image, unary = np.zeros((H, W, 3), np.uint8), np.zeros((N, H * W), np.float32)
+    return {
+        "float64": (ValueError, lambda crf: crf.setUnaryEnergy(unary.astype(float)), "u must be float32"),
+        "planes": (ValueError, lambda crf: crf.setUnaryEnergy(unary.reshape(N, H, W)), "u must be float32 of 2"),
+        "transposed": (ValueError, lambda crf: crf.setUnaryEnergy(unary.T), "u must have shape"),
+        "list": (TypeError, lambda crf: crf.setUnaryEnergy(unary.tolist()), "u must be an array"),
+        "None": (TypeError, lambda crf: crf.setUnaryEnergy(None), "u must be an array"),
+        "image": (ValueError, lambda crf: crf.addPairwiseBilateral(8, 8, image[:, :5], 3), "rgbim must be uint8"),
+        "pixels": (ValueError, lambda crf: crf.addPairwiseBilateral(8, 8, image / 1.0, 3), "rgbim must be uint8"),
+        "sigma": (ValueError, lambda crf: crf.addPairwiseGaussian((3, 0), 3), "sxy must be a positive"),
+        "sigmas": (ValueError, lambda crf: crf.addPairwiseGaussian((3, 3, 3), 3), "sxy must be a positive"),
+        "compat": (ValueError, lambda crf: crf.addPairwiseGaussian(3, np.ones(2, np.float32)), "compat must have 4"),
+        "kernel": (ValueError, lambda crf: crf.addPairwiseGaussian(3, 3, kernel=5), "kernel must be one of"),
+        "features": (ValueError, lambda crf: crf.addPairwiseEnergy(unary[:, :5], 3), "features must have 88 columns"),
+        "normal": (ValueError, lambda crf: crf.addPairwiseGaussian(3, 3, normalization=9), "normalization must be"),
+        "keyword": (TypeError, lambda crf: crf.inference(niter=3), "niter"),
+        "Q": (ValueError, lambda crf: crf.klDivergence(unary[:2]), "Q must have shape"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_calls_are_named(photo, name):
+    error, call, said = bad_calls()[name]
+    with pytest.raises(error, match=said):
+        call(built(photo))
+
+
+def test_rloss_writes_in_place(rng):
+    images, segs = 255 * torch.rand(2, 3, 6, 7, generator=rng), torch.rand(2, 4, 6, 7, generator=rng)
+    out = np.zeros(2 * 4 * 6 * 7, np.float32)
+    rloss.bilateralfilter_batch(images.numpy().flatten(), segs.numpy().flatten(), out, 2, 4, 6, 7, 60.0, 5.0)
+    want = bilateral_filter(images, segs, 60, 5, "lattice")
+    assert np.array_equal(out, want.numpy().flatten())
+    one = np.zeros((4, 6, 7), np.float32)
+    rloss.bilateralfilter(images[0].numpy(), segs[0].numpy(), one, 6, 7, 60.0, 5.0)
+    assert np.array_equal(one, want[0].numpy())
+    assert rloss.DenseEnergyLoss is afa_kernels.DenseEnergyLoss
+    arrays = images.numpy(), segs.numpy()
+    for wrong, said in ((out.astype(float), "AS must be a writable"), (out[::2], "AS must be a writable"),
+                        (out[:-1], "AS must have 2")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            rloss.bilateralfilter_batch(*arrays, wrong, 2, 4, 6, 7, 60.0, 5.0)
+    with pytest.raises(ValueError, match="segs must have 2"):
+        rloss.bilateralfilter_batch(arrays[0], arrays[1][:1], out, 2, 4, 6, 7, 60.0, 5.0)
