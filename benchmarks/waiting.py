@@ -25,7 +25,7 @@ from afa_model.runtime.machine import SPINS, usable_cpus
 WAITS = {
     "spinning (libgomp's default)": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": count} for count in ("200", SPINS, "20000", "200000")},
+    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": count} for count in (SPINS, "2000", "20000", "200000")},
 }
 BESIDE = ("nothing", "one busy thread", "another step")
 _NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
