@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..runtime.tensor_files import told
 from .image_labels import multi_hot
 from .photographs import IMAGE_SUFFIXES
 from .texts import lines_of, read_text
@@ -67,7 +68,7 @@ class LabelFile:
                 self._by_stem[stem] = None if stem in self._by_stem else key  # of two files of one name neither
 
     def __contains__(self, name: str) -> bool:
-        return self._key(name) is not None
+        return self.key_of(name) is not None
 
     def __getitem__(self, name: str) -> Tensor:
         """The label of an image, float32 [K - 1] of 0 and 1.
@@ -75,18 +76,19 @@ class LabelFile:
         Raises:
             ValueError: no entry for this image, or one that is no label.
         """
-        key = self._key(name)
+        key = self.key_of(name)
         if key is None:
             raise ValueError(f"no entry in {self.path.name}")
         entry = self.table[key]
+        if entry is None:
+            raise ValueError(f"null in {self.path.name}; for no class write []")
         if isinstance(entry, Mapping):
+            self._refuse_unknown(entry)
             entry = [item for item, value in entry.items() if self._is_one(value)] or torch.zeros(len(self.names) - 1)
         if isinstance(entry, str):
             entry = [entry] if entry in self.names else [part for part in re.split(r"\s*[;|,]\s*", entry) if part]
         if isinstance(entry, (list, tuple)) and entry and all(isinstance(item, str) for item in entry):
-            unknown = sorted(set(entry) - set(self.names))
-            if unknown:
-                raise ValueError(f"unknown class {', '.join(map(repr, unknown))} in {self.path.name}")
+            self._refuse_unknown(entry)
             return multi_hot([self.names.index(item) for item in entry], len(self.names))
         try:
             label = np.asarray(entry, dtype=np.float32).reshape(-1)
@@ -104,8 +106,13 @@ class LabelFile:
             raise ValueError(f"{expected}, got {label[place]:g} for {self.names[place + 1]}")
         return torch.from_numpy(label)
 
-    def _key(self, name: str) -> Any:
-        """The key of an image: its name, its file's name alone, its number."""
+    def _refuse_unknown(self, found: Iterable[str]) -> None:
+        unknown = sorted(set(map(str, found)) - set(self.names))
+        if unknown:
+            raise ValueError(f"unknown class {', '.join(map(repr, unknown))} in {self.path.name}")
+
+    def key_of(self, name: str) -> Any:
+        """The key of an image's entry: its name, its file's name alone, its number; None if it has no entry."""
         base = name.rsplit("/", 1)[-1]
         for key in (name, base, _as_number(name)):
             if key is not None and key in self.table:
@@ -148,11 +155,25 @@ def _as_number(name: str) -> int | None:
 
 
 def _json(path: Path, names: Sequence[str]) -> Any:
-    return json.loads(read_text(path))
+    return json.loads(read_text(path), object_pairs_hook=_once)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Python's reader keeps the last of two entries of one name."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} has two entries")
+    return table
 
 
 def _torch(path: Path, names: Sequence[str]) -> Any:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # broken bytes make the unpickler raise whatever they lead it to
+        raise ValueError(f"{told(error)} (save {{image: [class names]}} as .json)") from None
     if not isinstance(content, Mapping):
         return content
     return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in content.items()}
@@ -180,10 +201,9 @@ def _csv(path: Path, names: Sequence[str]) -> dict[str, Any]:
     delimiter = next((mark for mark in "\t,;" if mark in lines[0][1]), " ")
     cells_of = [next(csv.reader([text], delimiter=delimiter)) for _, text in lines]
     rows = [(number, [cell.strip() for cell in cells]) for (number, _), cells in zip(lines, cells_of)]
-    head = rows[0][1]
-    columns = _columns(head, names)
-    if columns is not None or head[0].lower() in _HEADS:
-        rows = rows[1:]
+    columns, has_head = _head(rows, names)
+    rows = rows[has_head:]
+    _refuse_swapped([cells for _, cells in rows], names)
     table: dict[str, Any] = {}
     for number, (name, *cells) in rows:
         if columns is not None:
@@ -202,17 +222,56 @@ def _csv(path: Path, names: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def _columns(head: Sequence[str], names: Sequence[str]) -> list[str] | None:
-    """The classes that the cells of a first line name; None if it is a line like the others."""
-    cells = list(head[1:])
-    if len(cells) < 2 or not (set(cells) & set(names)) or (head[0].lower() not in _HEADS and head[0]):
-        return None
-    unknown = [cell for cell in cells if cell not in names]
-    missing = [name for name in names[1:] if name not in cells]
-    if unknown or missing:
-        what = f"column {unknown[0]!r} is no class" if unknown else f"no column for {missing[0]!r}"
-        raise ValueError(f"line 1: {what}")
-    return cells
+def _head(rows: Sequence[tuple[int, list[str]]], names: Sequence[str]) -> tuple[list[str] | None, bool]:
+    """The classes that the cells of the first line name, if it names any, and whether it is no line like the others.
+
+    Whatever its first cell says: a first line of words above lines of numbers names the columns.
+    """
+    number, head = rows[0]
+    later = [cells for _, cells in rows[1:]]
+    resolved = [_class_of(cell, names) for cell in head]
+    least = min(2, len(names) - 1)
+    of_numbers = any(len(cells) > least and _numbers(cells[1:]) for cells in later)
+    if not of_numbers:
+        is_word = head[0].lower() in _HEADS and (not later or not any(resolved[1:]))
+        whole = head[0].lower() in _HEADS and len(head) > 2 and set(names[1:]) <= set(resolved[1:])
+        return None, is_word or whole
+    all_names = len(head) >= len(names) and all(resolved[1:])
+    if _numbers(head[1:]) and not all_names:
+        return None, False
+    shorter = len(head) == len(later[0]) - 1 and all(resolved)  # R's, or an empty first cell before a tab
+    cells, columns = (head, resolved) if shorter else (head[1:], resolved[1:])
+    if len(names) == 2 and len(cells) == 1 and columns == [None]:
+        return None, True  # one column for the one class may be called anything
+    for cell, column in zip(cells, columns):
+        if column is None:
+            raise ValueError(f"line {number}: column {cell!r} is no class")
+        if columns.count(column) > 1:
+            raise ValueError(f"line {number}: two columns for {column!r}")
+    for name in names[1:]:
+        if name not in columns:
+            raise ValueError(f"line {number}: no column for {name!r}")
+    return [column for column in columns if column is not None], True
+
+
+def _numbers(cells: Sequence[str]) -> bool:
+    """Whether most of the cells are numbers (or True and False, which are told later)."""
+    found = sum(re.fullmatch(r"[+-]?\d+(\.\d*)?|true|false", cell, re.I) is not None for cell in cells)
+    return 2 * found > len(cells)
+
+
+def _class_of(cell: str, names: Sequence[str]) -> str | None:
+    """The class that a column's name is, in upper or lower case; None if it is none, or several."""
+    if cell in names:
+        return cell
+    alike = [name for name in names if name.casefold() == cell.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _refuse_swapped(rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+    rows = rows[1:] or rows  # the first may be a header
+    if rows and all(len(cells) == 2 and cells[0] in names and cells[1] not in names for cells in rows):
+        raise ValueError(f"columns swapped? {rows[0][0]!r} is a class; the image comes first")
 
 
 def _number(cell: str, line: int) -> float:

@@ -70,7 +70,7 @@ def read_tensors(
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # broken bytes make the unpickler raise whatever they lead it to
-            raise kind(f"{what} {path} {damaged}: {_told(error)}") from error
+            raise kind(f"{what} {path} {damaged}: {told(error)}{_hint(error)}") from error
 
 
 def _something_else(start: bytes) -> str | None:
@@ -104,13 +104,23 @@ def _wrong_archive(path: Path) -> str | None:
     return None
 
 
-def _told(error: Exception) -> str:
-    """``torch.load`` on what it found in a pickle."""
-    named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+) that|function ([\w.]+) ", str(error))
-    if "nsupported" in str(error) and named:
-        name = next(filter(None, named.groups()))
-        return (
-            f"it holds more than data ({name}), which is not run"
-            " (of a whole model save model.state_dict() with torch.save)"
-        )
+def told(error: Exception) -> str:
+    """What ``torch.load`` found in a pickle that holds more than data or is broken, without its advice to run it."""
+    named = _named(error)
+    if named:
+        return f"it holds more than data ({named}), which is not run"
+    if str(error).startswith("Weights only load failed"):
+        found = re.search(r"Unpickl\w*Error:?\s*([^\n]+)|(Unsupported [^\n]+)", str(error))
+        what = next(filter(None, found.groups())) if found else "something"
+        return f"the pickle in it is broken ({what}, which torch.save does not write)"
     return f"the pickle in it is broken ({reason(error)})"
+
+
+def _hint(error: Exception) -> str:
+    return " (of a whole model save model.state_dict() with torch.save)" if _named(error) else ""
+
+
+def _named(error: Exception) -> str | None:
+    """The function or class that a pickle asks for."""
+    named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+) that|function ([\w.]+) ", str(error))
+    return next(filter(None, named.groups())) if named and "nsupported" in str(error) else None

@@ -73,6 +73,28 @@ def test_kinds_of_files(tmp_path, kind):
     assert table["a"].dtype == torch.float32 and "a" in table and "z" not in table
 
 
+@pytest.mark.parametrize(
+    "head",
+    ["ImageID", "img_name", "Image Name", "filenames", "photo", "#image", "img_path", "uid", "Unnamed: 0", "image", ""],
+)
+def test_a_header_is_one_whatever_its_first_cell_says(tmp_path, head):
+    """Columns in another order than the classes: by position every label would be another class's."""
+    for mark in ",\t;":
+        rows = [[head, "BUS", "cat", "Hot Dog"], *([key, row[2], row[0], row[1]] for key, row in TRUTH.items())]
+        (tmp_path / "x.csv").write_text("\n".join(mark.join(map(str, row)) for row in rows))
+        table = LabelFile(tmp_path / "x.csv", NAMES)
+        assert {key: table[key].tolist() for key in TRUTH} == TRUTH, mark
+
+
+def test_one_class_and_classes_that_are_digits(tmp_path):
+    (tmp_path / "x.csv").write_text("photo,found\na,1\nb,0\n")
+    table = LabelFile(tmp_path / "x.csv", ("background", "cat"))
+    assert table["a"].tolist() == [1] and table["b"].tolist() == [0]
+    (tmp_path / "x.csv").write_text("photo,8,7\na,1,0\nb,0,1\n")
+    table = LabelFile(tmp_path / "x.csv", ("background", "7", "8"))
+    assert table["a"].tolist() == [0, 1] and table["b"].tolist() == [1, 0]
+
+
 class Runs:
     def __reduce__(self):
         return (pytest.fail, ("the label file ran code",))
@@ -91,7 +113,10 @@ def test_no_file_runs_code(tmp_path, name):
     with pytest.raises(DataError, match=rf"label_file .*{name} cannot be read") as caught:
         LabelFile(path, NAMES)
     assert "\n" not in str(caught.value)
-    if name == "x.pkl":
+    assert "weights_only" not in str(caught.value)  # torch's advice is to run it
+    if name == "x.pt":
+        assert "it holds more than data (_pytest.outcomes" in str(caught.value)
+    if name in ("x.pkl", "x.pt"):
         assert "save {image: [class names]} as .json" in str(caught.value)
 
 
@@ -103,7 +128,13 @@ def test_no_file_runs_code(tmp_path, name):
         ("x.csv", "image,cat,hot dog,bus\na,1,0\n", "line 2: 2 columns, the first line names 3"),
         ("x.csv", "image,cat,hot dog,bus\na,1,0,x\n", "line 2: expected 0 or 1, got 'x'"),
         ("x.csv", "image,cat,hot dog,bus\na,1,0,1\na,1,0,0\n", "line 3: 'a' has a line already"),
+        ("x.csv", "photo,cat,dog,bus\na,1,0,1\n", "line 1: column 'dog' is no class"),
+        ("x.csv", "photo,cat,cat,bus\na,1,0,1\n", "line 1: two columns for 'cat'"),
+        ("x.csv", "photo,l1,l2,l3\na,1,0,1\n", "line 1: column 'l1' is no class"),
+        ("x.csv", ",image,cat,hot dog,bus\n0,a,1,0,1\n", "line 1: column 'image' is no class"),
+        ("x.csv", "label,image\ncat,a\nbus,b\n", r"columns swapped\? 'cat' is a class; the image comes first"),
         ("x.csv", "", "it is empty"),
+        ("x.json", '{"a": ["cat"], "b": [], "a": ["bus"]}', "'a' has two entries"),
         ("x.json", "[1]", "expected a dict of labels by name, got list"),
         ("x.json", "{", "cannot be read"),
         ("x.doc", "", r"ending '\.doc', expected \.npy"),
@@ -125,6 +156,8 @@ def test_what_is_no_label_file_is_named(tmp_path, name, content, words):
         (["cow"], "unknown class 'cow'"),
         ("cow", "unknown class 'cow'"),
         ({"cow": 1}, "unknown class 'cow'"),
+        ({"CAT": 0, "hot dog": 0, "bus": 0}, "unknown class 'CAT'"),
+        (None, r"null in x\.json; for no class write \[\]"),
         ({"cat": 3}, "expected 0 or 1 in x.json, got 3"),
         ([["a"], 2], "neither numbers nor class names"),
     ],

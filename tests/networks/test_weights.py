@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from support.broken_files import SOMETHING_ELSE, write_payload, write_something_else
@@ -59,10 +61,19 @@ def test_of_two_networks_none_is_taken(tmp_path, weights):
 def test_what_holds_no_weights_is_named_with_the_reason(tmp_path, kind):
     path = tmp_path / "mit_b1.pth"
     write_something_else(path, kind)
-    with pytest.raises(ValueError, match=r"(?s)^pretrained: .*mit_b1\.pth.*" + SOMETHING_ELSE[kind]):
+    with pytest.raises(ValueError, match=r"(?s)^pretrained: .*mit_b1\.pth.*" + SOMETHING_ELSE[kind]) as caught:
         load_mit_weights(mit(), path)
+    assert "weights_only" not in str(caught.value)  # torch's advice is to run what is in the file
     with pytest.raises(ValueError, match=r"(?s)^pretrained: .*mit_b1\.pth.*" + SOMETHING_ELSE[kind]):
         AFA("resnet18", 5, pretrained=path)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_of_ones_own_is_told_without_the_advice_to_run_it(tmp_path, protocol):
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": [1, print]}, protocol=protocol))
+    with pytest.raises(ValueError, match=r"w\.pth .*it holds more than data|which torch\.save does not write") as caught:
+        AFA("resnet18", 5, pretrained=tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
