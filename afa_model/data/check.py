@@ -15,8 +15,10 @@ from ..conventions import IGNORE
 from ..errors import AfaError
 from ..runtime.notices import notice
 from ..runtime.progress import in_threads
+from .lists import find_file
 from .masks import Mask, MaskRules, read_mask
 from .photographs import (
+    IMAGE_SUFFIXES,
     MAX_PIXELS,
     Exif,
     PhotographError,
@@ -143,7 +145,9 @@ def _check_mask(
     report: FileReport,
 ) -> None:
     if not path.is_file():
-        report.problems.append(f"{path}: not found")
+        other = find_file(path.parent, path.stem, IMAGE_SUFFIXES)
+        said = f" ({other.name} is there: JPEG and others do not keep classes exactly)" if other else ""
+        report.problems.append(f"{path}: not found{said}")
         return
     try:
         if level == "full":
@@ -246,6 +250,25 @@ def _find_other_palettes(masks: Sequence[tuple[str, FileReport]]) -> None:
                     " values are no classes; save the masks with one palette (data.mask_palette: index reads values)"
                 )
                 break
+
+
+def refuse_shared(names: Sequence[str], owned: Sequence[object], reports: Sequence[FileReport], what: str) -> None:
+    """Add to the reports where two images were given one thing (None is none), such as a mask: of two files of one
+    name in different folders one would get what belongs to the other.
+    """
+    first: dict[object, str] = {}
+    for name, thing, report in zip(names, owned, reports):
+        if thing is not None and first.setdefault(thing, name) != name:
+            report.problems.append(f"{name}: {what} {thing} is that of {first[thing]} too; each image needs its own")
+
+
+def refuse_own_mask(files: Sequence[Files], reports: Sequence[FileReport], root: str | Path) -> None:
+    """Add to the reports where the mask of a photograph is the photograph."""
+    for item, report in zip(files, reports):
+        if item.photo is None or item.mask is None or item.mask.stem != item.photo.stem or not item.mask.is_file():
+            continue
+        if os.path.samefile(item.mask, item.photo):
+            report.problems.append(f"{shown(str(item.photo), root)}: photograph and mask are the same file")
 
 
 def named(error: AfaError | OSError | ValueError, path: str | Path) -> str:

@@ -15,7 +15,17 @@ from ..conventions import IGNORE, require
 from ..errors import DataError
 from ..runtime.notices import notice
 from ..runtime.progress import in_threads
-from .check import CheckLevel, FileReport, Files, check_files, check_together, named, shown
+from .check import (
+    CheckLevel,
+    FileReport,
+    Files,
+    check_files,
+    check_together,
+    named,
+    refuse_own_mask,
+    refuse_shared,
+    shown,
+)
 from .classes import class_names
 from .files import read_photo
 from .image_labels import labels_from_xml, multi_hot
@@ -94,7 +104,8 @@ class DataSettings:
         require(0 <= self.ignore_index < 1 << 16, "ignore_index", "a value of a mask, 0..65535", self.ignore_index)
         try:
             values = {int(value): int(index) for value, index in (self.mask_values or {}).items()}
-            fits = all(0 <= value < 1 << 16 and 0 <= index <= IGNORE for value, index in values.items())
+            exact = all(float(k) == int(k) and float(v) == int(v) for k, v in (self.mask_values or {}).items())
+            fits = exact and all(0 <= value < 1 << 16 and 0 <= index <= IGNORE for value, index in values.items())
         except (AttributeError, TypeError, ValueError):
             values, fits = {}, False
         expected = "value in the file (0..65535): class (0..254, or 255 for ignored), such as {0: 0, 255: 1}"
@@ -159,6 +170,9 @@ class VOCData(Dataset):
             level=settings.check,
             title=f"checking {split}",
         )
+        refuse_own_mask(files, reports, self.root)
+        masks = [shown(str(item.mask), self.root) if item.mask and item.mask.is_file() else None for item in files]
+        refuse_shared(self.names, masks, reports, "the mask")
         self.labels = self._read_labels(label_file, reports, for_training)
         check_together(self.root, files, reports, self.rules, settings.exif)
         problems = [line for report in reports for line in report.problems]
@@ -263,6 +277,9 @@ class VOCData(Dataset):
     def _read_labels(self, label_file: Path | None, reports: list[FileReport], for_training: bool) -> Tensor:
         """The labels of all images [N, K-1]; what is wrong with one is added to its report."""
         table = LabelFile(label_file, self.class_names) if label_file else None
+        if table is not None:
+            keys = [table.key_of(name) for name in self.names]
+            refuse_shared(self.names, keys, reports, f"in {table.path.name} the entry")
         settings = self.settings
         refuse = for_training and not settings.allow_empty
         from_masks: list[str] = []

@@ -25,6 +25,9 @@ _FIRST_TRIES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")  # without a look at th
 _BETWEEN = re.compile(r"\s*[,;]\s*|\s+")
 _MEMBERSHIP = re.compile(r"(\S+)\s+(-1|0|1)")  # VOC's lists of a class: name, and whether it shows the class
 
+_HEADINGS = {"image", "images", "img", "photo", "filename", "file", "name", "id", "path", "mask", "masks", "label",
+             "image_path", "mask_path", "image_id", "split"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -95,8 +98,11 @@ def entries_of(path: Path, lines: Sequence[tuple[int, str]], root: Path, image_d
         lines = [(number, match[1]) for (number, _), match in zip(lines, of_class)]
     numbers: dict[str, list[int]] = {}
     entries = []
+    named_so = any(text.startswith("#") and locate(text, root, root / image_dir) for _, text in lines)
     for number, text in lines:
         entry = _entry(path, number, text, root, image_dir, mask_dir)
+        if entry is None and named_so and not re.search(r"\s", text):  # where "#1" is a name, "#2" is no comment
+            entry = Entry(text, None, None, f"{image_dir}/{text}.jpg: not found (line {number} of {path.name})")
         if entry is not None:
             numbers.setdefault(entry.name, []).append(number)
             entries.append(entry)
@@ -112,7 +118,8 @@ def _entry(path: Path, number: int, text: str, root: Path, image_dir: str, mask_
     folder = root / image_dir
     found = locate(text, root, folder)
     if found is not None:
-        return Entry(*found, None)
+        problem = _is_mask(found[1], folder, root / mask_dir)
+        return Entry(text, None, None, f"{path} line {number}: {text!r}{problem}") if problem else Entry(*found, None)
     if text.startswith("#"):
         return None
     for space in _BETWEEN.finditer(text):
@@ -120,6 +127,10 @@ def _entry(path: Path, number: int, text: str, root: Path, image_dir: str, mask_
         found = locate(left, root, folder) if left else None
         if found is None:
             continue
+        problem = _is_mask(found[1], folder, root / mask_dir)
+        if problem:
+            swapped = " (columns swapped? the photograph comes first)" if locate(right, root, folder) else ""
+            return Entry(text, None, None, f"{path} line {number}: {left!r}{problem}{swapped}")
         if right.startswith("#"):
             return Entry(*found, None)
         mask = _mask_of(right, found[0], root, root / mask_dir)
@@ -127,6 +138,8 @@ def _entry(path: Path, number: int, text: str, root: Path, image_dir: str, mask_
             return Entry(*found, mask)
         return Entry(text, None, None, f"{path} line {number}: {text!r}: no photograph of this name"
                      f" ({left!r} is one, but {right!r} is no mask)")  # fmt: skip
+    if set(re.split(r"[\s,;]+", text.lower())) <= _HEADINGS:
+        return Entry(text, None, None, f"{path} line {number}: {text!r} is no photograph (a header? leave it out)")
     first, _, rest = text.partition(" ")
     if first.lower().endswith(IMAGE_SUFFIXES) and rest.lower().endswith(MASK_SUFFIXES):
         text = first
@@ -136,6 +149,23 @@ def _entry(path: Path, number: int, text: str, root: Path, image_dir: str, mask_
     where = (name if inside else f"{image_dir}/{name}") + ("" if bare else ".jpg")
     name = _named(os.path.splitext(name)[0] if bare else name, image_dir)
     return Entry(name, None, None, f"{where}: not found (line {number} of {path.name})")
+
+
+def _is_mask(photo: Path, folder: Path, masks: Path) -> str:
+    """What to say if a photograph lies in the masks' folder, unless all of them do; else nothing."""
+    place, masks_place = _real(str(photo.parent)), _real(str(masks))
+    if _inside(place, masks_place) and not _inside(_real(str(folder)), masks_place):
+        return f" lies in {masks.name}, the masks' folder, and is no photograph"
+    return ""
+
+
+def _inside(place: str, folder: str) -> bool:
+    return place == folder or place.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+@lru_cache(maxsize=256)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def locate(text: str, root: Path, folder: Path) -> tuple[str, Path] | None:

@@ -9,7 +9,7 @@ What a file may hold, and what it becomes:
 - *whole numbers of more than 8 bits*: divided by the largest number of the narrowest of 8, 10, 12, 14 and 16 bits that
   holds the photograph's largest value (so 65535, or 4095 from a camera of 12 bits, becomes 255); wider or negative ones
   by the photograph's own range;
-- *fractions*: times 255 if they lie in 0..1, as they are if in 0..255, else by the photograph's own range.
+- *fractions*: times 255 if they lie in 0..1 (up to 2 is an overshoot, cut off at 1), as they are if in 0..255, else by the photograph's own range.
 
 A line on the error stream says so once for each kind of scaling.
 """
@@ -186,7 +186,7 @@ def _to_8_bits(values: np.ndarray, path: str | Path) -> np.ndarray:
         low, high = 0, (1 << depth) - 1
         kind = f"0..{high}"
     else:
-        low, high = 0, 1 if high <= 1 else 255
+        low, high = 0, 1 if high <= 2 else 255  # resizing overshoots a little
         kind = f"0..{high}"
     if high - low != 255 or not whole:
         what = f"whole numbers of {values.dtype.itemsize * 8} bits" if whole else "fractions"

@@ -87,6 +87,75 @@ def test_the_two_ways_to_write_an_accent(root):
     assert data.photo_path(0).is_file() and data[0]["mask"].shape == (48, 65)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SegmentationClassAug/{}.png",
+        "/SegmentationClassAug/{}",
+        "{root}/SegmentationClassAug/{}.png",
+        "data/SegmentationClassAug/{}.png",
+        "SegmentationClassAug/{0}.png JPEGImages/{0}.jpg",
+    ],
+)
+def test_a_list_of_masks_is_no_list_of_photographs(root, line):
+    lines = [NAMES[1], line.format(NAMES[0], root=root)]
+    with pytest.raises(DataError, match=r"val\.txt line 2: .* lies in SegmentationClassAug, ") as caught:
+        data_of(root, "\n".join(lines))
+    assert ("columns swapped?" in str(caught.value)) == (" JPEG" in line)
+
+
+def test_photographs_and_masks_in_one_folder(root):
+    for path in (root / "SegmentationClassAug").iterdir():
+        path.rename(root / "JPEGImages" / path.name)
+    data = data_of(root, "\n".join(NAMES), mask_dir="JPEGImages")
+    assert [data.photo_path(i).suffix for i in range(3)] == [".jpg"] * 3 and data.labels.sum(1).tolist() == [1, 2, 1]
+    with pytest.raises(DataError, match=rf"{NAMES[0]}\.png: photograph and mask are the same file"):
+        data_of(root, f"{NAMES[0]}.png", mask_dir="JPEGImages")
+
+
+def test_of_two_files_of_one_name_none_gets_the_others_mask_or_label(root):
+    for folder, level in (("a", 10), ("b", 20)):
+        photo(root / "JPEGImages" / folder / "x.png", level)
+    photo(root / "SegmentationClassAug" / "x.png", 1)
+    with pytest.raises(DataError, match=r"b/x: the mask SegmentationClassAug/x\.png is that of a/x too"):
+        data_of(root, "a/x\nb/x")
+    labels = root / "labels.json"
+    labels.write_text('{"a/x.jpg": ["cat"]}')
+    (root / "list.txt").write_text("a/x\nb/x")
+    own = settings(root, train_split=str(root / "list.txt"), label_file=str(labels))
+    with pytest.raises(DataError, match=r"b/x: in labels\.json the entry a/x\.jpg is that of a/x too"):
+        TrainingSet(own)
+    labels.write_text('{"a/x.jpg": ["cat"], "b/x.jpg": ["dog"]}')
+    assert TrainingSet(own).labels.nonzero()[:, 1].tolist() == [7, 11]  # masks are not needed
+
+
+def test_integer_keys_that_two_images_share_are_refused(root):
+    for name in ("img_1", "other_1"):
+        photo(root / "JPEGImages" / f"{name}.png", 10)
+    np.save(root / "x.npy", {1: np.eye(20)[3]})
+    (root / "list.txt").write_text("img_1\nother_1")
+    with pytest.raises(DataError, match=r"other_1: in x\.npy the entry 1 is that of img_1 too"):
+        TrainingSet(settings(root, train_split=str(root / "list.txt"), label_file=str(root / "x.npy")))
+
+
+def test_a_name_that_begins_with_a_number_sign_is_no_comment(root):
+    photo(root / "JPEGImages" / "#1.png", 10)
+    photo(root / "SegmentationClassAug" / "#1.png", 1)
+    assert data_of(root, "#1\n# a comment\n").names == ["#1"]
+    with pytest.raises(DataError, match=r"JPEGImages/#2\.jpg: not found \(line 2 of val\.txt\)"):
+        data_of(root, "#1\n#2\n")
+    assert data_of(root, f"{NAMES[0]}\n#{NAMES[1]}\n").names == NAMES[:1]
+
+
+def test_headers_and_jpeg_masks_are_told(root):
+    with pytest.raises(DataError, match=r"line 1: 'image,mask' is no photograph \(a header\?"):
+        data_of(root, f"image,mask\n{NAMES[0]}")
+    photo(root / "JPEGImages" / "y.png", 10)
+    photo(root / "SegmentationClassAug" / "y.JPG", 1)
+    with pytest.raises(DataError, match=r"y\.png: not found \(y\.JPG is there"):
+        data_of(root, "y")
+
+
 def test_absolute_paths(root, tmp_path):
     photo(tmp_path / "elsewhere" / "x.png", 77)
     photo(root / "SegmentationClassAug" / "x.png", 1)

@@ -118,6 +118,14 @@ def test_colours_are_vocs_or_grey_levels_or_refused(tmp_path):
         read_mask(tmp_path / "x.png", VOC)
 
 
+def test_grey_levels_in_three_channels_are_no_colours(tmp_path):
+    """VOC's car is grey, (128, 128, 128)."""
+    Image.fromarray(np.array([[0, 128]], np.uint8)).convert("RGB").save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"label 128 outside 0\.\.20"):
+        read_mask(tmp_path / "x.png", VOC)
+    assert read_mask(tmp_path / "x.png", MaskRules(21, mask_values={128: 1})).classes.tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_values_and_what_is_ignored_are_settings(tmp_path, dtype):
     Image.fromarray(np.array([[0, 7, 254, 255]], dtype)).save(tmp_path / "x.png")
@@ -279,7 +287,7 @@ def test_the_published_runs_read_photographs_as_they_are_stored(name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mask_values", {0: 300}), ("mask_values", {-1: 0}), ("mask_values", 7), ("mask_values", {"a": 1}),
+    [("mask_values", {0: 300}), ("mask_values", {-1: 0}), ("mask_values", {255: 1.5}), ("mask_values", 7), ("mask_values", {"a": 1}),
      ("ignore_index", -1), ("exif", "maybe"), ("max_pixels", 0), ("mask_palette", "voc")],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(name, value):

@@ -224,3 +224,9 @@ def test_the_limit_on_pixels_is_a_setting_and_pillows_own_stays(tmp_path):
         assert read_photograph(path, max_pixels=None).shape == (6, 8, 3)
         assert Image.MAX_IMAGE_PIXELS == 20
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("top", [1.0001, 1.2, 2.0])
+def test_fractions_a_little_over_one_are_cut_off_at_one(tmp_path, top):
+    values = np.array([[0, 0.5, 1, top]], np.float32)
+    assert read_photograph(saved(tmp_path / "x.tif", values))[0, :, 0].tolist() == [0, 128, 255, 255]

@@ -71,7 +71,7 @@ def test_what_holds_no_weights_is_named_with_the_reason(tmp_path, kind):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_pickle_of_ones_own_is_told_without_the_advice_to_run_it(tmp_path, protocol):
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": [1, print]}, protocol=protocol))
-    with pytest.raises(ValueError, match=r"w\.pth .*it holds more than data|which torch\.save does not write") as caught:
+    with pytest.raises(ValueError, match=r"w\.pth .*(more than data|which torch\.save does not)") as caught:
         AFA("resnet18", 5, pretrained=tmp_path / "w.pth")
     assert "weights_only" not in str(caught.value)
 
