@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ..conventions import IGNORE
@@ -13,6 +14,11 @@ from .texts import lines_of
 
 _BACKGROUNDS = ("background", "bg", "bkg", "bkgd")
 _IGNORED = ("ignore", "ignored", "void")
+_MAYBE_BACKGROUNDS = ("unlabeled", "unlabelled", "none", "other")
+_HEADERS = ("name", "names", "class", "classes", "label", "labels", "idname", "nameid", "classname",
+            "category", "categories")  # fmt: skip
+_REMAINS = re.compile(r"[-*] .*|.*[,;]|([\"']).*\1|\[.*")  # of lists in other languages
+_COUNTED = re.compile(r"(.*\S)\s+(\d+)")
 _BEFORE = re.compile(r"(\d+)(?:\s*[:;,=.)\]|-]\s*|\s+)(\S.*)")  # 0 background, 0: background
 _AFTER = re.compile(r"(.*\S)\s*[:;,=\t]\s*(\d+)")  # background: 0
 _COLOUR = re.compile(r"(.*?\S)(?:\s*[:;,]\s*|\s+)\d{1,3}(?:\s*,\s*|\s+)\d{1,3}(?:\s*,\s*|\s+)\d{1,3}(?::[^:]*:[^:]*)?")
@@ -31,7 +37,9 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
             occurs twice or is no class; or a file that is no text.
     """
     path = Path(path)
-    lines = [line for line in lines_of(path) if not line[1].startswith("#")]
+    written = lines_of(path)
+    lines = [line for line in written if not line[1].startswith("#")]
+    _refuse_headers(path, lines)
     lines = _without_colours(lines)
     if lines and _plain(lines[0][1]) in _IGNORED and lines[0][1].startswith("_"):
         lines = lines[1:]
@@ -47,6 +55,7 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
         near = difflib.SequenceMatcher(None, plain, "background").ratio() > 0.85
         if "background" in plain or (near and number == lines[0][0]):
             raise _wrong(path, number, f"{name!r}: if this is the background, write 'background' in the first line")
+    _refuse_remains(path, written, lines)
     names = ["background", *(name for _, name in lines)]
     first: dict[str, int] = {}
     for number, name in lines:
@@ -55,6 +64,30 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
     if not 2 <= len(names) <= IGNORE:
         raise DataError(f"{path}: {len(names)} classes with the background; expected 2 to {IGNORE}")
     return tuple(names)
+
+
+def _refuse_headers(path: Path, lines: Sequence[Line]) -> None:
+    if lines and _plain(lines[0][1]) in _HEADERS:
+        raise _wrong(path, lines[0][0], f"{lines[0][1]!r} is no class but a header: leave it out")
+    if lines and _plain(lines[0][1]) in _MAYBE_BACKGROUNDS:
+        raise _wrong(path, lines[0][0], f"{lines[0][1]!r}: if this is the background, write 'background'")
+
+
+def _refuse_remains(path: Path, written: Sequence[Line], lines: Sequence[Line]) -> None:
+    """What would become part of a name, or shift the names by one."""
+    for number, name in lines:
+        if _REMAINS.fullmatch(name):
+            raise _wrong(path, number, f"{name!r}: one name a line, without marks around it")
+    if len(lines) == 1 and re.search(r"[,;]|\S\s+\S+\s+\S", lines[0][1]):
+        raise _wrong(path, lines[0][0], f"{lines[0][1][:40]!r}: one name a line")
+    counted = [_COUNTED.fullmatch(name) for _, name in lines]
+    if len(lines) > 1 and all(counted) and len({match[1] for match in counted}) == len(lines):
+        numbers = [int(match[2]) for match in counted]
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            raise _wrong(path, lines[0][0], f"{lines[0][1]!r}: numbers come before the names, or after a colon")
+    for (before, _), (after, _) in pairwise(written):
+        if after != before + 1:
+            raise _wrong(path, before + 1, "an empty line between the names")
 
 
 def _plain(name: str) -> str:

@@ -139,6 +139,12 @@ def _of_palette(image: Image.Image, rules: MaskRules) -> Mask:
     same = all(tuple(voc_palette()[value].tolist()) == colour for value, colour in used.items())
     if same:
         return Mask(_classes(values, rules), stored, "palette", {})
+    white_first = tuple(palette[0].tolist()) == (255, 255, 255) and not palette[1].any()
+    if white_first and rules.by_colour and not rules.mask_values and stored and set(stored) <= {0, 1}:
+        raise MaskError(
+            "its palette has white for 0 and black for 1; which is the object? data.mask_palette: index takes 1,"
+            " data.mask_values: {0: 1, 1: 0} the other"
+        )
     by_colour = rules.by_colour and not rules.mask_values and len(set(used.values())) == len(used)
     moved = _moved(used, rules) if by_colour else None
     if moved is not None:

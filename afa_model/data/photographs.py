@@ -9,7 +9,8 @@ What a file may hold, and what it becomes:
 - *whole numbers of more than 8 bits*: divided by the largest number of the narrowest of 8, 10, 12, 14 and 16 bits that
   holds the photograph's largest value (so 65535, or 4095 from a camera of 12 bits, becomes 255); wider or negative ones
   by the photograph's own range;
-- *fractions*: times 255 if they lie in 0..1 (up to 2 is an overshoot, cut off at 1), as they are if in 0..255, else by the photograph's own range.
+- *fractions*: times 255 if they lie in 0..1 (an overshoot up to 2 is cut off at 1), as they are if in 0..255, else by
+  the photograph's own range.
 
 A line on the error stream says so once for each kind of scaling.
 """

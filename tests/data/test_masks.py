@@ -89,6 +89,14 @@ def test_a_palette_of_ones_own_leaves_the_indices(tmp_path):
         assert (mask.classes == values).all() and mask.kind == "palette"
 
 
+def test_white_before_black_is_refused_until_it_is_said_which_is_the_object(tmp_path):
+    path = palette_png(tmp_path / "x.png", np.array([[0, 1]], np.uint8), [(255, 255, 255), (0, 0, 0)])
+    with pytest.raises(ValueError, match=r"white for 0 and black for 1.*data\.mask_palette: index"):
+        read_mask(path, VOC)
+    assert read_mask(path, MaskRules(21, by_colour=False)).classes.tolist() == [[0, 1]]
+    assert read_mask(path, MaskRules(21, mask_values={0: 1, 1: 0})).classes.tolist() == [[1, 0]]
+
+
 def test_a_palette_that_is_half_vocs_is_refused(tmp_path):
     path = palette_png(tmp_path / "x.png", np.array([[0, 1, 2]], np.uint8), [(0, 0, 0), (0, 128, 0), (1, 2, 3)])
     with pytest.raises(ValueError, match=r"value 1 has the colour \(0, 128, 0\), VOC's of class 2.*palette: index"):
@@ -287,7 +295,8 @@ def test_the_published_runs_read_photographs_as_they_are_stored(name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mask_values", {0: 300}), ("mask_values", {-1: 0}), ("mask_values", {255: 1.5}), ("mask_values", 7), ("mask_values", {"a": 1}),
+    [("mask_values", {0: 300}), ("mask_values", {-1: 0}),
+     ("mask_values", {255: 1.5}), ("mask_values", 7), ("mask_values", {"a": 1}),
      ("ignore_index", -1), ("exif", "maybe"), ("max_pixels", 0), ("mask_palette", "voc")],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(name, value):
