@@ -186,7 +186,8 @@ def _of_colours(image: Image.Image, rules: MaskRules) -> Mask:
     of_colour = _voc_classes(rules.num_classes)
     found = [of_colour.get(tuple(colour.tolist())) for colour in colours]
     grey = bool((colours == colours[:, :1]).all())
-    if not grey and not rules.mask_values and None not in found:
+    black = not colours.any()
+    if (black or not grey) and not rules.mask_values and None not in found:
         return Mask(np.array(found, np.uint8)[where].reshape(pixels.shape[:2]), (), "colours", {})
     if not grey:
         strange = [tuple(colour.tolist()) for colour, index in zip(colours, found) if index is None]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,10 +157,15 @@ class Batches:
 
     def __init__(self, batches: Iterator[Any]):
         self._batches = batches
+        _open.add(self)
 
     def close(self) -> None:
-        """End the processes that load them: left to the interpreter's end, that takes five seconds for each."""
-        self._batches = iter(())
+        """End the processes that load them."""
+        batches, self._batches = self._batches, iter(())
+        # Not left to its own destructor: part of a cycle, it may run after multiprocessing has begun to wait.
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+    __del__ = close
 
     def __iter__(self) -> Batches:
         return self
@@ -188,6 +195,16 @@ def death_told() -> Iterator[None]:
             f"a process that loads data ended: {reason(error)}; the system may have killed it for want of memory or of"
             " shared memory (/dev/shm): num_workers 0 (of data, of eval) loads without such processes"
         ) from error
+
+
+_open: weakref.WeakSet[Batches] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the interpreter's end multiprocessing sends SIGTERM, which these processes do not get, and waits for ever."""
+    for batches in list(_open):
+        batches.close()
 
 
 class _Told(Dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from dataclasses import replace
@@ -87,3 +88,16 @@ def test_the_death_of_a_process_is_told_wherever_it_is_noticed():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match=r"^out of luck$"), death_told():
         raise RuntimeError("out of luck")
+
+
+def test_batches_that_are_left_take_their_processes_with_them(data):
+    batches = iter(training_loader(data, 1, num_workers=1))
+    next(batches)
+    (process,) = batches._batches._workers
+    del batches
+    gc.collect()
+    assert not process.is_alive()
+    kept = iter(training_loader(data, 1, num_workers=1))
+    (process,) = kept._batches._workers
+    order._close_all()  # at the interpreter's end
+    assert not process.is_alive() and list(kept) == []

@@ -50,7 +50,7 @@ def test_class_names_from_classes_txt(tmp_path):
     assert class_names(tmp_path, 21) == VOC_CLASSES and class_names(tmp_path, 81) == COCO_CLASSES
     with pytest.raises(DataError, match=r"classes\.txt"):
         class_names(tmp_path, 4)
-    (tmp_path / "classes.txt").write_text("disc\nring\n\nbar\n")
+    (tmp_path / "classes.txt").write_text("disc\nring\nbar\n\n")
     assert class_names(tmp_path, 4) == ("background", "disc", "ring", "bar")
     with pytest.raises(DataError, match="num_classes is 21"):
         class_names(tmp_path, 21)

@@ -11,6 +11,7 @@ import itertools
 import sys
 
 import numpy as np
+
 from build import load
 
 SHAPES = [(1, 1, 1, 1), (2, 2, 1, 40), (1, 3, 37, 1), (3, 5, 2, 3), (1, 9, 19, 33), (2, 4, 16, 32)]
