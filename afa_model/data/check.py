@@ -182,7 +182,7 @@ def check_together(
     """Add to the reports, or say in a line, what one file alone does not show.
 
     Photographs that EXIF turns beside masks that it does not; masks read by colour; masks of 0 and 255 alone;
-    palettes of which one colour stands for several values.
+    palettes of which one colour stands for several values; palettes that fit colours here and values there.
     """
     masks = [
         (shown(str(item.mask), root), report)
@@ -194,6 +194,7 @@ def check_together(
     if IGNORE not in rules.mask_values:
         _find_all_or_nothing(masks)
     if rules.by_colour:
+        _find_both_ways(masks)
         _find_other_palettes(masks)
 
 
@@ -234,6 +235,20 @@ def _find_all_or_nothing(masks: Sequence[tuple[str, FileReport]]) -> None:
             f"{path}: holds 0 and 255 alone, and 255 is ignored; which class is 255? data.mask_values: {{255: 1}}"
             " makes it class 1, {255: 255} says that it is ignored"
         )
+
+
+def _find_both_ways(masks: Sequence[tuple[str, FileReport]]) -> None:
+    """A palette that seems to be VOC's or grey levels, by the few colours that one mask uses, in a set where others say
+    that it is neither: what is right for all cannot be told.
+    """
+    moved = [path for path, report in masks if report.kind == "moved palette"]
+    for path, report in masks if moved else ():
+        if report.kind == "palette" and report.colours:
+            value, colour = max(report.colours.items())
+            report.problems.append(
+                f"{path}: the colour {colour} of value {value} is no class's, while those of {moved[0]} are classes' in"
+                " another order: are masks to be read by value or by colour? data.mask_palette: index takes the values"
+            )
 
 
 def _find_other_palettes(masks: Sequence[tuple[str, FileReport]]) -> None:

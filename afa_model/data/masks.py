@@ -148,6 +148,13 @@ def _of_palette(image: Image.Image, rules: MaskRules) -> Mask:
     by_colour = rules.by_colour and not rules.mask_values and len(set(used.values())) == len(used)
     moved = _moved(used, rules) if by_colour else None
     if moved is not None:
+        placed = [value for value, index in moved.items() if value == index and value >= len(moved)]
+        if placed:  # a palette sorted anew holds the colours that are used first, and no gap before them
+            value = next(value for value, index in moved.items() if value != index)
+            raise MaskError(
+                f"value {value} has the colour of class {moved[value]}, but value {placed[0]} has its own class's;"
+                " classes by colour or by value? data.mask_palette: index takes the values"
+            )
         table = np.zeros(256, np.uint8)
         table[list(moved)] = list(moved.values())
         return Mask(table[values], stored, "moved palette", {})
@@ -243,7 +250,10 @@ def outside(wrong: list[int], stored: tuple[int, ...], rules: MaskRules) -> str:
     text = f"label {listed} outside 0..{rules.num_classes - 1} and {IGNORE}"
     top = stored[-1]
     if len(wrong) == 1 and wrong[0] in (254, 65535):
-        return f"{text} (if {wrong[0]} marks pixels to ignore: data.ignore_index: {wrong[0]})"
+        also = ""
+        if wrong[0] < IGNORE in stored:
+            also = f"; if {IGNORE} is the background, every class is one off: data.mask_values: {{{IGNORE}: 0, 0: 1, ...}}"
+        return f"{text} (if {wrong[0]} marks pixels to ignore: data.ignore_index: {wrong[0]}{also})"
     step = next((step for step in (85, 17) if top > 0 and all(value % step == 0 for value in stored)), None)
     if step is not None:
         levels = {value: value // step for value in stored}

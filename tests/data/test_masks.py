@@ -144,7 +144,8 @@ def test_values_and_what_is_ignored_are_settings(tmp_path, dtype):
         (MaskRules(21, ignore_index=0, mask_values={254: 20}), [255, 7, 20, 255]),
     ):
         assert read_mask(tmp_path / "x.png", rules).classes.tolist() == [expected]
-    with pytest.raises(ValueError, match=r"label 254 outside 0\.\.20 and 255 .*data\.ignore_index: 254"):
+    told = r"label 254 outside 0\.\.20 and 255 .*data\.ignore_index: 254; if 255 is the background, every class is one"
+    with pytest.raises(ValueError, match=told):
         read_mask(tmp_path / "x.png", VOC)
 
 
@@ -207,6 +208,29 @@ def test_masks_of_0_and_255_are_refused_until_it_is_said_what_255_is(tmp_path, l
     # Beside grey masks of classes, one with nothing but ignored pixels is as usual.
     Image.fromarray(np.full((48, 64), 3, np.uint8)).save(mask_of(tmp_path, 0))
     assert EvaluationSet(settings(tmp_path, check=level)).labels.sum() == 1
+
+
+@pytest.mark.parametrize("step", [10, 12, 17])
+def test_a_palette_that_fits_classes_in_one_mask_alone_is_refused(tmp_path, step):
+    """A palette of grey levels: 12 is a class's number, 228 is none, and what the palette means is one for all."""
+    make_voc(tmp_path, count=2)
+    palette = [(step * value % 256,) * 3 for value in range(25)]
+    for number, values in ((0, (0, 1)), (1, (0, 14))):
+        shape = read_label(mask_of(tmp_path, number)).shape
+        palette_png(mask_of(tmp_path, number), np.resize(np.array(values, np.uint8), shape), palette)
+    with pytest.raises(DataError, match=r"000001\.png: the colour .* of value 14 is no class's.*mask_palette: index"):
+        EvaluationSet(settings(tmp_path))
+    assert EvaluationSet(settings(tmp_path, mask_palette="index")).labels.nonzero()[:, 1].tolist() == [0, 13]
+
+
+def test_vocs_palette_with_two_colours_exchanged_is_refused(tmp_path):
+    palette = voc_palette()
+    palette[[2, 4]] = palette[[4, 2]]
+    palette_png(tmp_path / "x.png", np.array([[0, 2, 255]], np.uint8), palette.tolist())
+    with pytest.raises(ValueError, match=r"value 2 has the colour of class 4, but value 255 has its own.*mask_palette"):
+        read_mask(tmp_path / "x.png", VOC)
+    rules = MaskRules(21, by_colour=False)
+    assert read_mask(tmp_path / "x.png", rules).classes.tolist() == [[0, 2, 255]]
 
 
 def test_palettes_that_contradict_each_other_are_refused(tmp_path):
