@@ -252,7 +252,8 @@ def outside(wrong: list[int], stored: tuple[int, ...], rules: MaskRules) -> str:
     if len(wrong) == 1 and wrong[0] in (254, 65535):
         also = ""
         if wrong[0] < IGNORE in stored:
-            also = f"; if {IGNORE} is the background, every class is one off: data.mask_values: {{{IGNORE}: 0, 0: 1, ...}}"
+            fits = f"data.mask_values: {{{IGNORE}: 0, 0: 1, ...}}"
+            also = f"; if {IGNORE} is the background, every class is one off: {fits}"
         return f"{text} (if {wrong[0]} marks pixels to ignore: data.ignore_index: {wrong[0]}{also})"
     step = next((step for step in (85, 17) if top > 0 and all(value % step == 0 for value in stored)), None)
     if step is not None:
