@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -30,7 +31,8 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
     """Names of the classes in a text file, background first.
 
     The background may be left out, or stand in the first line under another spelling (``__background__``, ``BG``); a
-    first line ``__ignore__`` (labelme's), lines that begin with ``#``, numbers of the classes and colours are left out.
+    first line ``__ignore__`` (labelme's), comments (``#``) before the first name, numbers of the classes and colours
+    are left out.
 
     Raises:
         DataError: naming the line: a background that is not first, a number that is not the class's, a name that
@@ -38,7 +40,10 @@ def read_class_file(path: str | Path) -> tuple[str, ...]:
     """
     path = Path(path)
     written = lines_of(path)
-    lines = [line for line in written if not line[1].startswith("#")]
+    lines = list(itertools.dropwhile(lambda line: line[1].startswith("#"), written))
+    for number, text in lines:
+        if text.startswith("#"):  # a comment, or the name of a class that would be missing, and those below one off
+            raise _wrong(path, number, f"{text!r}: comments stand before the first name only")
     _refuse_headers(path, lines)
     lines = _without_colours(lines)
     if lines and _plain(lines[0][1]) in _IGNORED and lines[0][1].startswith("_"):

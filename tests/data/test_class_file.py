@@ -110,3 +110,8 @@ def test_that_the_background_counts_is_said(tmp_path):
         class_names(tmp_path, 4)
     with pytest.raises(DataError, match=r"num_classes is 20 but .* names 21 .*: the background counts, num_.* 21"):
         names_of(tmp_path, "\n".join(OBJECTS), 20)
+
+
+def test_a_name_that_looks_like_a_comment_is_not_left_out(tmp_path):
+    with pytest.raises(DataError, match=r"line 3: '#dog': comments stand before the first name only"):
+        names_of(tmp_path, "# what there is\ncat\n#dog\nhorse\n")
