@@ -1,8 +1,8 @@
 """The processors that this process may use, and how OpenMP's threads wait for each other: said before torch is loaded.
 
 At the end of each parallel region threads wait at a barrier, and spin there for a while. Beside another busy process a
-spinning thread takes the time slice of the one it waits for, and steps become several times slower; alone, a step gains
-nothing by it. ``benchmarks/bench_train_step.py --waiting`` measures both.
+spinning thread takes the time slice of the one it waits for, and steps become several times slower; on an idle machine
+a thread that sleeps at once costs a tenth of a step. ``benchmarks/bench_train_step.py --waiting`` measures both.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
-# Turns of the waiting loop before a thread sleeps. On 2 cores (mit_b0, crop 160) a step beside another one takes 1.3
-# times as long as alone, with 20,000 turns 4.6 times; alone there is no difference to be seen.
-SPINS = "200"
+# Turns of the waiting loop before a thread sleeps; libgomp's own number is 300,000. On 2 cores (mit_b0, crop 160; seconds
+# of a step alone, beside one busy thread, beside another step): 200 turns 0.50, 0.83, 0.87; 2,000 turns 0.46, 0.88, 0.97;
+# 10,000 turns 0.53, 1.63, 1.78; 300,000 turns 0.46, 1.49, 1.91. A fair share would be 1.5 and 2 times the time alone.
+SPINS = "2000"
 
 
 def share_the_machine(environment: MutableMapping[str, str] = os.environ) -> None:
