@@ -16,6 +16,7 @@ from ..evaluation.evaluate import EvaluateSettings
 from ..labels.settings import LabelSettings
 from ..networks.settings import ModelSettings
 from ..runtime.processes import PROCESS_TIMEOUT, check_device
+from ..training.losses import LossSettings
 from ..training.schedule import OptimSettings, ScheduleSettings
 from ..training.step import StepSettings
 
@@ -95,6 +96,7 @@ class Config:
         model: the network.
         labels: how pixel labels are made from image-level ones, in training and evaluation.
         step: what one training step computes.
+        loss: the dense energy loss in it.
         optim: the optimizer.
         schedule: length and learning rate.
         eval: evaluation.
@@ -117,6 +119,7 @@ class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     labels: LabelSettings = field(default_factory=LabelSettings)
     step: StepSettings = field(default_factory=StepSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

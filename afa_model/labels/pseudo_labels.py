@@ -217,11 +217,15 @@ def _decide(stacks: Tensor, size: Sequence[int], slots: ClassSlots) -> Tensor:
     return slots.name(torch.where(high > 0, high, torch.where(low > 0, IGNORE, 0)))
 
 
+def inside_boxes(img_box: Tensor, size: Sequence[int], device: torch.device) -> Tensor:
+    """Which pixels of the crops are the photographs'. img_box: [B, 4] (y0, y1, x0, x1) -> bool [B, H, W]."""
+    y0, y1, x0, x1 = img_box.to(device, non_blocking=True)[:, :, None, None].unbind(1)
+    rows = torch.arange(size[0], device=device)[:, None]
+    columns = torch.arange(size[1], device=device)
+    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+
+
 def _outside_ignored(label: Tensor, img_box: Tensor | None) -> Tensor:
     if img_box is None:
         return label
-    y0, y1, x0, x1 = img_box.to(label.device, non_blocking=True)[:, :, None, None].unbind(1)
-    rows = torch.arange(label.shape[1], device=label.device)[:, None]
-    columns = torch.arange(label.shape[2], device=label.device)
-    inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
-    return torch.where(inside, label, IGNORE)
+    return torch.where(inside_boxes(img_box, label.shape[1:], label.device), label, IGNORE)

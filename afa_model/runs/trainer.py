@@ -24,11 +24,11 @@ from . import checkpoint
 from .restore import build_model
 
 # What decides the course of a run: changed at a resume, the losses differ from an uninterrupted run's.
-_COURSE = ("seed", "amp", "augment", "loader", "model", "labels", "step", "optim", "schedule")
+_COURSE = ("seed", "amp", "augment", "loader", "model", "labels", "step", "loss", "optim", "schedule")
 
 _SCORES_ONLY = ("labels.bkg_score", "labels.walk_score")  # but these change what is scored, not what is learned
 
-NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "pos_count", "neg_count")
+NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "reg_loss", "pos_count", "neg_count")
 
 
 class Trainer:
@@ -60,6 +60,7 @@ class Trainer:
             self.model,
             config.step,
             config.labels,
+            loss=config.loss,
             max_classes=int(self.data.labels.sum(1).max()),
             compile=config.compile,
             cuda_graph=config.cuda_graph,

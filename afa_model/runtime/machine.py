@@ -13,9 +13,9 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
-# Turns of the waiting loop before a thread sleeps; libgomp's own number is 300,000. On 2 cores (mit_b0, crop 160; seconds
-# of a step alone, beside one busy thread, beside another step): 200 turns 0.50, 0.83, 0.87; 2,000 turns 0.46, 0.88, 0.97;
-# 10,000 turns 0.53, 1.63, 1.78; 300,000 turns 0.46, 1.49, 1.91. A fair share would be 1.5 and 2 times the time alone.
+# Turns of the waiting loop before a thread sleeps; libgomp has 300,000. On 2 cores (mit_b0, crop 160; seconds of a step
+# alone, beside one busy thread, beside another step): 200 turns 0.50, 0.83, 0.87; 2,000 turns 0.46, 0.88, 0.97;
+# 10,000 turns 0.53, 1.63, 1.78; 300,000 turns 0.46, 1.49, 1.91. A fair share is 1.5 and 2 times the time alone.
 SPINS = "2000"
 
 

@@ -1,4 +1,4 @@
-"""The losses of a training step that are not kernels: classification and segmentation (section 3.5).
+"""The losses of a training step: classification, segmentation, affinity and dense energy (section 3.5).
 
 Several processes train together by averaging their gradients. With ``across`` each loss is this process's share
 of the loss of all their images: counts are summed over the processes, and the mean of the shares is what one
@@ -7,14 +7,53 @@ process would get from the whole batch.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afa_kernels import attention_affinity_loss, window_affinity
+from afa_kernels import DenseEnergyLoss, attention_affinity_loss, window_affinity
 
-from ..conventions import resize
+from ..conventions import require, resize
+from ..labels.pseudo_labels import inside_boxes
 from ..runtime.collectives import process_count, sum_over_processes
+
+ENERGY_WEIGHT = 1e-7  # within the loss, beside its weight in the sum of losses: as published
+LEAST_WEIGHT = 1e-12  # of the energy loss, below which it is not computed
+
+
+@dataclass
+class LossSettings:
+    """The dense energy loss, the paper's L_reg, beside the losses whose weights are among the step's settings.
+
+    Args:
+        regularisation: its weight; below 1e-12 it is not computed. The paper's VOC run has 0.01.
+        sigma_rgb: standard deviation of its Gaussian in grey levels.
+        sigma_xy: the same in pixels of the crop.
+        scale_factor: it is taken at this share of the crop's size.
+        method: lattice, as published, or exact, whose loss is about twice as large.
+    """
+
+    regularisation: float = 0.0
+    sigma_rgb: float = 15.0
+    sigma_xy: float = 100.0
+    scale_factor: float = 0.5
+    method: Literal["exact", "lattice"] = "lattice"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.regularisation < math.inf, "regularisation", "at least 0", self.regularisation)
+        for name in ("sigma_rgb", "sigma_xy"):
+            require(0 < getattr(self, name) < math.inf, name, "a positive number", getattr(self, name))
+        require(0 < self.scale_factor <= 1, "scale_factor", "a number above 0, up to 1", self.scale_factor)
+        require(self.method in ("exact", "lattice"), "method", "exact or lattice", self.method)
+
+    @property
+    def regularises(self) -> bool:
+        """Whether there is an energy loss at all."""
+        return self.regularisation >= LEAST_WEIGHT
 
 
 def classification_loss(cls_logits: Tensor, cls_labels: Tensor) -> Tensor:
@@ -80,3 +119,26 @@ def affinity_loss(
     counts = sum_over_processes(torch.stack([same.sum(), different.sum()])) + 1
     sums = torch.stack([torch.where(same, 1 - window, 0).sum(), torch.where(different, window, 0).sum()])
     return 0.5 * process_count() * (sums / counts).sum(), counts[0], counts[1]
+
+
+def energy_loss(
+    seg_logits: Tensor, images01: Tensor, labels: Tensor, img_box: Tensor | None, settings: LossSettings
+) -> Tensor:
+    """Dense energy of the segmentation (eq. 9; Tang et al. 2018), not yet weighted -> scalar, negative.
+
+    Pixels that are near in place and colour should have one class; where a label is known, as far as the
+    segmentation is unsure. Its gradient is by design not the slope of its value (:class:`afa_kernels.DenseEnergyLoss`).
+
+    seg_logits: [B, K, h, w], resized to the labels before the softmax. images01: [B, 3, H, W] in 0..1. labels:
+    [B, H, W], 255 for open ones. img_box [B, 4]: where the photographs are in their crops.
+
+    A mean over images: with equal batches the processes' mean is the mean of all.
+    """
+    size = labels.shape[1:]
+    probs = resize(seg_logits.float(), size).softmax(1)
+    inside = torch.ones_like(labels, dtype=torch.bool)
+    if img_box is not None:
+        inside = inside_boxes(img_box, size, labels.device)
+    s = settings
+    loss = DenseEnergyLoss(ENERGY_WEIGHT, s.sigma_rgb, s.sigma_xy, s.scale_factor, s.method)
+    return loss(255 * images01, probs, inside, labels[:, None])[0]

@@ -25,7 +25,7 @@ from ..labels.slots import ClassSlots
 from ..runtime.collectives import shown_as_mean, sum_over_processes
 from ..runtime.phases import phase
 from .acceleration import CompiledNetworks, GraphedFunction
-from .losses import affinity_loss, classification_loss, segmentation_loss
+from .losses import LossSettings, affinity_loss, classification_loss, energy_loss, segmentation_loss
 
 
 @dataclass
@@ -80,7 +80,8 @@ class StepResult:
     ``loss`` carries the gradient; all else is detached, on the device, and there for logs and pictures. Where
     several processes train together the losses are means over them and the counts sums.
 
-    loss, cls_loss, seg_loss, aff_loss  scalars; ``loss`` is the weighted sum
+    loss, cls_loss, seg_loss, aff_loss, reg_loss
+                                        scalars; ``loss`` is the weighted sum
     pos_count, neg_count                pairs in the affinity loss, plus one each (its divisors)
     seg_logits                          [B, K, h4, w4]
     labels                              :class:`~afa_model.labels.pseudo_labels.PseudoLabels` of the batch
@@ -93,6 +94,7 @@ class StepResult:
     aff_loss: Tensor | None = None
     pos_count: Tensor | None = None
     neg_count: Tensor | None = None
+    reg_loss: Tensor | None = None
     seg_logits: Tensor | None = None
     labels: PseudoLabels | None = None
     slots: ClassSlots | None = None
@@ -128,6 +130,8 @@ class TrainingStep(nn.Module):
 
     labels: how pixel labels are made, the settings that evaluation starts from too.
 
+    loss: the dense energy loss, which joins the others in the phases in which the decoder learns.
+
     max_classes: a number of classes that no image exceeds. On a GPU the work per class is done for so many
     only, instead of all K - 1; on the CPU the step looks at the batch.
 
@@ -155,6 +159,7 @@ class TrainingStep(nn.Module):
         settings: StepSettings | None = None,
         labels: LabelSettings | None = None,
         *,
+        loss: LossSettings | None = None,
         max_classes: int | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
@@ -163,6 +168,7 @@ class TrainingStep(nn.Module):
         self.model = model
         self.settings = settings or StepSettings()
         self.labels = labels or LabelSettings()
+        self.loss = loss or LossSettings()
         self.max_classes = max_classes
         if cuda_graph and self.settings.cam_mode == "train":
             raise ValueError("cuda_graph: expected cam_mode eval, got train, whose noise a graph cannot hold")
@@ -193,45 +199,62 @@ class TrainingStep(nn.Module):
             labels, slots = self._label(batch, walks, out.last_map, as_trained)
         with phase("losses"):
             cls_loss = classification_loss(out.cls_logits, batch["cls_labels"])
-            if pixels and decodes:
-                result = self._pixel_losses(out, cls_loss, labels, iteration, learns)
-            else:
-                loss, cls_loss = shown_as_mean(cls_loss + self._no_part(), cls_loss)
-                result = StepResult(loss, cls_loss.detach())
-                if pixels and looked_at:
-                    self._look(images, labels, iteration, result)
+        if pixels and decodes:
+            result = self._pixel_losses(batch, out, cls_loss, labels, iteration, learns)
+        else:
+            loss, cls_loss = shown_as_mean(cls_loss + self._no_part(), cls_loss)
+            result = StepResult(loss, cls_loss.detach())
+            if pixels and looked_at:
+                self._look(batch, labels, iteration, result)
         result.labels, result.slots = labels, slots
         return result
 
     @torch.no_grad()
-    def _look(self, images: Tensor, labels: PseudoLabels, iteration: int, result: StepResult) -> None:
+    def _look(
+        self, batch: Mapping[str, Any], labels: PseudoLabels, iteration: int, result: StepResult
+    ) -> None:
         """What the phase has no use for, to be looked at; in eval mode, so that looking changes nothing: no batch
         norm learns from it and no random number is drawn.
         """
         with evaluating(self.model):
-            out = self.model(images)
-        seen = self._pixel_losses(out, result.cls_loss, labels, iteration, learns=False)
-        for name in ("seg_loss", "aff_loss", "pos_count", "neg_count", "seg_logits"):
+            out = self.model(batch["image"])
+        seen = self._pixel_losses(batch, out, result.cls_loss, labels, iteration, learns=False)
+        for name in ("seg_loss", "aff_loss", "reg_loss", "pos_count", "neg_count", "seg_logits"):
             setattr(result, name, getattr(seen, name))
 
     def _pixel_losses(
-        self, out: Any, cls_loss: Tensor, labels: PseudoLabels, iteration: int, learns: bool
+        self,
+        batch: Mapping[str, Any],
+        out: Any,
+        cls_loss: Tensor,
+        labels: PseudoLabels,
+        iteration: int,
+        learns: bool,
     ) -> StepResult:
         s = self.settings
         target = labels.aff_label if iteration > s.aff_iters else labels.refined_label
-        seg_loss = segmentation_loss(out.seg_logits, target, IGNORE, across=s.normalise_across)
-        source = target if s.affinity_target == "segmentation" else labels.refined_label
-        grid = F.interpolate(source[:, None].float(), out.grid, mode="nearest")[:, 0].long()
-        head = self.model.affinity_head()
-        aff_loss, pos_count, neg_count = affinity_loss(
-            out.query, out.key, *head, grid, self.labels.radius, IGNORE, across=s.normalise_across
+        with phase("losses"):
+            seg_loss = segmentation_loss(out.seg_logits, target, IGNORE, across=s.normalise_across)
+            source = target if s.affinity_target == "segmentation" else labels.refined_label
+            grid = F.interpolate(source[:, None].float(), out.grid, mode="nearest")[:, 0].long()
+            head = self.model.affinity_head()
+            aff_loss, pos_count, neg_count = affinity_loss(
+                out.query, out.key, *head, grid, self.labels.radius, IGNORE, across=s.normalise_across
+            )
+            if not s.normalise_across:
+                pos_count, neg_count = sum_over_processes(torch.stack([pos_count, neg_count]) - 1) + 1
+        pixel_losses = [(s.seg_weight, seg_loss), (s.aff_weight, aff_loss)]
+        if self.loss.regularises:
+            with phase("energy loss"):
+                images01 = denormalize(batch["image"].float())
+                energy = energy_loss(out.seg_logits, images01, target, batch.get("img_box"), self.loss)
+            pixel_losses.append((self.loss.regularisation, energy))
+        loss = cls_loss + float(learns) * sum(weight * value for weight, value in pixel_losses)
+        loss, *parts = shown_as_mean(loss, cls_loss, *(value for _, value in pixel_losses))
+        named = dict(zip(("cls_loss", "seg_loss", "aff_loss", "reg_loss"), (part.detach() for part in parts)))
+        return StepResult(
+            loss, **named, pos_count=pos_count, neg_count=neg_count, seg_logits=out.seg_logits.detach()
         )
-        if not s.normalise_across:
-            pos_count, neg_count = sum_over_processes(torch.stack([pos_count, neg_count]) - 1) + 1
-        loss = cls_loss + float(learns) * (s.seg_weight * seg_loss + s.aff_weight * aff_loss)
-        loss, *parts = shown_as_mean(loss, cls_loss, seg_loss, aff_loss)
-        parts = [part.detach() for part in parts]
-        return StepResult(loss, *parts, pos_count, neg_count, seg_logits=out.seg_logits.detach())
 
     @torch.no_grad()
     def _label(

@@ -14,6 +14,7 @@ TINY = {
     "schedule.warmup_iters": 1,
     "step.cam_iters": 0,
     "step.aff_iters": 1,
+    "loss.regularisation": 0.01,
     "labels.radius": 2,
     "labels.dilations": [1, 2],
     "labels.num_iter": 2,
