@@ -6,6 +6,9 @@
 
 `patch` looks through the modules that are already imported for classes named ``PAR`` or ``PAMR`` whose constructor and
 forward take what the published classes take, and puts `afa_kernels.PAR` or `afa_kernels.PAMR` in their place.
+
+``patch(pydensecrf=True)`` and ``patch(rloss=True)`` also put `afa_kernels.compat.pydensecrf` and `.rloss` in place of
+those packages, installed or not: in modules that have imported them, and for every import that follows.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..ops.par import PAMR, PAR
+from .stand_ins import PACKAGES, stand_in
 
 
 class Replacement(NamedTuple):
@@ -36,14 +40,18 @@ class Replacement(NamedTuple):
             return f"afa_kernels.compat: left {place} alone: {self.reason}"
         return f"afa_kernels.compat: {place} -> afa_kernels.{self.new.__name__}"
 
+    def undo(self) -> None:
+        """Put back what was there."""
+        if self.new is not None:
+            setattr(self.module, self.name, self.old)
+
 
 class Replacements(list):
     """What `patch` did; `undo` takes it back."""
 
     def undo(self) -> None:
-        for row in self:
-            if row.new is not None:
-                setattr(row.module, row.name, row.old)
+        for row in reversed(self):
+            row.undo()
 
 
 # Our class, and the arguments of the published constructor in their order, which calls by position rely on.
@@ -94,22 +102,35 @@ def _with_names(ours: type[nn.Module], theirs: type) -> type[nn.Module]:
     return type(ours.__name__, (ours,), {"forward": forward, "__module__": ours.__module__, "__doc__": ours.__doc__})
 
 
-def patch(modules: Iterable[ModuleType] | None = None, *, verbose: bool = True) -> Replacements:
+def patch(
+    modules: Iterable[ModuleType] | None = None,
+    *,
+    pydensecrf: bool = False,
+    rloss: bool = False,
+    verbose: bool = True,
+) -> Replacements:
     """Put `PAR` and `PAMR` in place of the published classes of those names.
 
     Args:
         modules: where to look; default every imported module but PyTorch's and our own.
-        verbose: print a line for each class that was replaced, and for each of that name that was not, with the reason.
+        pydensecrf: also have ``import pydensecrf`` and its parts give `afa_kernels.compat.pydensecrf`, here and in
+            modules that have imported it.
+        rloss: also have ``import bilateralfilter`` give `afa_kernels.compat.rloss`, likewise.
+        verbose: print a line for each class that was replaced, and for each of that name that was not, with the reason;
+            and for what the other two changed.
 
     Returns:
-        What was found, a list of `Replacement`; its ``undo()`` puts the old classes back. Call it before models are
-        built: instances that already exist keep their class. Checkpoints load either way, the state keys are the same.
+        What was found, a list of `Replacement` and `stand_ins.StandIn`; its ``undo()`` puts all back as it was. Call
+        it before models are built: instances that already exist keep their class. Checkpoints load either way, the
+        state keys are the same.
     """
     done = Replacements()
+    foreign = []
     for module in list(sys.modules.values()) if modules is None else modules:
         top = (getattr(module, "__name__", None) or "").partition(".")[0]
-        if modules is None and top in ("torch", "torchvision", "timm", "afa_kernels", "afa_model"):
-            continue
+        if modules is not None or top not in ("torch", "torchvision", "timm", "afa_kernels", "afa_model"):
+            foreign.append(module)
+    for module in foreign:
         for name, (ours, wanted) in _KNOWN.items():
             found = getattr(module, "__dict__", {}).get(name)
             if not inspect.isclass(found) or issubclass(found, ours):
@@ -119,8 +140,11 @@ def patch(modules: Iterable[ModuleType] | None = None, *, verbose: bool = True) 
             if new is not None:
                 setattr(module, name, new)
             done.append(Replacement(module, name, found, new, reason or ""))
-            if verbose:
-                print(done[-1])
-    if verbose and not any(row.new for row in done):
-        print("afa_kernels.compat: found nothing to replace; import the other repository's modules first")
+    for package, asked in zip(PACKAGES, (pydensecrf, rloss)):
+        if asked:
+            done += stand_in(package, [module for module in foreign if isinstance(module, ModuleType)])
+    if verbose:
+        print(*done, sep="\n", end="\n" if done else "")
+        if not any(row.new for row in done):
+            print("afa_kernels.compat: found nothing to replace; import the other repository's modules first")
     return done

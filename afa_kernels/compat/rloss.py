@@ -1,16 +1,22 @@
-"""What clients call of rloss's module ``bilateralfilter``, on this project's lattice.
+"""What clients call of rloss, on this project's lattice: its module ``bilateralfilter``, its losses, and the function
+by which training scripts call them.
 
-Arrays are flat and float32, images planar, [N * 3 * H * W] in 0..255; ``AS`` is written to.
+Arrays are flat and float32, images planar, [N * 3 * H * W] in 0..255; ``AS`` is written to. The losses have shape [1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from ..ops.bilateral import DenseEnergyLoss, bilateral_filter
+from ..ops import bilateral
+from ..ops.bilateral import bilateral_filter
 
-__all__ = ["DenseEnergyLoss", "bilateralfilter", "bilateralfilter_batch"]
+__all__ = ["DenseCRFLoss", "DenseEnergyLoss", "bilateralfilter", "bilateralfilter_batch", "get_energy_loss"]
 
 
 def _taken(values: np.ndarray, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -51,3 +57,71 @@ def bilateralfilter(
 ) -> None:
     """AS <- the bilateral sums of seg, one image and as many channels as seg holds."""
     bilateralfilter_batch(image, seg, AS, 1, np.size(seg) // (int(H) * int(W)), H, W, sigma_rgb, sigma_xy)
+
+
+class DenseEnergyLoss(bilateral.DenseEnergyLoss):
+    """`afa_kernels.DenseEnergyLoss`, by the lattice unless told otherwise, as theirs is.
+
+    ``DenseEnergyLoss(weight, sigma_rgb, sigma_xy, scale_factor)``; ``recompute_scale_factor=True`` for the copies that
+    resize so. forward(images [N, 3, H, W] in 0..255, segmentations [N, K, H, W], ROIs [N, H, W], seg_label
+    [N, 1, H, W]) -> loss [1].
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        sigma_rgb: float,
+        sigma_xy: float,
+        scale_factor: float,
+        method: str = "lattice",
+        recompute_scale_factor: bool = False,
+    ) -> None:
+        super().__init__(weight, sigma_rgb, sigma_xy, scale_factor, method, recompute_scale_factor)
+
+    def forward(self, images: Tensor, segmentations: Tensor, ROIs: Tensor, seg_label: Tensor) -> Tensor:
+        return super().forward(images, segmentations, ROIs, seg_label)
+
+
+class DenseCRFLoss(DenseEnergyLoss):
+    """The older loss of rloss (Tang et al. 2018), without the gate: -sum(segmentations AS) / N within the ROIs.
+
+    forward(images [N, 3, H, W] in 0..255, segmentations [N, K, H, W], ROIs [N, H, W], or None: everywhere) -> loss [1].
+    """
+
+    def forward(self, images: Tensor, segmentations: Tensor, ROIs: Tensor | None = None) -> Tensor:
+        if ROIs is None:
+            ROIs = torch.ones_like(segmentations[:, 0])
+        # The gate is open where nothing is labelled.
+        open_everywhere = torch.full_like(segmentations[:, :1], bilateral.UNLABELLED, dtype=torch.uint8)
+        return super().forward(images, segmentations, ROIs, open_everywhere)
+
+
+def get_energy_loss(
+    img: Tensor,
+    logit: Tensor,
+    label: Tensor,
+    img_box: Sequence[Sequence[int]] | Tensor | None,
+    loss_layer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    mean: Sequence[float] = (123.675, 116.28, 103.53),
+    std: Sequence[float] = (58.395, 57.12, 57.375),
+) -> Tensor:
+    """The loss of a batch as training scripts have it.
+
+    Args:
+        img: [N, 3, H, W], normalised by ``mean`` and ``std`` of grey levels.
+        logit: [N, K, H, W] before the softmax.
+        label: [N, H, W] of the segmentation, 255 where there is none.
+        img_box: for each image (y0, y1, x0, x1), where the photograph is in its crop; None: everywhere.
+        loss_layer: a `DenseEnergyLoss`.
+
+    Returns:
+        [1], on the device of logit.
+    """
+    size = img.shape[2:]
+    inside = torch.ones(len(img), *size, device=logit.device)
+    if img_box is not None:
+        inside.zero_()
+        for plane, (y0, y1, x0, x1) in zip(inside, torch.as_tensor(img_box).tolist()):
+            plane[y0:y1, x0:x1] = 1
+    mean, std = (torch.tensor(values, dtype=img.dtype, device=img.device)[:, None, None] for values in (mean, std))
+    return loss_layer(img * std + mean, F.softmax(logit, dim=1), inside, label.to(torch.uint8)[:, None])

@@ -180,7 +180,6 @@ def test_rloss_writes_in_place(rng):
     one = np.zeros((4, 6, 7), np.float32)
     rloss.bilateralfilter(images[0].numpy(), segs[0].numpy(), one, 6, 7, 60.0, 5.0)
     assert np.array_equal(one, want[0].numpy())
-    assert rloss.DenseEnergyLoss is afa_kernels.DenseEnergyLoss
     arrays = images.numpy(), segs.numpy()
     for wrong, said in ((out.astype(float), "AS must be a writable"), (out[::2], "AS must be a writable"),
                         (out[:-1], "AS must have 2")):  # fmt: skip
@@ -188,3 +187,69 @@ def test_rloss_writes_in_place(rng):
             rloss.bilateralfilter_batch(*arrays, wrong, 2, 4, 6, 7, 60.0, 5.0)
     with pytest.raises(ValueError, match="segs must have 2"):
         rloss.bilateralfilter_batch(arrays[0], arrays[1][:1], out, 2, 4, 6, 7, 60.0, 5.0)
+
+
+def scene(rng, height=9, width=13):
+    images = 255 * torch.rand(2, 3, height, width, generator=rng)
+    logits = torch.randn(2, 4, height, width, generator=rng).requires_grad_()
+    roi = torch.ones(2, height, width)
+    roi[1, :, 8:] = 0
+    label = torch.randint(4, (2, 1, height, width), generator=rng)
+    label[:, :, :3] = 255
+    return images, logits, roi, label
+
+
+def test_rloss_energy_loss_is_of_the_lattice(rng):
+    images, logits, roi, label = scene(rng)
+    theirs = rloss.DenseEnergyLoss(weight=2.0, sigma_rgb=60, sigma_xy=20, scale_factor=0.5)
+    got = theirs(images=images, segmentations=logits.softmax(1), ROIs=roi, seg_label=label)
+    ours = afa_kernels.DenseEnergyLoss(2.0, 60, 20, 0.5, method="lattice")
+    assert got.shape == (1,) and torch.equal(got, ours(images, logits.softmax(1), roi, label))
+    exact = afa_kernels.DenseEnergyLoss(2.0, 60, 20, 0.5)(images, logits.softmax(1), roi, label)
+    assert relative_error(got, exact) > 0.05
+
+
+def test_copies_that_recompute_the_scale_differ_at_odd_sizes_only(rng):
+    def both(height, width):
+        images, logits, roi, label = scene(rng, height, width)
+        losses = [rloss.DenseEnergyLoss(1.0, 60, 20, 0.5, recompute_scale_factor=again) for again in (False, True)]
+        return losses[1], [loss(images, logits.softmax(1), roi, label) for loss in losses]
+
+    loss, (plain, again) = both(8, 12)
+    assert torch.equal(plain, again) and "recompute_scale_factor=True" in repr(loss)
+    _, (plain, again) = both(9, 13)
+    assert relative_error(plain, again) > 1e-4
+    images, logits, roi, label = scene(rng)
+    how = {"scale_factor": 0.5, "recompute_scale_factor": True}
+    small = torch.nn.functional.interpolate(logits.softmax(1), mode="bilinear", align_corners=False, **how)
+    nearest = [torch.nn.functional.interpolate(x.float(), **how) for x in (images, roi[:, None], label)]
+    want = rloss.DenseEnergyLoss(1.0, 60, 10, 1.0)(nearest[0], small, nearest[1][:, 0], nearest[2].long())
+    got = rloss.DenseEnergyLoss(1.0, 60, 20, 0.5, recompute_scale_factor=True)(images, logits.softmax(1), roi, label)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_older_loss_has_no_gate(rng):
+    images, logits, roi, _ = scene(rng)
+    probs = logits.detach().softmax(1).requires_grad_()
+    loss = rloss.DenseCRFLoss(3.0, 60, 10, 1.0)(images, probs, roi)
+    loss.backward()
+    near = bilateral_filter(images, probs.detach() * roi[:, None], 60, 10, "lattice")
+    assert loss.shape == (1,) and relative_error(loss, -3 * (probs * roi[:, None] * near).sum().view(1) / 2) < 1e-5
+    assert relative_error(probs.grad, -3 * 2 * near * roi[:, None] / 2) < 1e-5
+    everywhere = rloss.DenseCRFLoss(3.0, 60, 10, 1.0)(images, probs)
+    assert torch.equal(everywhere, rloss.DenseCRFLoss(3.0, 60, 10, 1.0)(images, probs, torch.ones_like(roi)))
+
+
+def test_energy_loss_of_a_training_script(rng):
+    images, logits, roi, label = scene(rng)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    layer = rloss.DenseEnergyLoss(1e-7, 15, 100, 0.5)
+    boxes = [[0, 9, 0, 13], [0, 9, 0, 8]]
+    want = layer(images, logits.softmax(1), roi, label)
+    for given in (boxes, torch.tensor(boxes)):
+        got = rloss.get_energy_loss((images - mean) / std, logits, label[:, 0], given, layer)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    whole = rloss.get_energy_loss((images - mean) / std, logits, label[:, 0], None, layer)
+    torch.testing.assert_close(whole, layer(images, logits.softmax(1), torch.ones_like(roi), label), rtol=1e-4, atol=0)
+    (slope,) = torch.autograd.grad(got, logits)
+    assert slope.abs().sum() > 0

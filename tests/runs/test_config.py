@@ -68,7 +68,8 @@ def test_published_values():
     # The defaults are the published ones, but for what is slower and no better.
     step = dataclasses.replace(Config().step, cam_mode="train", normalise_across=False)
     loss = dataclasses.replace(Config().loss, regularisation=0.01)
-    assert dataclasses.replace(voc, data=Config().data) == dataclasses.replace(Config(), amp="off", step=step, loss=loss)
+    changed = dataclasses.replace(Config(), amp="off", step=step, loss=loss)
+    assert dataclasses.replace(voc, data=Config().data) == changed
     assert (coco.labels.num_iter, coco.step.affinity_target, coco.eval.every) == (15, "segmentation", 5_000)
     assert (voc.labels.num_iter, voc.step.affinity_target, voc.eval.every) == (10, "refined_cam", 2_000)
     assert (coco.data.mask_dir, coco.data.allow_empty) == ("SegmentationClass", True)

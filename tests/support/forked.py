@@ -23,8 +23,14 @@ def processes(function: Callable[..., None], count: int, *arguments: Any) -> Non
     mp.start_processes(_alone, (function, *arguments), nprocs=count, start_method="fork")
 
 
-def _alone(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+def _one_thread() -> None:
+    """Also where a run chooses the number itself."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def _alone(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+    _one_thread()
     function(rank, *arguments)
 
 
@@ -45,7 +51,7 @@ def _become(function: Callable[[], int | None], out: Path, err: Path) -> None:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        torch.set_num_threads(1)
+        _one_thread()
         status = function() or 0
     except BaseException:
         traceback.print_exc()

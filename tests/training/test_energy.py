@@ -8,8 +8,10 @@ from support.common import relative_error
 from support.tiny_step import ALL, batch, tiny
 from torch.nn import functional as F
 
+from afa_kernels import bilateral_filter
 from afa_model.config import parse
 from afa_model.conventions import denormalize
+from afa_model.errors import ConfigError
 from afa_model.training import step as module
 from afa_model.training.losses import LossSettings, energy_loss
 from afa_model.training.step import TrainingStep
@@ -19,8 +21,6 @@ WITH = LossSettings(regularisation=0.01)
 
 def energy(logits, images01, target, boxes, method, sigma_xy=100.0, sigma_rgb=15.0):
     """From the formula, in float64, pixel pair by pixel pair; the lattice as `bilateral_filter` has it."""
-    from afa_kernels import bilateral_filter
-
     probs = F.interpolate(logits.double(), target.shape[1:], mode="bilinear", align_corners=False).softmax(1)
     probs = F.interpolate(probs, scale_factor=0.5, mode="bilinear", align_corners=False)
     images, target = 255 * images01[..., ::2, ::2].double(), target[:, ::2, ::2]
@@ -87,14 +87,11 @@ def test_published_weight_and_sigmas():
 
 
 @pytest.mark.parametrize(
-    "change", [{"regularisation": -1}, {"sigma_rgb": 0}, {"sigma_xy": float("inf")}, {"scale_factor": 1.5}, {"method": "x"}]
+    ("name", "value"),
+    [("regularisation", -1), ("sigma_rgb", 0), ("sigma_xy", float("inf")), ("scale_factor", 1.5), ("method", "x")],
 )
-def test_settings_without_sense_are_named(change):
-    (name,) = change
+def test_settings_without_sense_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        LossSettings(**change)
-    value = change[name]
-    from afa_model.errors import ConfigError
-
+        LossSettings(**{name: value})
     with pytest.raises(ConfigError, match=f"loss.{name}: expected"):
         parse([f"--loss.{name}={value}"])

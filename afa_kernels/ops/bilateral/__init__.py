@@ -2,6 +2,6 @@
 
 from .functional import bilateral_filter
 from .mean_field import LatticeKernel, dense_crf
-from .modules import DenseCRF, DenseEnergyLoss
+from .modules import UNLABELLED, DenseCRF, DenseEnergyLoss
 
-__all__ = ["DenseCRF", "DenseEnergyLoss", "LatticeKernel", "bilateral_filter", "dense_crf"]
+__all__ = ["UNLABELLED", "DenseCRF", "DenseEnergyLoss", "LatticeKernel", "bilateral_filter", "dense_crf"]

@@ -29,6 +29,8 @@ class DenseEnergyLoss(nn.Module):
         scale_factor: the loss is taken at this share of the input's size.
         method: ``"exact"`` or ``"lattice"``, as in `afa_kernels.bilateral_filter`. Published runs used the lattice,
             whose loss is about half the exact one.
+        recompute_scale_factor: as of `torch.nn.functional.interpolate`: some repositories' copies resize with it. Where
+            the sides times the scale are whole numbers it is the same.
 
     forward(images [B, 3, H, W] in 0..255, probs [B, K, H, W] in 0..1, ROIs [B, H, W] in 0..1, seg_label [B, 1, H, W]
     with 255 for unlabelled) -> loss [1] in float32 (float64 for such probs). Images, ROIs and labels are resized to the
@@ -45,6 +47,7 @@ class DenseEnergyLoss(nn.Module):
         sigma_xy: float = 100,
         scale_factor: float = 0.5,
         method: str = "exact",
+        recompute_scale_factor: bool = False,
     ) -> None:
         super().__init__()
         self.weight = check_float(weight, "weight")
@@ -52,6 +55,7 @@ class DenseEnergyLoss(nn.Module):
         self.sigma_xy = check_float(sigma_xy, "sigma_xy", positive=True)
         self.scale_factor = check_float(scale_factor, "scale_factor", positive=True)
         self.method = check_method(method)
+        self.recompute_scale_factor = bool(recompute_scale_factor)
 
     def forward(self, images: Tensor, probs: Tensor, ROIs: Tensor, seg_label: Tensor) -> Tensor:
         kinds = (torch.bool, *INTEGERS, *FLOATS)
@@ -70,8 +74,7 @@ class DenseEnergyLoss(nn.Module):
         # As a float a label keeps its 255, and 8-bit integers cannot be resized everywhere.
         unlabelled = self._nearest(label.to(torch.float32)) == UNLABELLED
         probs = probs.to(wide)
-        if self.scale_factor != 1:
-            probs = F.interpolate(probs, scale_factor=self.scale_factor, mode="bilinear", align_corners=False)
+        probs = self._resized(probs, mode="bilinear", align_corners=False)
         with torch.no_grad():
             gate = (roi - probs.amax(1, keepdim=True)).clamp_min(0).masked_fill(unlabelled, 1)
             sigma_xy = self.sigma_xy * self.scale_factor
@@ -82,14 +85,19 @@ class DenseEnergyLoss(nn.Module):
         return energy.detach() - 2 * energy
 
     def _nearest(self, value: Tensor) -> Tensor:
+        return self._resized(value, mode="nearest")
+
+    def _resized(self, value: Tensor, **how: object) -> Tensor:
         if self.scale_factor == 1:
             return value
-        return F.interpolate(value, scale_factor=self.scale_factor, mode="nearest")
+        recompute = self.recompute_scale_factor or None
+        return F.interpolate(value, scale_factor=self.scale_factor, recompute_scale_factor=recompute, **how)
 
     def extra_repr(self) -> str:
         return (
             f"weight={self.weight}, sigma_rgb={self.sigma_rgb}, sigma_xy={self.sigma_xy}, "
-            f"scale_factor={self.scale_factor}, method={self.method!r}"
+            f"scale_factor={self.scale_factor}, method={self.method!r}, "
+            f"recompute_scale_factor={self.recompute_scale_factor}"
         )
 
 
