@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--cuda-graph", action="store_true", help="fused: pseudo-labels in a CUDA graph")
     parser.add_argument("--channels-last", action="store_true", help="fused: memory format of the weights")
     parser.add_argument("--shared-refinement", action="store_true", help="fused: one diffusion for both labels")
+    told = "fused: with the dense energy loss, which the public scripts have switched off; the paper's weight is 0.01"
+    parser.add_argument("--regularisation", type=float, default=0.0, help=told)
     parser.add_argument("--waiting", action="store_true", help="by how OpenMP's threads wait, alone and beside others")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE; - prints it instead of the table")
     options = parser.parse_args()

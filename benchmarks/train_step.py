@@ -26,12 +26,13 @@ from afa_model.networks.afa import AFA
 from afa_model.runs.memory import keep_freed_memory
 from afa_model.runtime.phases import PhaseTimer
 from afa_model.runtime.processes import autocast
+from afa_model.training.losses import LossSettings
 from afa_model.training.schedule import build_optimizer
 from afa_model.training.step import StepSettings, TrainingStep
 
 WAYS = ("published", "fused")
 ITERATION = 10_000  # past aff_iters: everything is computed and has its weight
-PHASES = ("forward", "CAM", "random walk", "PAR", "losses", "backward", "optimizer")
+PHASES = ("forward", "CAM", "random walk", "PAR", "losses", "energy loss", "backward", "optimizer")
 LOSSES = ("cls_loss", "seg_loss", "aff_loss")
 # (losses and gradient norm, relative; share of pixels whose label may differ)
 EXACT, HALF = (1e-3, 1e-3), (5e-2, 5e-2)
@@ -75,6 +76,7 @@ class Way:
             self.step = TrainingStep(
                 self.model,
                 StepSettings(shared_refinement=options.shared_refinement),
+                loss=LossSettings(options.regularisation),
                 max_classes=int(self.batch["cls_labels"].sum(1).max()),
                 compile=options.compile,
                 cuda_graph=options.cuda_graph,
@@ -167,7 +169,7 @@ class Workers:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     workers = Workers(options)
     errors = workers.check("exact", EXACT)
-    plain = options.amp == "off" and not options.shared_refinement
+    plain = options.amp == "off" and not options.shared_refinement and not options.regularisation
     errors_fast = workers.check("fast", EXACT if plain else HALF)
     for name in WAYS:
         for _ in range(options.warmup):
@@ -211,6 +213,8 @@ def show(result: dict[str, Any]) -> None:
     for name in ("published s", "fused s", "speed-up"):
         table.add_column(name, justify="right")
     for name, row in result["phases"].items():
+        if not any(row.values()):
+            continue
         ratio = row["published"] / row["fused"] if row["fused"] else float("nan")
         name = {"step": "whole step", "cpu": "(processor time)"}.get(name, name)
         table.add_row(name, f"{row['published']:.3f}", f"{row['fused']:.3f}", f"{ratio:.1f}x")

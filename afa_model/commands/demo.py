@@ -37,12 +37,14 @@ from ..pictures.overlays import label_overlay, photo_of
 from ..pictures.panels import cam_tile, peak_of, prediction_panel, save
 from ..pictures.words import write
 from ..runs.loop import train
-from ..runs.restore import load_model
+from ..runs.restore import Restored, load_model
 from ..runtime.processes import processes
 from ..runtime.progress import progress
 
 # Rows of the table, in the order in which they build on each other.
 ROWS = {"cam": KINDS["cam"], "pamr": "CAM + PAMR", **KINDS}
+WITHOUT_ENERGY = "segmentation_without_energy"  # of a second run, where the first has the energy loss
+TITLES = {**ROWS, WITHOUT_ENERGY: "segmentation, no L_reg"}
 PANELS = 6  # pictures with a panel of their own
 OVERVIEW_ROWS = 4
 
@@ -74,10 +76,10 @@ class DemoResult:
         table.add_column("mIoU", justify="right")
         table.add_column("over CAM", justify="right")
         base = self.scores["cam"].miou
-        for kind, title in ROWS.items():
+        for kind in self.scores:
             miou = self.scores[kind].miou
             gain = "" if kind == "cam" else f"{100 * (miou - base):+.1f}"
-            table.add_row(title, f"{100 * miou:.1f}", gain)
+            table.add_row(TITLES[kind], f"{100 * miou:.1f}", gain)
         return table
 
 
@@ -89,6 +91,9 @@ def demo(config: Config, data: SyntheticSettings | None = None) -> DemoResult:
             gone on with, or only scored if it is complete (``resume`` is ``auto`` in ``config/demo.yaml``).
         data: what is generated.
 
+    With the energy loss (``loss.regularisation``) a second run without it is trained, in ``out/without_energy_loss``,
+    whose segmentation is a row more.
+
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: as :func:`afa_model.runs.loop.train`;
         KeyboardInterrupt if the training was stopped.
@@ -97,22 +102,39 @@ def demo(config: Config, data: SyntheticSettings | None = None) -> DemoResult:
         raise ConfigError(f"labels.refinement: the demo sets PAR beside PAMR, got {config.labels.refinement!r}")
     data = data or SyntheticSettings()
     config.data.root = str(synthetic_data(data, config.data.root or None))
+    restored = _trained(config)
+    other = _trained(_without_energy(config)) if config.loss.regularises else None
+    dataset = EvaluationSet(config.data)
+    folder = Path(config.out)
+    print(f"scoring {len(dataset)} pictures that {restored.path} was not trained on", flush=True)
+    with processes(config.device) as here:
+        model = restored.model.to(here.device)
+        keeper = ScoreKeeper((*ROWS, *([WITHOUT_ENERGY] if other else [])), dataset.num_classes, here.device)
+        how = config.eval.labels(config.labels)
+        pictures = _score_and_draw(model, dataset, config.eval.maps(), how, keeper, folder)
+        if other is not None:
+            for sample in progress(dataset, "scoring", len(dataset)):
+                inputs = other.model.to(here.device), sample["image"], config.eval.maps(), how, sample["cls_labels"]
+                labels = label_maps(*inputs, kinds=("segmentation",)).labels
+                keeper.add(WITHOUT_ENERGY, labels["segmentation"], sample["mask"])
+    scores = keeper.scores()
+    result = DemoResult(scores, folder, tuple(pictures), len(dataset))
+    report = {kind: scores[kind].as_dict(dataset.class_names) for kind in scores}
+    (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _trained(config: Config) -> Restored:
+    """The model of a complete run."""
     summary = train(config)
     if summary.interrupted:
         raise KeyboardInterrupt
-    restored = load_model(summary.checkpoint)
-    dataset = EvaluationSet(config.data)
-    print(f"scoring {len(dataset)} pictures that {summary.checkpoint} was not trained on", flush=True)
-    with processes(config.device) as here:
-        model = restored.model.to(here.device)
-        keeper = ScoreKeeper(tuple(ROWS), dataset.num_classes, here.device)
-        how = config.eval.labels(config.labels)
-        pictures = _score_and_draw(model, dataset, config.eval.maps(), how, keeper, summary.folder)
-    scores = keeper.scores()
-    result = DemoResult(scores, summary.folder, tuple(pictures), len(dataset))
-    report = {kind: scores[kind].as_dict(dataset.class_names) for kind in ROWS}
-    (summary.folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return result
+    return load_model(summary.checkpoint)
+
+
+def _without_energy(config: Config) -> Config:
+    loss = replace(config.loss, regularisation=0.0)
+    return replace(config, loss=loss, out=str(Path(config.out, "without_energy_loss")))
 
 
 @torch.no_grad()

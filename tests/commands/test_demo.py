@@ -94,6 +94,18 @@ def test_a_complete_run_is_scored_again_without_training(run):
         assert len(list(csv.DictReader(file))) == 4
 
 
+def test_the_energy_loss_is_shown_beside_a_run_without_it(run, tmp_path):
+    plain, without = run
+    line = ["--config", "demo", "--out", str(tmp_path / "run"), "--data.root", plain.data.root, *SHORT]
+    result = demo.demo(parse([*line, "--loss.regularisation", "1e6"], "afa demo"), TINY)
+    assert list(result.scores) == [*demo.ROWS, demo.WITHOUT_ENERGY]
+    confusions = {kind: scores.confusion for kind, scores in result.scores.items()}
+    assert torch.equal(confusions[demo.WITHOUT_ENERGY], without.scores["segmentation"].confusion)
+    assert not torch.equal(confusions["segmentation"], confusions[demo.WITHOUT_ENERGY])
+    assert (tmp_path / "run" / "without_energy_loss" / "train.csv").is_file()
+    assert "segmentation, no L_reg" in [str(cell) for cell in result.table().columns[0].cells]
+
+
 def test_the_command(run, capsys, monkeypatch):
     config, result = run
     monkeypatch.setattr("afa_model.commands.demo.SyntheticSettings", lambda: TINY)
