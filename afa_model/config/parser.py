@@ -172,9 +172,13 @@ def section(kind: type[Settings], values: Namespace, prefix: str = "") -> Settin
     Raises:
         ConfigError: a value makes no sense; ``prefix`` is put before the message.
     """
-    _refuse_null(kind, values.as_dict(), prefix)
+    given = values.as_dict()
+    _refuse_null(kind, given, prefix)
+    for name, inner in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            given[name] = section(inner, values[name], f"{prefix}{name}.")
     try:
-        return kind(**values.as_dict())
+        return kind(**given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{prefix}{error}") from error
 
