@@ -107,8 +107,8 @@ def predict(
     """Write ``<out>/<name>.png`` (the label) and ``<out>/<name>_panel.png`` for each photograph.
 
     The label is the segmentation, after a dense CRF if the settings say so; a model without a decoder (CNN baseline)
-    gives its refined CAM instead. The panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and PAR) and prediction. One that
-    cannot be read does not keep the others from being labelled.
+    gives its refined CAM instead. The panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and
+    PAR) and prediction. One that cannot be read does not keep the others from being labelled.
 
     Args:
         model: an :class:`~afa_model.networks.afa.AFA` on any device, in any mode (left as it was).

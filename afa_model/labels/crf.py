@@ -1,4 +1,4 @@
-"""The dense CRF (Krähenbühl and Koltun, 2011) on soft labels: its settings, and at which size a photograph goes through."""
+"""The dense CRF (Krähenbühl and Koltun, 2011) on soft labels: its settings, and the size in which it works."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def crf(images01: Tensor, probs: Tensor, settings: CrfSettings) -> Tensor:
         scale = math.sqrt(small[0] * small[1] / (size[0] * size[1]))
         notice(
             "dense CRF of a large photograph",
-            f"the dense CRF of {size[1]}x{size[0]} pixels and {probs.shape[1]} classes is made at {small[1]}x{small[0]}:"
-            f" it would take more than {MOST_BYTES / 2**30:g} GiB",
+            f"the dense CRF of {size[1]}x{size[0]} pixels and {probs.shape[1]} classes would take more than"
+            f" {MOST_BYTES / 2**30:g} GiB; it is made at {small[1]}x{small[0]}",
         )
     return dense_crf(
         255 * images01,

@@ -20,7 +20,6 @@ from .pseudo_labels import cam_to_label, random_walk_label, refine_label
 from .settings import LabelSettings
 from .slots import ClassSlots
 
-
 _DECODED = {"segmentation", "segmentation_crf"}  # made by the decoder, without a CAM
 
 

@@ -28,7 +28,7 @@ def _diffused(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _crf(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
-    """The classes that an image shows are all there are for it: one that is not shown has no probability to win back."""
+    """The classes that an image shows are all that there are for it: no other has a probability to win back."""
     classes = shown.shape[1]
     small = crf_size(images01.shape[2:], classes)
     refined = maps.new_zeros(len(maps), maps.shape[1], *small)
