@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..conventions import IGNORE, require, resize, under
@@ -22,7 +21,7 @@ from ..data.files import read_label, write_label
 from ..data.photographs import MAX_PIXELS, read_photograph
 from ..data.score_files import SCORE_SUFFIXES, read_scores, write_scores
 from ..errors import AfaError, ConfigError, DataError, reason
-from ..labels.crf import CrfSettings, crf_size
+from ..labels.crf import CrfSettings, crf_size, shrunk
 from ..labels.large import PIXELS, is_large, strongest
 from ..labels.refinement import refine
 from ..labels.settings import LabelSettings
@@ -136,8 +135,8 @@ def refine_files(
     """Refine each mask of a folder along the edges of its photograph: ``<out>/<name>.png``, and maybe ``.npz``.
 
     The photograph of ``masks/a/x.npy`` is ``images/a/x`` of any ending, or the one ``x`` anywhere below ``images``. Of
-    scores and a label of one name the scores are taken. Files that are finished, and not older than their mask, are left
-    alone; each appears when it is whole.
+    scores and a label of one name the scores are taken. Files that are finished, and not older than their mask, are
+    left alone; each appears when it is whole.
 
     Args:
         images: folder of photographs, with its sub-folders.
@@ -203,8 +202,8 @@ def _refine_one(photo: Path, mask: Path, target: Path, settings: RefineSettings,
 def refined_scores(images01: Tensor, maps: Tensor, classes: int, settings: RefineSettings) -> Tensor:
     """Class scores after refinement at the photograph's own size, or what of it memory allows.
 
-    images01: [1, 3, H, W] in 0..1. maps: [1, C, h, w] in 0..1, of all ``classes`` or of all but the background, which is
-    then made; what is refined is each one's share of their sum -> [1, classes, h', w'].
+    images01: [1, 3, H, W] in 0..1. maps: [1, C, h, w] in 0..1, of all ``classes`` or of all but the background, which
+    is then made; what is refined is each one's share of their sum -> [1, classes, h', w'].
     """
     how, size = settings.how(), tuple(images01.shape[2:])
     if settings.method == "crf":
@@ -212,7 +211,7 @@ def refined_scores(images01: Tensor, maps: Tensor, classes: int, settings: Refin
     elif is_large(size):
         scale = (PIXELS / (size[0] * size[1])) ** 0.5
         working = tuple(max(1, int(side * scale)) for side in size)
-        images01 = F.interpolate(images01, working, mode="bilinear", antialias=True)
+        images01 = shrunk(images01, working)
     else:
         working = size
     maps = resize(maps, working) if maps.shape[1] else maps.new_zeros(1, 0, *working)

@@ -15,9 +15,9 @@ from ..conventions import require
 from ..runtime.notices import notice
 
 MOST_BYTES = 3 * 2**29
-"""That the CRF of one photograph may take. With 21 classes 1.5 megapixels go through whole, with 81 0.7."""
+"""That the CRF of one photograph may take. With 21 classes 1.5 megapixels go through whole, with 81 0.6."""
 
-_PIXEL_BYTES, _VALUE_BYTES = 450, 18  # of the lattices; of the distributions, whose channels are padded to 16
+_PIXEL_BYTES, _VALUE_BYTES = 250, 24  # measured: of the lattices; of the distributions, with channels padded to 16
 
 
 @dataclass
@@ -59,23 +59,29 @@ def crf_size(size: Sequence[int], classes: int) -> tuple[int, int]:
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
-def crf(images01: Tensor, probs: Tensor, settings: CrfSettings) -> Tensor:
+def shrunk(images: Tensor, size: Sequence[int]) -> Tensor:
+    """float [B, 3, H, W] -> [B, 3, *size], bilinear with antialiasing; themselves if that is their size."""
+    same = tuple(images.shape[2:]) == tuple(size)
+    return images if same else F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+
+
+def crf(images01: Tensor, probs: Tensor, settings: CrfSettings, size: Sequence[int] | None = None) -> Tensor:
     """Class probabilities after the CRF.
 
-    A photograph that is too large for the memory it would take is made smaller, and the standard deviations of place
-    with it; a line says so once.
+    Where these are smaller than the photograph, whose memory would be too much, the standard deviations of place are
+    made smaller with it; a line says so once.
 
     Args:
         images01: float [B, 3, H, W] in 0..1.
         probs: float [B, C, h, w], h and w :func:`crf_size`'s.
+        size: of the photograph in whose pixels the settings are, if ``images01`` is smaller already.
 
     Returns:
         [B, C, h, w], summing to 1.
     """
-    size, small = tuple(images01.shape[2:]), tuple(probs.shape[2:])
+    size, small = tuple(size or images01.shape[2:]), tuple(probs.shape[2:])
     scale = 1.0
     if small != size:
-        images01 = F.interpolate(images01, small, mode="bilinear", antialias=True)
         scale = math.sqrt(small[0] * small[1] / (size[0] * size[1]))
         notice(
             "dense CRF of a large photograph",
@@ -83,7 +89,7 @@ def crf(images01: Tensor, probs: Tensor, settings: CrfSettings) -> Tensor:
             f" {MOST_BYTES / 2**30:g} GiB; it is made at {small[1]}x{small[0]}",
         )
     return dense_crf(
-        255 * images01,
+        255 * shrunk(images01, small),
         probs,
         settings.num_iter,
         settings.pos_w,

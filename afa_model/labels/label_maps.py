@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..conventions import denormalize, halve, require, resize
 from .cams import evaluating, multi_scale_cam
-from .crf import CrfSettings, crf, crf_size
+from .crf import CrfSettings, crf, crf_size, shrunk
 from .kinds import kinds_of
 from .large import is_large, large_label, strongest
 from .pseudo_labels import cam_to_label, random_walk_label, refine_label
@@ -103,7 +103,7 @@ def label_maps(
 
     Labels are made at the photograph's own size from soft maps resized to it (bilinear), of a large photograph a
     band at a time (large.py): 24 megapixels take less than 2 GB, whatever the number of classes. A dense CRF needs a
-    photograph whole, which it makes smaller where that would take more (crf.py).
+    photograph whole, and makes it smaller where that alone would take more than 1.5 GiB (crf.py).
     """
     kinds = kinds_of(model, kinds)
     size = tuple(image.shape[-2:])
@@ -120,7 +120,7 @@ def label_maps(
             # at the photograph's size before the decision, as everything that is scored
             labels["segmentation"] = strongest(seg_logits[0], size)
         if "segmentation_crf" in kinds:
-            labels["segmentation_crf"] = crf_label(denormalize(image.float()), seg_logits, how.dense_crf)
+            labels["segmentation_crf"] = crf_label(image.float(), seg_logits, how.dense_crf)
         if plain is None:
             plain = model(small, decode=False)
         probabilities = plain.cls_logits[0].float().sigmoid()
@@ -171,16 +171,18 @@ def pseudo_label(
     return random_walk_label(images01, affinity, cam, slots, how, how.one_walk_score, refined=refined)
 
 
-def crf_label(images01: Tensor, logits: Tensor, settings: CrfSettings) -> Tensor:
+def crf_label(image: Tensor, logits: Tensor, settings: CrfSettings) -> Tensor:
     """The segmentation after the dense CRF, as published: on the softmax of the logits resized to the photograph.
 
-    images01: [1, 3, H, W] in 0..1. logits: [1, K, h, w] -> uint8 [H, W] in 0..K-1.
+    image: float32 [1, 3, H, W], normalised. logits: [1, K, h, w] -> uint8 [H, W] in 0..K-1.
     """
-    size = images01.shape[2:]
-    probs = resize(logits, crf_size(size, logits.shape[1])).softmax(1)
-    # the photograph's own bytes: normalising and back moves them by a rounding, which may decide a simplex
-    images01 = images01.mul(255).round_().div_(255)
-    return strongest(crf(images01, probs, settings)[0], size)
+    size = image.shape[2:]
+    small = crf_size(size, logits.shape[1])
+    images01 = denormalize(shrunk(image, small))
+    if small == tuple(size):
+        # the photograph's own bytes: normalising and back moves them by a rounding, which may decide a simplex
+        images01.mul_(255).round_().div_(255)
+    return strongest(crf(images01, resize(logits, small).softmax(1), settings, size)[0], size)
 
 
 def _resize_long_side(image: Tensor, long_side: int | None) -> Tensor:
