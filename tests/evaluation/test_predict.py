@@ -86,7 +86,11 @@ def test_the_point_of_the_affinity_can_be_chosen(root):
 def test_the_label_is_that_after_the_crf_on_request(root, monkeypatch):
     image, drawn = root / "JPEGImages" / "2007_000001.jpg", []
     real = predict_module.prediction_panel
-    kept = lambda *a, **k: drawn.append(torch.as_tensor(k["prediction"])) or real(*a, **k)  # noqa: E731
+
+    def kept(*arguments, prediction, **more):
+        drawn.append(torch.as_tensor(prediction))
+        return real(*arguments, prediction=prediction, **more)
+
     monkeypatch.setattr(predict_module, "prediction_panel", kept)
     labels = []
     for crf in (False, True):

@@ -26,8 +26,8 @@ HOW = LabelSettings(refinement="crf", dense_crf=OWN)
 
 
 def by_hand(image01, probs, xy: float = 1.0, settings: CrfSettings = OWN):
-    s = settings
-    return dense_crf(255 * image01, probs, s.num_iter, s.pos_w, s.pos_xy_std * xy, s.bi_w, s.bi_xy_std * xy, s.bi_rgb_std)
+    num_iter, pos_w, pos_xy, bi_w, bi_xy, rgb = dataclasses.astuple(settings)
+    return dense_crf(255 * image01, probs, num_iter, pos_w, pos_xy * xy, bi_w, bi_xy * xy, rgb)
 
 
 def inputs(rng, height=14, width=18):
@@ -78,7 +78,8 @@ def test_labels_of_two_scores_and_of_one_refinement_for_both(rng):
     for score, wins in ((0.3, lambda one: (label == 0) == (one == 0)), (0.7, lambda one: (label == one) | (one == 0))):
         assert wins(refine_label(images01, cam, slots, HOW, (score,))).all(), score
     assert set(label[0].unique().tolist()) <= {0, 1, 3, 255} and set(label[1].unique().tolist()) <= {0, 2, 255}
-    assert not torch.equal(label, refine_label(images01, cam, slots, dataclasses.replace(HOW, refinement="none"), (0.3, 0.7)))
+    unrefined = dataclasses.replace(HOW, refinement="none")
+    assert not torch.equal(label, refine_label(images01, cam, slots, unrefined, (0.3, 0.7)))
     walked = torch.rand(2, 2 * (1 + cam.shape[1]), 6, 5, generator=rng)
     assert torch.equal(labels_of_one_diffusion(images01, walked, cam, slots, HOW, (0.3, 0.7))[0], label)
 
