@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=str, default=None, help="also write the scores to this JSON file")
     parser.add_argument("--csv", type=str, default=None, help="also write the scores to this CSV file")
     told = "also score the segmentation after the dense CRF: --eval.crf true, with --labels.dense_crf.KEY"
-    parser.add_argument("--crf", type=bool, default=False, help=told)
+    parser.add_argument("--crf", type=bool, default=None, help=told)
     parser.add_class_arguments(DataSettings, "data")
     parser.add_class_arguments(EvaluateSettings, "eval")
     parser.add_class_arguments(LabelSettings, "labels")
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
         config = to_dict(scoring)
         set_defaults(parser, flatten({name: config[name] for name in ("data", "eval", "labels")}))
     options = parser.parse_args(switched_on(argv, "--crf"))
-    options.eval.crf |= options.crf
+    if options.crf is not None:
+        options.eval.crf = options.crf
     data = section(DataSettings, options.data, "data.")
     settings = section(EvaluateSettings, options.eval, "eval.")
     labels = section(LabelSettings, options.labels, "labels.")

