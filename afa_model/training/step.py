@@ -168,7 +168,7 @@ class TrainingStep(nn.Module):
         if cuda_graph and self.settings.cam_mode == "train":
             raise ValueError("cuda_graph: expected cam_mode eval, got train, whose noise a graph cannot hold")
         if cuda_graph and self.labels.refinement == "crf":
-            raise ValueError("cuda_graph: expected refinement par, pamr or none, got crf, which no graph can hold")
+            raise ValueError("cuda_graph: expected refinement par, pamr or none, got crf, whose sizes vary")
         self._networks = CompiledNetworks(model) if compile else None
         self._graph = GraphedFunction(self._pseudo_labels) if cuda_graph else None
 
