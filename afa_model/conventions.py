@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,15 @@ def require(condition: bool, name: str, expected: str, value: object) -> None:
     """
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@contextmanager
+def under(name: str) -> Iterator[None]:
+    """For settings that hold others: what is wrong with those is named ``NAME.KEY``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:

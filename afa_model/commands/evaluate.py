@@ -17,11 +17,11 @@ from ..evaluation.scores import EvaluationResult
 from ..labels.settings import LabelSettings
 from ..runtime.processes import processes
 from ..runtime.writing import writable_file
-from .options import asks_for_help, mistakes_named, parser_of, restored, set_defaults, told_of_the_run
+from .options import asks_for_help, mistakes_named, parser_of, restored, set_defaults, switched_on, told_of_the_run
 
 
 def main(argv: Sequence[str]) -> None:
-    """`afa evaluate --checkpoint RUN [--data.root DIR] [--json FILE] [--csv FILE]`."""
+    """`afa evaluate --checkpoint RUN [--data.root DIR] [--crf] [--json FILE] [--csv FILE]`."""
     parser = parser_of(
         "afa evaluate",
         "Score a checkpoint against masks: IoU per class, mIoU and pixel accuracy of the CAM, the CAM refined,"
@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", type=str, default=None, help="also write the scores to this JSON file")
     parser.add_argument("--csv", type=str, default=None, help="also write the scores to this CSV file")
+    told = "also score the segmentation after the dense CRF: --eval.crf true, with --labels.dense_crf.KEY"
+    parser.add_argument("--crf", type=bool, default=None, help=told)
     parser.add_class_arguments(DataSettings, "data")
     parser.add_class_arguments(EvaluateSettings, "eval")
     parser.add_class_arguments(LabelSettings, "labels")
@@ -45,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
         scoring = replace(run.config, labels=settings.said(run.config.labels), eval=settings.as_in_training())
         config = to_dict(scoring)
         set_defaults(parser, flatten({name: config[name] for name in ("data", "eval", "labels")}))
-    options = parser.parse_args(argv)
+    options = parser.parse_args(switched_on(argv, "--crf"))
+    if options.crf is not None:
+        options.eval.crf = options.crf
     data = section(DataSettings, options.data, "data.")
     settings = section(EvaluateSettings, options.eval, "eval.")
     labels = section(LabelSettings, options.labels, "labels.")

@@ -40,6 +40,17 @@ def positionals_first(argv: Sequence[str]) -> list[str]:
     return [*(f"./{word}" if word.startswith("-") else word for word in others), *options]
 
 
+def switched_on(argv: Sequence[str], option: str) -> list[str]:
+    """The line with a lone ``option`` as ``option=true``; ``true`` or ``false`` behind it is its value."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    valued = [*argv[1:end], ""]
+    words = [
+        f"{option}=true" if word == option and after not in ("true", "false") else word
+        for word, after in zip(argv[:end], valued)
+    ]
+    return [*words, *argv[end:]]
+
+
 def _given(argv: Sequence[str]) -> str | None:
     """The checkpoint, read before all else: the settings of its run are the defaults of the others."""
     for position, word in enumerate(argv):

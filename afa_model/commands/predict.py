@@ -8,16 +8,26 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..config import section
+from ..config.renamed import flatten
 from ..evaluation.predict import PredictSettings, draw_head_weights, predict
 from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
 from ..runtime.processes import processes
 from ..runtime.writing import writable_file
-from .options import asks_for_help, mistakes_named, parser_of, part, positionals_first, restored, set_defaults
+from .options import (
+    asks_for_help,
+    mistakes_named,
+    parser_of,
+    part,
+    positionals_first,
+    restored,
+    set_defaults,
+    switched_on,
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`afa predict IMAGE... --checkpoint RUN --out DIR [--head_weights FILE]`."""
+    """`afa predict IMAGE... --checkpoint RUN --out DIR [--crf] [--head_weights FILE]`."""
     parser = parser_of(
         "afa predict",
         "Label photographs. For each one a PNG of class indices with the VOC palette, and a panel:"
@@ -46,8 +56,8 @@ def main(argv: Sequence[str]) -> int:
         parser.of_the_run([item.name for kind in (MapSettings, LabelSettings) for item in fields(kind)])
     if run is not None:
         sizes = asdict(run.config.eval.by("test").maps())
-        set_defaults(parser, {**sizes, **asdict(run.config.eval.labels(run.config.labels))})
-    options = parser.parse_args(positionals_first(argv))
+        set_defaults(parser, {**sizes, **flatten(asdict(run.config.eval.labels(run.config.labels)))})
+    options = parser.parse_args(positionals_first(switched_on(argv, "--crf")))
     settings = section(PredictSettings, part(PredictSettings, options))
     how = section(LabelSettings, part(LabelSettings, options))
     out = Path(options.out).expanduser()

@@ -157,6 +157,8 @@ def check(config: Config) -> Config:
         require(bool(config.out), "out", "a folder", config.out)
         graphed = config.cuda_graph and step.cam_mode == "train"
         require(not graphed, "cuda_graph", "false with step.cam_mode train, whose noise a graph cannot hold", True)
+        crf = config.cuda_graph and config.labels.refinement == "crf"
+        require(not crf, "cuda_graph", "false with labels.refinement crf, whose sizes vary with the image", True)
         for key, value in (
             ("schedule.warmup_iters", schedule.warmup_iters),
             ("step.cam_iters", step.cam_iters),

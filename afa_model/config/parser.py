@@ -159,8 +159,6 @@ def build(settings: Namespace) -> Config:
     """
     values = {item.name: settings[item.name] for item in dataclasses.fields(Config)}
     for name, part in sections(Config()).items():
-        if not isinstance(values[name], Namespace):
-            raise ConfigError(f"{name}: expected settings ({name}.KEY), got {values[name]!r}")
         values[name] = section(type(part), values[name], f"{name}.")
     _refuse_null(Config, values, "")
     return check(Config(**values))
@@ -172,9 +170,15 @@ def section(kind: type[Settings], values: Namespace, prefix: str = "") -> Settin
     Raises:
         ConfigError: a value makes no sense; ``prefix`` is put before the message.
     """
-    _refuse_null(kind, values.as_dict(), prefix)
+    if not isinstance(values, Namespace):
+        raise ConfigError(f"{prefix[:-1]}: expected settings ({prefix}KEY), got {values!r}")
+    given = values.as_dict()
+    _refuse_null(kind, given, prefix)
+    for name, inner in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            given[name] = section(inner, values[name], f"{prefix}{name}.")
     try:
-        return kind(**values.as_dict())
+        return kind(**given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{prefix}{error}") from error
 

@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def _torch(path: Path, names: Sequence[str]) -> Any:
 
 def _pickled(path: Path, names: Sequence[str]) -> Any:
     with path.open("rb") as file:
-        return _ArrayUnpickler(file).load()
+        return ArrayUnpickler(file).load()
 
 
 def _npz(path: Path, names: Sequence[str]) -> Any:
@@ -289,7 +289,7 @@ def _classes(cell: str, names: Sequence[str]) -> list[str]:
     return spaced if all(word in names for word in spaced) else parts
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled dicts of numpy arrays and nothing else: a label file from somewhere must not be able to
     run code.
     """
@@ -318,14 +318,20 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _npy(path: Path, names: Sequence[str]) -> Any:
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        _, _, dtype = read_header(file)
-        if dtype != np.dtype(object):
-            raise ValueError("an array of numbers; a dict from image name to label is needed")
-        content = _ArrayUnpickler(file).load()
+        content = dictionary_in(file)
+    if content is None:
+        raise ValueError("an array of numbers; a dict from image name to label is needed")
+    return content
+
+
+def dictionary_in(file: BinaryIO, unpickler: type[ArrayUnpickler] = ArrayUnpickler) -> Any:
+    """What ``np.save`` made of a Python object in an opened ``.npy``; None if it holds an array of numbers."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    _, _, dtype = read_header(file)
+    if dtype != np.dtype(object):
+        return None
+    content = unpickler(file).load()
     return content.item() if isinstance(content, np.ndarray) and content.size == 1 else content
 
 

@@ -43,7 +43,8 @@ class EvaluateSettings:
         dilations: distances of the refinement's neighbours in pixels. None: as in training.
         num_iter: iterations of the refinement. None: as in training.
         kinds: which label maps to score, of cam, refined_cam, random_walk, refined_random_walk and
-            segmentation; None: all that the model offers (a CNN gives CAMs only).
+            segmentation, and segmentation_crf; None: all that the model offers (a CNN gives CAMs only) but the last.
+        crf: also score the segmentation after the dense CRF of labels.dense_crf. It takes seconds for each photograph.
         limit: take the first so many images of the list only; None takes all.
         num_workers: processes that load images; 0 does it in this process.
         progress: show a progress bar on a terminal.
@@ -60,6 +61,7 @@ class EvaluateSettings:
     dilations: tuple[int, ...] | None = None
     num_iter: int | None = None
     kinds: tuple[str, ...] | None = None
+    crf: bool = False
     limit: int | None = None
     num_workers: int = 0
     progress: bool = True
@@ -141,7 +143,7 @@ def evaluate(
     how, sizes = settings.labels(labels or LabelSettings()), settings.maps()
     if model.num_classes != dataset.num_classes:
         raise ValueError(f"model: {model.num_classes} classes, but the data set has {dataset.num_classes}")
-    kinds = kinds_of(model, settings.kinds)
+    kinds = kinds_of(model, settings.kinds, settings.crf)
     rank, world_size = place()
     total = len(dataset) if settings.limit is None else min(settings.limit, len(dataset))
     share = range(rank, total, world_size)

@@ -26,6 +26,7 @@ from ..data.photographs import (
 )
 from ..data.transforms import normalize
 from ..errors import DataError, reason
+from ..labels.kinds import kinds_of
 from ..labels.label_maps import LabelMaps, MapSettings, label_maps
 from ..labels.settings import LabelSettings
 from ..pictures.overlays import thumbnail
@@ -41,6 +42,8 @@ class PredictSettings(MapSettings):
     Args:
         labels: names of the classes that are in the photographs, such as cat,dog; None takes those the
             classifier finds: the ones it gives more than 0.5, or at least the likeliest.
+        crf: the label is the segmentation after the dense CRF that dense_crf describes. It takes seconds for each
+            photograph.
         affinity_at: the pixel Y,X whose affinity is drawn; None takes the CAM's peak.
         panels: also draw a panel for each photograph.
         exif: turn photographs as their EXIF orientation says (apply), or leave them as they are stored (ignore).
@@ -49,6 +52,7 @@ class PredictSettings(MapSettings):
     """
 
     labels: tuple[str, ...] | str | None = None
+    crf: bool = False
     affinity_at: tuple[int, int] | str | None = None
     panels: bool = True
     exif: Literal["apply", "ignore"] = "apply"
@@ -102,9 +106,9 @@ def predict(
 ) -> list[Prediction]:
     """Write ``<out>/<name>.png`` (the label) and ``<out>/<name>_panel.png`` for each photograph.
 
-    The label is the segmentation; a model without a decoder (CNN baseline) gives its refined CAM instead. The
-    panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and PAR) and prediction. One that
-    cannot be read does not keep the others from being labelled.
+    The label is the segmentation, after a dense CRF if the settings say so; a model without a decoder (CNN baseline)
+    gives its refined CAM instead. The panel shows photograph, CAM, affinity of a point, pseudo-label (random walk and
+    PAR) and prediction. One that cannot be read does not keep the others from being labelled.
 
     Args:
         model: an :class:`~afa_model.networks.afa.AFA` on any device, in any mode (left as it was).
@@ -133,6 +137,9 @@ def predict(
         raise ValueError(
             f"affinity_at: the backbone {model.backbone} has no attention, so no affinity either"
         )
+    if settings.crf and not model.has_affinity:
+        raise ValueError(f"crf: the backbone {model.backbone} has no decoder, so no segmentation either")
+    kinds = kinds_of(model, crf=settings.crf)
     out = Path(out).expanduser()
     targets = _targets(photos(images, out), out, settings.panels)
     if settings.affinity_at is not None:
@@ -146,7 +153,7 @@ def predict(
             done.append(Prediction(path, None, problem=str(error)))
             continue
         photo = torch.from_numpy(pixels).permute(2, 0, 1)
-        maps = label_maps(model, normalize(photo), settings, how, cls_labels)
+        maps = label_maps(model, normalize(photo), settings, how, cls_labels, kinds)
         try:
             done.append(_write(path, target, photo, maps, class_names, settings))
         except OSError as error:
@@ -165,7 +172,7 @@ def _write(
     settings: PredictSettings,
 ) -> Prediction:
     probabilities, present = maps.probabilities.cpu(), maps.present
-    prediction = maps.labels.get("segmentation")
+    prediction = maps.labels.get("segmentation_crf", maps.labels.get("segmentation"))
     pseudo_label = maps.labels["refined_cam" if maps.affinity is None else "refined_random_walk"].cpu()
     prediction = None if prediction is None else prediction.cpu()
     write_label(target, pseudo_label if prediction is None else prediction)

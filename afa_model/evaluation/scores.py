@@ -114,8 +114,8 @@ class EvaluationResult:
     """Scores of every kind of label map that was asked for.
 
     Attributes:
-        scores: kind (``cam``, ``refined_cam``, ``random_walk``, ``refined_random_walk``, ``segmentation``) ->
-            Scores.
+        scores: kind (``cam``, ``refined_cam``, ``random_walk``, ``refined_random_walk``, ``segmentation``,
+            ``segmentation_crf``) -> Scores.
         class_names: K names, background first.
         images: number of images scored, over all processes.
         seconds: how long it took.

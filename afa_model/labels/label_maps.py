@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from ..conventions import denormalize, halve, require, resize
 from .cams import evaluating, multi_scale_cam
+from .crf import CrfSettings, crf, crf_size, shrunk
 from .kinds import kinds_of
 from .large import is_large, large_label, strongest
 from .pseudo_labels import cam_to_label, random_walk_label, refine_label
 from .settings import LabelSettings
 from .slots import ClassSlots
+
+_DECODED = {"segmentation", "segmentation_crf"}  # made by the decoder, without a CAM
 
 
 @dataclass
@@ -96,10 +99,11 @@ def label_maps(
         settings: the sizes it goes through the model in.
         how: labels are made from the CAM; with ``how.bkg_score``, so no pixel is left open.
         cls_labels: [K-1] multi-hot, the classes known to be present; None takes those the classifier finds.
-        kinds: which label maps; None: all that the model offers.
+        kinds: which label maps; None: all that the model offers but segmentation_crf.
 
     Labels are made at the photograph's own size from soft maps resized to it (bilinear), of a large photograph a
-    band at a time (large.py): 24 megapixels take less than 2 GB, whatever the number of classes.
+    band at a time (large.py): 24 megapixels take less than 2 GB, whatever the number of classes. A dense CRF needs a
+    photograph whole, and makes it smaller where that alone would take more than 1.5 GiB (crf.py).
     """
     kinds = kinds_of(model, kinds)
     size = tuple(image.shape[-2:])
@@ -110,17 +114,20 @@ def label_maps(
     labels: dict[str, Tensor] = {}
     with evaluating(model):
         plain = None
-        if "segmentation" in kinds:
+        if not _DECODED.isdisjoint(kinds):
             seg_logits, plain = _segment(model, small, settings)
+        if "segmentation" in kinds:
             # at the photograph's size before the decision, as everything that is scored
             labels["segmentation"] = strongest(seg_logits[0], size)
+        if "segmentation_crf" in kinds:
+            labels["segmentation_crf"] = crf_label(image.float(), seg_logits, how.dense_crf)
         if plain is None:
             plain = model(small, decode=False)
         probabilities = plain.cls_logits[0].float().sigmoid()
         given = found_classes(probabilities) if cls_labels is None else cls_labels.to(probabilities)
         slots = ClassSlots.of(given[None], limit=int((given > 0).sum()))
         cam = affinity = None
-        if set(kinds) != {"segmentation"}:
+        if not _DECODED.issuperset(kinds):
             by = how.cam_scales, None if plain_affinity else radius, slots
             cam, affinity = multi_scale_cam(model, small, *by)
         if plain_affinity and cam is not None:
@@ -162,6 +169,20 @@ def pseudo_label(
         return refine_label(images01, cam, slots, how, how.one_score)
     refined = kind == "refined_random_walk"
     return random_walk_label(images01, affinity, cam, slots, how, how.one_walk_score, refined=refined)
+
+
+def crf_label(image: Tensor, logits: Tensor, settings: CrfSettings) -> Tensor:
+    """The segmentation after the dense CRF, as published: on the softmax of the logits resized to the photograph.
+
+    image: float32 [1, 3, H, W], normalised. logits: [1, K, h, w] -> uint8 [H, W] in 0..K-1.
+    """
+    size = image.shape[2:]
+    small = crf_size(size, logits.shape[1])
+    images01 = denormalize(shrunk(image, small))
+    if small == tuple(size):
+        # the photograph's own bytes: normalising and back moves them by a rounding, which may decide a simplex
+        images01.mul_(255).round_().div_(255)
+    return strongest(crf(images01, resize(logits, small).softmax(1), settings, size)[0], size)
 
 
 def _resize_long_side(image: Tensor, long_side: int | None) -> Tensor:

@@ -3,7 +3,8 @@
 Nothing but the label itself is as large as the photograph. What decides it is resized a band of rows at a time, and
 refined a band of rows and a few classes at a time, with the strongest so far kept for each pixel. A refinement carries
 a pixel at most ``num_iter`` times its farthest tap, so bands that overlap by that much give what one piece would. All
-resizing is bilinear, so columns and rows can be done one after the other.
+resizing is bilinear, so columns and rows can be done one after the other. A dense CRF reaches through the whole
+photograph and weighs its classes against each other: it is made of all at once, at a size whose memory can be had.
 
 The labels are those of pseudo_labels.py but where two classes are equal to within a rounding.
 """
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from afa_kernels import random_walk_with_background
 
+from ..conventions import resize
+from .crf import crf_size
 from .refinement import reach, refine
 from .settings import LabelSettings
 from .slots import ClassSlots
@@ -169,8 +172,11 @@ def _refined(
     """
     height, width = half_images01.shape[2:]
     channels = shown.nonzero().flatten().tolist()
+    margin = reach(how)
+    if margin is None:
+        return _refined_whole(half_images01, size, channel_of, channels, how)
     turns = [channels[i : i + REFINED_CLASSES] for i in range(0, len(channels), REFINED_CLASSES)]
-    margin, lines = reach(how.refinement, how.dilations, how.num_iter), _Lines.of(height, size[0])
+    lines = _Lines.of(height, size[0])
     label = torch.empty(tuple(size), dtype=torch.uint8, device=half_images01.device)
     for start, stop in _pieces(height, width, margin, 8 * len(how.dilations) + 4 * len(turns[0])):
         # the piece's last row blends with the next one's first
@@ -180,8 +186,7 @@ def _refined(
         for turn in turns:
             maps = torch.stack([channel_of(channel, outer) for channel in turn])[None]
             everything = torch.ones(1, len(turn), dtype=torch.bool, device=maps.device)
-            by = how.dilations, how.num_iter
-            maps = refine(how.refinement, half_images01[:, :, outer], maps, everything, *by)
+            maps = refine(half_images01[:, :, outer], maps, everything, how)
             maps = maps[0, :, start - outer.start : inner - outer.start]
             numbers = torch.tensor(turn, dtype=torch.uint8, device=maps.device)
             for rows, values in _bands(maps, size[1], lines.part(slice(begin, end), start)):
@@ -190,6 +195,24 @@ def _refined(
                 best[rows] = torch.where(wins, value, best[rows])
                 target = label[begin + rows.start : begin + rows.stop]
                 target.copy_(torch.where(wins, numbers[index], target))
+    return label
+
+
+def _refined_whole(
+    half_images01: Tensor,
+    size: Sequence[int],
+    channel_of: Callable[[int, slice], Tensor],
+    channels: Sequence[int],
+    how: LabelSettings,
+) -> Tensor:
+    """As :func:`_refined`, all ``channels`` at once."""
+    small = crf_size(half_images01.shape[2:], len(channels))
+    maps = torch.cat([resize(channel_of(channel, slice(None))[None, None], small) for channel in channels], 1)
+    everything = torch.ones(1, len(channels), dtype=torch.bool, device=maps.device)
+    label = strongest(refine(half_images01, maps, everything, how)[0], size)
+    numbers = torch.tensor(channels, dtype=torch.uint8, device=maps.device)
+    for rows in range(0, size[0], 1024):
+        label[rows : rows + 1024] = numbers[label[rows : rows + 1024].int()]
     return label
 
 

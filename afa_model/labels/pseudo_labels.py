@@ -201,8 +201,7 @@ def _softmax_stacks(cam: Tensor, slots: ClassSlots, scores: Sequence[float]) -> 
 
 
 def _refined(images01: Tensor, stacks: Tensor, slots: ClassSlots, settings: LabelSettings) -> Tensor:
-    how = settings.dilations, settings.num_iter
-    return refine(settings.refinement, images01, stacks, slots.with_background, *how)
+    return refine(images01, stacks, slots.with_background, settings)
 
 
 def _decide(stacks: Tensor, size: Sequence[int], slots: ClassSlots) -> Tensor:

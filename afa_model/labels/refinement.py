@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afa_kernels import pamr, par
 
+from .crf import crf, crf_size
 
-def _none(images01: Tensor, maps: Tensor, dilations: tuple[int, ...], num_iter: int, *, class_mask: Tensor) -> Tensor:
+if TYPE_CHECKING:
+    from .settings import LabelSettings
+
+
+def _diffused(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Channels that know nothing of each other, so all stacks are one."""
+
+    def refined(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
+        mask = shown.repeat(1, maps.shape[1] // shown.shape[1])
+        return operator(images01, maps, tuple(how.dilations), how.num_iter, class_mask=mask)
+
+    return refined
+
+
+def _crf(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
+    """The classes that an image shows are all that there are for it: no other has a probability to win back."""
+    classes = shown.shape[1]
+    small = crf_size(images01.shape[2:], classes)
+    refined = maps.new_zeros(len(maps), maps.shape[1], *small)
+    for image, stacks, own, out in zip(images01.split(1), maps.unflatten(1, (-1, classes)), shown, refined):
+        index = own.nonzero().flatten()
+        probs = stacks[:, index]
+        if probs.shape[2:] != small:
+            # with aligned corners, as the other refinements resize
+            probs = F.interpolate(probs, small, mode="bilinear", align_corners=True)
+        probs = probs / probs.sum(1, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
+        out.unflatten(0, (-1, classes))[:, index] = crf(image.expand(len(probs), -1, -1, -1), probs, how.dense_crf)
+    return refined
+
+
+def _none(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
     return maps
 
 
-# name -> function(images01 [B, 3, H, W], maps [B, C, h, w], dilations, num_iter, class_mask=[B, C]) -> [B, C, ...], of
-# the image's size, or of the maps' where it changes nothing.
-REFINEMENTS = {"par": par, "pamr": pamr, "none": _none}
+# name -> function of what `refine` takes
+REFINEMENTS = {"par": _diffused(par), "pamr": _diffused(pamr), "crf": _crf, "none": _none}
 
 
 def check_refinement(name: str) -> str:
@@ -28,24 +61,26 @@ def check_refinement(name: str) -> str:
     return name
 
 
-def reach(name: str, dilations: Sequence[int], num_iter: int) -> int:
-    """How far, in pixels, a refinement carries what a pixel holds."""
-    return 0 if REFINEMENTS[check_refinement(name)] is _none else num_iter * max(dilations)
+def reach(how: LabelSettings) -> int | None:
+    """How far, in pixels, a refinement carries what a pixel holds; None: through the whole image, and its classes
+    cannot be refined apart.
+    """
+    name = check_refinement(how.refinement)
+    if name == "crf":
+        return None
+    return 0 if name == "none" else how.num_iter * max(how.dilations)
 
 
-def refine(
-    name: str, images01: Tensor, maps: Tensor, shown: Tensor, dilations: Sequence[int], num_iter: int
-) -> Tensor:
-    """Refine stacks of channels, each of background and classes in turn.
+def refine(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
+    """Refine stacks of channels, each of background and classes in turn, by ``how.refinement``.
 
     Args:
-        name: of :data:`REFINEMENTS`.
         images01: [B, 3, H, W] in 0..1.
-        maps: [B, stacks x C, h, w], of any size.
+        maps: [B, stacks x C, h, w], of any size; for ``crf`` probabilities, or what they are a share of.
         shown: [B, C] bool; channels of what an image does not show cost nothing and come back as 0.
 
     Returns:
-        [B, stacks x C, ...] of the image's size; without a refinement the maps as they are.
+        [B, stacks x C, ...] of the image's size (of :func:`~.crf.crf_size` for ``crf``, smaller where the image is too
+        large); without a refinement the maps as they are.
     """
-    mask = shown.repeat(1, maps.shape[1] // shown.shape[1])
-    return REFINEMENTS[check_refinement(name)](images01, maps, tuple(dilations), num_iter, class_mask=mask)
+    return REFINEMENTS[check_refinement(how.refinement)](images01, maps, shown, how)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from afa_kernels.ops.par import DILATIONS
 
-from ..conventions import require
+from ..conventions import require, under
+from .crf import CrfSettings
 from .refinement import check_refinement
 
 
@@ -20,9 +21,10 @@ class LabelSettings:
         radius: of the affinity's window, in cells of the model's grid.
         walk_power: exponent of the affinity in the random walk.
         walk_eps: added to the sums that normalise the random walk.
-        refinement: what mends the borders of labels, by its name in refinement.py: par, pamr or none.
-        dilations: distances of the refinement's neighbours in pixels.
-        num_iter: its iterations.
+        refinement: what mends the borders of labels, by its name in refinement.py: par, pamr, crf or none.
+        dilations: distances of the neighbours of par and pamr in pixels.
+        num_iter: their iterations.
+        dense_crf: what crf is like, here and after the segmentation.
         high_score: CAM value in 0..1 below which a pixel is background; training leaves open what lies between it and
             low_score.
         low_score: CAM value below which a pixel is certainly background.
@@ -37,6 +39,7 @@ class LabelSettings:
     refinement: str = "par"
     dilations: tuple[int, ...] = DILATIONS
     num_iter: int = 10
+    dense_crf: CrfSettings = field(default_factory=CrfSettings)
     high_score: float = 0.55
     low_score: float = 0.35
     bkg_score: float = 0.45
@@ -44,6 +47,8 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         check_refinement(self.refinement)
+        with under("dense_crf"):
+            self.dense_crf.__post_init__()  # again: values may have been changed since
         sizes = bool(self.cam_scales) and all(0 < scale < math.inf for scale in self.cam_scales)
         require(sizes, "cam_scales", "positive numbers", self.cam_scales)
         require(bool(self.dilations) and min(self.dilations) >= 1, "dilations", "pixels of at least 1", self.dilations)

@@ -74,7 +74,7 @@ class Trainer:
 
     def _check_kinds(self) -> None:
         try:
-            kinds_of(self.model, self.config.eval.kinds)
+            kinds_of(self.model, self.config.eval.kinds, self.config.eval.crf)
         except ValueError as error:
             raise ConfigError(f"eval.{error}") from error
 

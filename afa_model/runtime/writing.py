@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -40,3 +42,20 @@ def writable_file(path: str | Path, name: str) -> Path:
         raise ConfigError(f"{name}: {path} cannot be written")
     writable_folder(path.parent, name)
     return path
+
+
+@contextlib.contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file beside ``path``, of the same ending, to write into; it takes the place of ``path`` when the block is done:
+    whoever looks finds the whole file or none. The folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -150,7 +150,8 @@ class TrainingStep(nn.Module):
     different is batch norm in the decoder, unless it is synchronised, and the noise of dropout and drop path.
 
     Raises:
-        ValueError: a CUDA graph asked for together with ``cam_mode`` train, whose noise and batch norm it cannot hold.
+        ValueError: a CUDA graph asked for together with ``cam_mode`` train, whose noise and batch norm it cannot hold,
+            or with the refinement crf.
     """
 
     def __init__(
@@ -172,6 +173,8 @@ class TrainingStep(nn.Module):
         self.max_classes = max_classes
         if cuda_graph and self.settings.cam_mode == "train":
             raise ValueError("cuda_graph: expected cam_mode eval, got train, whose noise a graph cannot hold")
+        if cuda_graph and self.labels.refinement == "crf":
+            raise ValueError("cuda_graph: expected refinement par, pamr or none, got crf, whose sizes vary")
         self._networks = CompiledNetworks(model) if compile else None
         self._graph = GraphedFunction(self._pseudo_labels) if cuda_graph else None
 

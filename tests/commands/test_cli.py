@@ -44,7 +44,7 @@ def trained(root, tmp_path_factory):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "demo", "doctor", "bench"):
+    for command in ("train", "evaluate", "predict", "refine", "demo", "doctor", "bench"):
         assert f"\n  {command} " in printed
     assert cli.main([]) == 2
     assert "usage: afa" in capsys.readouterr().err
@@ -63,8 +63,9 @@ def test_help_lists_every_command(capsys):
                 "learning rate of the backbone",
             ],
         ),
-        ("evaluate", ["--checkpoint", "--json", "--csv", "--data.root", "--eval.scales"]),
-        ("predict", ["IMAGE", "--checkpoint", "--out", "--labels", "--affinity_at", "--head_weights"]),
+        ("evaluate", ["--checkpoint", "--json", "--csv", "--crf", "--data.root", "--eval.scales"]),
+        ("predict", ["IMAGE", "--checkpoint", "--out", "--crf", "--labels", "--affinity_at", "--head_weights"]),
+        ("refine", ["IMAGES", "MASKS", "--out", "--method {crf,par,pamr}", "--dense_crf.bi_w", "--shard", "IRN"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -194,6 +195,23 @@ def test_evaluate_takes_other_settings(trained, root, capsys):
     assert "unknown kind 'cams'" in capsys.readouterr().err
     assert cli.main([*line, "--eval.limt=1"]) == 2
     assert "eval.limt: unknown setting (did you mean eval.limit?)" in capsys.readouterr().err
+
+
+def test_both_take_crf_with_and_without_a_value(trained, root, tmp_path, capsys):
+    photo = str(root / "JPEGImages" / "2007_000000.jpg")
+    given = ["--checkpoint", str(trained), "--device", "cpu"]
+    scored = ["evaluate", *given, "--eval.limit=1", "--eval.kinds=[segmentation]", "--json", str(tmp_path / "s.json")]
+    for crf, kinds in ((["--eval.crf=true", "--crf", "false"], 1), (["--crf", "--labels.dense_crf.num_iter=1"], 2)):
+        assert cli.main([*scored, *crf]) == 0
+        content = json.loads((tmp_path / "s.json").read_text())
+        assert list(content["scores"]) == ["segmentation", "segmentation_crf"][:kinds]
+    assert content["about"]["labels"]["dense_crf"]["num_iter"] == 1
+    assert "+ CRF" in capsys.readouterr().out
+    labels = []
+    for crf in (["--crf"], ["--crf", "true", "--dense-crf.pos-w", "0", "--dense-crf.bi-w", "0"]):
+        assert cli.main(["predict", *crf, photo, *given, "--out", str(tmp_path), "--panels", "false"]) == 0
+        labels.append(np.asarray(Image.open(tmp_path / "2007_000000.png")))
+    assert not np.array_equal(*labels)
 
 
 def test_predict_writes_labels_and_panels(trained, root, tmp_path, capsys):

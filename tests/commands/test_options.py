@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import support.needs_command_line  # noqa: F401
 
-from afa_model.commands.options import told_of_the_run
+from afa_model.commands.options import switched_on, told_of_the_run
 from afa_model.config import Config
 from afa_model.data.datasets import DataSettings
 from afa_model.errors import DataError
@@ -34,3 +34,20 @@ def test_a_relative_root_of_the_checkpoint_is_told_to_be_one():
 )
 def test_any_other_root_is_the_users_own(root, asked, folder):
     assert told(root, asked, folder) == f"data root {asked} is not a folder"
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        (["--crf", "a.jpg"], ["--crf=true", "a.jpg"]),
+        (["a.jpg", "--crf"], ["a.jpg", "--crf=true"]),
+        (["--crf", "--out", "x"], ["--crf=true", "--out", "x"]),
+        (["--crf", "false", "a"], ["--crf", "false", "a"]),
+        (["--crf", "true"], ["--crf", "true"]),
+        (["--crf=false", "--crfs"], ["--crf=false", "--crfs"]),
+        (["--", "--crf"], ["--", "--crf"]),
+        (["--crf", "--", "true"], ["--crf=true", "--", "true"]),
+    ],
+)
+def test_an_option_alone_is_switched_on(line, want):
+    assert switched_on(line, "--crf") == want

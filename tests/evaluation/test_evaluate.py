@@ -21,6 +21,7 @@ from support.voc_factory import make_voc
 from afa_model.data.datasets import DataSettings, EvaluationSet
 from afa_model.evaluation.evaluate import EvaluateSettings, evaluate
 from afa_model.evaluation.scores import EvaluationResult, ScoreKeeper, Scores, image_level_scores
+from afa_model.labels.crf import CrfSettings
 from afa_model.labels.kinds import KINDS, kinds_of
 from afa_model.labels.label_maps import MapSettings, found_classes, label_maps
 from afa_model.labels.settings import LabelSettings
@@ -163,6 +164,23 @@ def test_limit_and_kinds(data):
         evaluate(ColorModel(), data, EvaluateSettings(kinds=("magic",)))
 
 
+def test_the_segmentation_after_a_crf_is_a_row_of_its_own_on_request(data):
+    how = LabelSettings(dense_crf=CrfSettings(3, pos_w=40, pos_xy_std=12))  # small things go under
+    asked = EvaluateSettings(**SMALL, limit=2, crf=True)
+    result = evaluate(ColorModel(), data, asked, how)
+    assert list(result.scores) == [*KINDS, "segmentation_crf"]
+    assert result.table().columns[-1].header == "segmentation + CRF"
+    both = result["segmentation"], result["segmentation_crf"]
+    assert both[0].miou > both[1].miou + 0.01
+    alone = dataclasses.replace(asked, kinds=("segmentation_crf",), crf=False)
+    again = evaluate(ColorModel(), data, alone, how)
+    assert list(again.scores) == ["segmentation_crf"]
+    assert torch.equal(again["segmentation_crf"].confusion, both[1].confusion)
+    assert kinds_of(ColorModel(), ("cam",), crf=True) == ("cam", "segmentation_crf")
+    with pytest.raises(ValueError, match="'segmentation_crf' needs a MiT backbone"):
+        kinds_of(AFA("resnet18", 21), crf=True)
+
+
 def test_evaluation_leaves_the_random_state_alone(data):
     state = torch.random.get_rng_state()
     evaluate(ColorModel(), data, EvaluateSettings(**SMALL, limit=1))
@@ -196,7 +214,10 @@ def test_two_processes_count_every_image_once(data, tmp_path):
             assert torch.equal(confusion, alone[kind].confusion), kind
 
 
-@pytest.mark.parametrize(("refinement", "called"), [("par", "PAR"), ("pamr", "PAMR"), ("none", "no refinement")])
+CALLED = [("par", "PAR"), ("pamr", "PAMR"), ("crf", "CRF"), ("none", "no refinement")]
+
+
+@pytest.mark.parametrize(("refinement", "called"), CALLED)
 def test_the_table_names_the_refinement(data, refinement, called):
     asked = EvaluateSettings(**SMALL, limit=1, kinds=("cam", "refined_cam"))
     result = evaluate(ColorModel(), data, asked, LabelSettings(refinement=refinement))

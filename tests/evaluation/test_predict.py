@@ -17,15 +17,19 @@ from support.color_model import ColorModel
 from support.voc_factory import make_voc
 
 from afa_model.data.classes import VOC_CLASSES, voc_palette
-from afa_model.data.files import read_label
+from afa_model.data.files import read_label, read_photo
+from afa_model.data.transforms import normalize
 from afa_model.errors import ConfigError, DataError
 from afa_model.evaluation import predict as predict_module
 from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
+from afa_model.labels.crf import CrfSettings
+from afa_model.labels.label_maps import MapSettings, label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 
 SMALL = {"long_side": None, "scales": (1.0,)}
-HOW = LabelSettings(cam_scales=(1.0, 0.5), radius=3, dilations=(1, 2))
+CRF = CrfSettings(3, pos_w=40, pos_xy_std=12)  # small things go under
+HOW = LabelSettings(cam_scales=(1.0, 0.5), radius=3, dilations=(1, 2), dense_crf=CRF)
 
 
 @pytest.fixture
@@ -77,6 +81,26 @@ def test_the_point_of_the_affinity_can_be_chosen(root):
     with pytest.raises(ValueError, match=r"affinity_at: .* 2007_000000.jpg \(0..47, 0..63\), got 48,0"):
         run(root, [image], affinity_at=(48, 0))
     assert not (root / "out" / "2007_000000.png").exists()
+
+
+def test_the_label_is_that_after_the_crf_on_request(root, monkeypatch):
+    image, drawn = root / "JPEGImages" / "2007_000001.jpg", []
+    real = predict_module.prediction_panel
+
+    def kept(*arguments, prediction, **more):
+        drawn.append(torch.as_tensor(prediction))
+        return real(*arguments, prediction=prediction, **more)
+
+    monkeypatch.setattr(predict_module, "prediction_panel", kept)
+    labels = []
+    for crf in (False, True):
+        run(root, [image], crf=crf)
+        labels.append(read_label(root / "out" / "2007_000001.png"))
+        assert torch.equal(drawn[-1].long(), labels[-1])
+    assert not torch.equal(*labels)
+    photo = normalize(read_photo(image))
+    maps = label_maps(ColorModel(), photo, MapSettings(None, (1.0,)), HOW, kinds=("segmentation_crf",))
+    assert torch.equal(labels[1], maps.labels["segmentation_crf"].long())
 
 
 def test_photographs_are_turned_upright(root):
@@ -217,6 +241,8 @@ def test_a_cnn_predicts_its_refined_cam(root):
     assert set(read_label(item.label).unique().tolist()) <= {0, 8} and item.panel.exists()
     with pytest.raises(ValueError, match="head_weights: resnet18 has no attention"):
         draw_head_weights(model, root / "weights.png")
+    with pytest.raises(ValueError, match="crf: the backbone resnet18 has no decoder"):
+        predict(model, [root], root / "out", VOC_CLASSES, PredictSettings(crf=True))
     with pytest.raises(ValueError, match="affinity_at: the backbone resnet18 has no attention"):
         predict(model, [root], root / "out", VOC_CLASSES, PredictSettings(affinity_at=(0, 0)))
 

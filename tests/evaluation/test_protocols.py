@@ -27,6 +27,7 @@ RECORDED = {
     "val_aff": ({"protocol": "training"}, "random_walk"),
     "test_seg": ({"protocol": "test", "scales": (1.0,), "flips": False}, "segmentation"),
     "test_msc": ({"protocol": "test"}, "segmentation"),
+    "test_crf": ({"protocol": "test"}, "segmentation_crf"),
 }
 
 

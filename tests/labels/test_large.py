@@ -12,12 +12,14 @@ from support.color_model import ColorModel
 from afa_model.data.transforms import normalize
 from afa_model.labels import label_maps as maps_module
 from afa_model.labels import large
+from afa_model.labels.crf import CrfSettings
 from afa_model.labels.kinds import CAM_KINDS, KINDS
 from afa_model.labels.label_maps import MapSettings, label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.labels.slots import ClassSlots
 
-HOW = LabelSettings(cam_scales=(1.0, 0.5), radius=2, dilations=(1, 3), num_iter=2, bkg_score=0.4)
+CRF = CrfSettings(num_iter=2, pos_w=0.5, bi_w=0.5, bi_xy_std=8, bi_rgb_std=40)
+HOW = LabelSettings(cam_scales=(1.0, 0.5), radius=2, dilations=(1, 3), num_iter=2, dense_crf=CRF, bkg_score=0.4)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def inputs(size: tuple[int, int], classes: int = 7, present: tuple[int, ...] = (
 
 @pytest.mark.parametrize("size", [(61, 83), (64, 50), (31, 120)])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "segmentation"])
-@pytest.mark.parametrize("refinement", ["par", "none"])
+@pytest.mark.parametrize("refinement", ["par", "crf", "none"])
 def test_bands_give_the_labels_of_one_piece(in_small_bands, monkeypatch, size, kind, refinement):
     image, cam, affinity, slots = inputs(size)
     how = dataclasses.replace(HOW, refinement=refinement)

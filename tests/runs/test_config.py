@@ -23,6 +23,7 @@ from afa_model.config import (
 from afa_model.config.config import EvalSettings
 from afa_model.errors import ConfigError
 from afa_model.evaluation.evaluate import EvaluateSettings
+from afa_model.labels.crf import CrfSettings
 from afa_model.labels.settings import LabelSettings
 
 
@@ -55,7 +56,46 @@ def test_packaged_configs_are_found_by_name(name):
 def test_a_cuda_graph_and_noise_are_refused_together():
     with pytest.raises(ConfigError, match=r"cuda_graph: expected false with step\.cam_mode train"):
         parse(["--config", "voc", "--cuda_graph", "true"])
-    assert parse(["--config", "voc", "--cuda_graph", "true", "--step.cam_mode", "eval"]).cuda_graph
+    graphed = ["--config", "voc", "--cuda_graph", "true", "--step.cam_mode", "eval"]
+    assert parse(graphed).cuda_graph
+    with pytest.raises(ConfigError, match=r"cuda_graph: expected false with labels\.refinement crf"):
+        parse([*graphed, "--labels.refinement", "crf"])
+
+
+def test_settings_within_settings(tmp_path):
+    file = tmp_path / "crf.yaml"
+    file.write_text("labels: {refinement: crf, dense_crf: {pos_w: 2}}\neval: {crf: true}\n")
+    config = parse(["--config", str(file), "--labels.dense_crf.bi_xy_std", "50"])
+    assert config.labels.dense_crf == CrfSettings(pos_w=2.0, bi_xy_std=50.0) and config.eval.crf
+    assert from_dict(to_dict(config)) == config
+    assert config.eval.labels(config.labels).dense_crf == config.labels.dense_crf
+    before = to_dict(config)
+    del before["labels"]["dense_crf"], before["eval"]["crf"]  # as an earlier version wrote them
+    assert from_dict(before).labels.dense_crf == CrfSettings() and not from_dict(before).eval.crf
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("pos_w=-1", "labels.dense_crf.pos_w: expected at least 0, got -1.0"),
+        ("bi_rgb_std=0", "labels.dense_crf.bi_rgb_std: expected a positive number, got 0.0"),
+        ("num_iter=null", "labels.dense_crf.num_iter: expected int, got"),
+        ("num_iter=x", "labels.dense_crf.num_iter: expected int, got x"),
+        ("pos=1", "labels.dense_crf.pos: unknown setting"),
+    ],
+)
+def test_mistakes_in_settings_within_settings_are_named(given, said):
+    with pytest.raises(ConfigError) as error:
+        parse([f"--labels.dense_crf.{given}"])
+    assert str(error.value).startswith(said)
+
+
+def test_settings_within_settings_are_no_number(tmp_path):
+    file = tmp_path / "crf.yaml"
+    for given, said in ((5, r"expected settings \(labels\.dense_crf\.KEY\), got 5"), ("null", "expected .* got null")):
+        file.write_text(f"labels: {{dense_crf: {given}}}\n")
+        with pytest.raises(ConfigError, match=rf"labels\.dense_crf: {said}"):
+            parse(["--config", str(file)])
 
 
 def test_every_packaged_config_is_accepted():

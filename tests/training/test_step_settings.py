@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.tiny_step import ALL, batch, tiny
 
+from afa_model.labels.crf import CrfSettings
 from afa_model.training import step as module
 from afa_model.training.step import StepSettings, TrainingStep
 
@@ -83,3 +86,20 @@ def test_target_of_the_affinity(monkeypatch, iteration, target):
 def test_a_way_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"{name}: expected .* or .*, got 'other'"):
         StepSettings(**{name: "other"})
+
+
+def test_labels_may_be_refined_by_a_dense_crf():
+    """Both of them, whichever way, and as sure of themselves as the kernels' weights make them."""
+    example, images = batch(), []
+    for shared in (False, True):
+        for weight in (0.0, 0.5):
+            crf = CrfSettings(2, weight, 2.0, weight, 8.0, 60.0)
+            labels = dataclasses.replace(ALL[1], refinement="crf", dense_crf=crf)
+            step = TrainingStep(tiny(), dataclasses.replace(ALL[0], shared_refinement=shared), labels)
+            result = step(example, 3)
+            images.append((result.refined_label, result.aff_label))
+    for plain, refined in (images[:2], images[2:]):
+        assert not torch.equal(plain[0], refined[0])
+    assert torch.equal(images[1][0], images[3][0])
+    with pytest.raises(ValueError, match="cuda_graph: expected refinement par, pamr or none, got crf"):
+        TrainingStep(tiny(), ALL[0], labels, cuda_graph=True)
