@@ -148,7 +148,7 @@ class LatticeKernel:
         self._shape = shape or (len(features), 1)
         native = backends.choose("bilateral_filter", None, features) == "native"
         self._kernels = implementation(__package__, "native") if native else None
-        self._features = self._kernels.lattice(features) if native else features
+        self._features = self._kernels.lattice(features, self._shape) if native else features
         ones = torch.ones(1, points)
         self._inverse = 1 / (self._filtered(ones) + 1e-20)
 
