@@ -80,16 +80,18 @@ struct CrfKernel {
 };
 // Mean field of one image: q = softmax(-unary), then, any number of times,
 //   logits = -unary + sum over kernels of filter(q) times matrix or scale,   q = softmax(logits)
-// The workspace is what one step hands to the next.
+// Base and workspace are what one step hands to the next.
 struct CrfStep {
   const CrfKernel* kernels = nullptr;
   int64_t count = 0;
   View<4> unary;            // [1, C, H, W]
+  float* base = nullptr;    // minus the unary, as it is read again and again
   bool starts = false;      // q of the unary alone
   bool goes_on = true;      // another step follows
   View<4> before, out;      // [1, C, H, W] the last q, which the sums are of, and the next; no data where they are not asked for
   double* sums = nullptr;   // [2] with `before`: of |q - before|, of before * (log(before) - logits)
 };
+int64_t dense_crf_cpu_base(const CrfStep& step);  // floats
 int64_t dense_crf_cpu_workspace(const CrfStep& step, int threads);
 Status dense_crf_cpu(const CrfStep& step, void* workspace, int threads);
 

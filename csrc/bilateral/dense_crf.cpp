@@ -24,7 +24,6 @@ static inline Tiles tiles_of(const CrfStep& step) { return Tiles(step.unary.size
 
 struct CrfScratch {
   int64_t stride, block_floats, fetched_floats = 0, line_count;
-  float* base;            // [N][stride] minus the unary
   LatticeTables* tables;  // [groups][kernels]
   int64_t* fetched_at;    // [groups][kernels] where theirs are in `fetched`
   double* sums;           // [tiles][2]
@@ -41,7 +40,6 @@ struct CrfScratch {
         if (arena.base) tables[g * step.count + k] = taken, fetched_at[g * step.count + k] = fetched_floats;
         fetched_floats += round_up(lattice.most * taken.row, 16);
       }
-    base = arena.take<float>(tiles.height * tiles.width * stride);
     sums = arena.take<double>(tiles.count * 2);
     line_count = line_floats(stride, tiles);
     block_floats = std::max(kTileSide, tiles.wide) * stride;
@@ -52,6 +50,7 @@ struct CrfScratch {
   }
 };
 
+int64_t crf_base_floats(const CrfStep& step) { return step.unary.size[2] * step.unary.size[3] * channel_row(step.unary.size[1]); }
 int64_t crf_bytes(const CrfStep& step, int threads) {
   Arena arena(nullptr);
   CrfScratch(step, threads, arena);
@@ -121,7 +120,7 @@ static void take_share(const CrfStep& step, const CrfScratch& scratch, const Til
 // Some points of tile t, from blurred vertices, or the unary, to its rows.
 static void points_step(const CrfStep& step, const CrfScratch& scratch, int64_t t, const Tile& part, const Own& own, double* sums) {
   const int64_t channels = step.unary.size[1], stride = scratch.stride, points = part.points();
-  float* base = scratch.base + part.first * stride;
+  float* base = step.base + part.first * stride;
   const float* logits = base;
   if (step.starts) side_by_side(step.unary, part, 0, channels, -1.0f, kNothing, own.lines, base, stride, stride);
   for (int64_t k = 0; k < (step.starts ? 0 : step.count); ++k) {
@@ -163,7 +162,8 @@ static void tile_step(const CrfStep& step, const CrfScratch& scratch, int64_t t,
   for (int64_t k = 0; k < step.count; ++k)
     for_groups(step, scratch, k, own.fetched, [&](const LatticeTables& tables, float* fetched, int64_t) {
       const TiledLattice& lattice = step.kernels[k].lattice;
-      if (!step.starts) fetch(lattice, t, tables.vertices, tables.row, fetched);
+      if (!step.starts)
+        with_vectors(tables.row, [&](auto vectors) { fetch<decltype(vectors)::value>(lattice, t, tables.vertices, fetched); });
       if (step.goes_on) std::fill(tables.rows + lattice.first[t] * tables.row, tables.rows + lattice.first[t + 1] * tables.row, 0.0f);
     });
   double sums[2] = {};
@@ -173,7 +173,7 @@ static void tile_step(const CrfStep& step, const CrfScratch& scratch, int64_t t,
 }
 
 Status crf_step(const CrfStep& step, void* workspace, int threads) {
-  if (is_empty(step.unary) || step.unary.size[1] > kMostClasses || step.count > kMostKernels || (step.before.data && !step.sums))
+  if (is_empty(step.unary) || step.unary.size[1] > kMostClasses || step.count > kMostKernels || !step.base || (step.before.data && !step.sums))
     return Status::bad_argument;
   for (int64_t k = 0; k < step.count; ++k)
     if (step.kernels[k].lattice.height != step.unary.size[2] || step.kernels[k].lattice.width != step.unary.size[3] ||
@@ -202,9 +202,11 @@ Status crf_step(const CrfStep& step, void* workspace, int threads) {
 }  // namespace AFA_ISA
 
 #if AFA_ISA_IS_BASELINE
+AFA_DECLARE_PER_ISA(int64_t crf_base_floats(const CrfStep& step))
 AFA_DECLARE_PER_ISA(int64_t crf_bytes(const CrfStep& step, int threads))
 AFA_DECLARE_PER_ISA(Status crf_step(const CrfStep& step, void* workspace, int threads))
 
+int64_t dense_crf_cpu_base(const CrfStep& step) { AFA_DISPATCH(crf_base_floats, step) }
 int64_t dense_crf_cpu_workspace(const CrfStep& step, int threads) { AFA_DISPATCH(crf_bytes, step, threads) }
 Status dense_crf_cpu(const CrfStep& step, void* workspace, int threads) { AFA_DISPATCH(crf_step, step, workspace, threads) }
 #endif

@@ -16,6 +16,7 @@
 #include "bilateral/lattice_tiles.h"
 #include "common/arena.h"
 #include "common/cpu.h"
+#include "common/simd.h"
 #include "common/threads.h"
 
 namespace afa {
@@ -118,55 +119,55 @@ static void grow(const VertexScratch& scratch, int64_t vertices) {
 // Points beyond this, in multiples of d + 1, would have no exact coordinates; NaN goes to 0.
 constexpr float kFarthest = float(1 << 22);
 
-// Which simplex a point is in, and its barycentric weights.
+static inline vfloat chosen(vint condition, vfloat value) { return (vfloat)(condition & (vint)value); }
+
+// Which simplices kLanes points are in, and their barycentric weights: coordinates [d], base [d], rank [d + 1], weight [d + 1] of them.
 template <int kDims>
-static inline void locate(const float* feature, const float* scales, int dims_given, int32_t* base, int32_t* rank, float* weight) {
+static inline void locate(const vfloat* feature, const float* scales, int dims_given, vfloat* base, vint* rank, vfloat* weight) {
   const int dims = kDims ? kDims : dims_given;
   constexpr int most = kDims ? kDims : kMostDims;
-  float lifted[most + 1], nearest[most + 1], barycentric[most + 2];
-  int32_t order[most + 1];
-  float sum = 0;
+  vfloat lifted[most + 1], nearest[most + 1], own[most + 1], part[most + 2];
+  vfloat sum = {};
   for (int j = dims; j > 0; --j) {
-    const float scaled = feature[j - 1] * scales[j - 1];
+    const vfloat scaled = feature[j - 1] * scales[j - 1];
     lifted[j] = sum - float(j) * scaled;
     sum += scaled;
   }
   lifted[0] = sum;
   const float inverse = 1.0f / float(dims + 1);
-  float steps = 0;
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: rounds what is nearer than kFarthest to integers
+  vfloat steps = {};
   for (int j = 0; j <= dims; ++j) {
-    float step = __builtin_rintf(inverse * lifted[j]);
-    step = step > -kFarthest && step < kFarthest ? step : 0.0f;
+    vfloat step = inverse * lifted[j] + magic - magic;
+    step = chosen((step > -kFarthest) & (step < kFarthest), step);
     nearest[j] = step * float(dims + 1);
+    own[j] = lifted[j] - nearest[j];
     steps += step;
-    order[j] = 0;
+    rank[j] = vint{};
   }
-  for (int i = 0; i < dims; ++i) {
-    const float own = lifted[i] - nearest[i];
+  for (int i = 0; i < dims; ++i)
     for (int j = i + 1; j <= dims; ++j) {
-      const int less = own < lifted[j] - nearest[j];
-      order[i] += less, order[j] += 1 - less;
+      const vint less = own[i] < own[j];  // -1 where it is
+      rank[i] -= less, rank[j] += 1 + less;
     }
-  }
   // Where the nearest multiples do not sum to 0, those that were rounded most go the other way.
-  const int excess = steps > -float(dims + 1) && steps < float(dims + 1) ? int(steps) : 0;
+  steps = chosen((steps > -float(dims + 1)) & (steps < float(dims + 1)), steps);
+  const vint excess = (vint)(steps + magic) - (vint)magic;
   for (int j = 0; j <= dims; ++j) {
-    order[j] += excess;
-    if (order[j] < 0)
-      order[j] += dims + 1, nearest[j] += float(dims + 1);
-    else if (order[j] > dims)
-      order[j] -= dims + 1, nearest[j] -= float(dims + 1);
-    barycentric[j] = 0;
+    rank[j] += excess;
+    const vint below = rank[j] < 0, above = rank[j] > dims;
+    rank[j] += (below - above) * -(dims + 1);
+    nearest[j] += chosen(below, splat(float(dims + 1))) - chosen(above, splat(float(dims + 1)));
+    own[j] = (lifted[j] - nearest[j]) * inverse;
   }
-  barycentric[dims + 1] = 0;
-  for (int j = 0; j <= dims; ++j) {
-    const float part = (lifted[j] - nearest[j]) * inverse;
-    barycentric[dims - order[j]] += part;
-    barycentric[dims + 1 - order[j]] -= part;
+  // By rank, from the highest; two differ by the weight of the corner between them.
+  for (int r = 0; r <= dims; ++r) {
+    part[r] = vfloat{};
+    for (int j = 0; j <= dims; ++j) part[r] += chosen(rank[j] == dims - r, own[j]);
   }
-  barycentric[0] += 1.0f + barycentric[dims + 1];
-  for (int j = 0; j <= dims; ++j) rank[j] = order[j], weight[j] = barycentric[j];
-  for (int j = 0; j < dims; ++j) base[j] = int32_t(nearest[j]);
+  weight[0] = part[0] + (1.0f - part[dims]);
+  for (int r = 1; r <= dims; ++r) weight[r] = part[r] - part[r - 1];
+  for (int j = 0; j < dims; ++j) base[j] = nearest[j];
 }
 
 // Corners of the points of a tile among its rows, of which it returns the number.
@@ -180,12 +181,25 @@ static int32_t number(const float* features, const Tile& tile, const float* scal
   const int bits = __builtin_ctzll(uint64_t(scratch.slots));
   std::fill(table, table + scratch.slots, uint16_t(0));
   int32_t both[2][2][most + 1] = {};  // base and rank of this point and of the one before
+  vfloat feature[most] = {}, bases[most], weights[most + 1];
+  vint ranks[most + 1];
   int32_t rows = 0;
   for (int64_t p = 0; p < tile.points(); ++p) {
-    const int64_t pixel = (tile.y + p / tile.width) * lattice.width + tile.x + p % tile.width;
+    const int lane = int(p % kLanes);
+    if (lane == 0) {
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, tile.points() - p); ++i) {
+        const int64_t pixel = (tile.y + (p + i) / tile.width) * lattice.width + tile.x + (p + i) % tile.width;
+        for (int64_t k = 0; k < dims; ++k) feature[k][i] = features[pixel * dims + k];
+      }
+      locate<kDims>(feature, scales, int(dims), bases, ranks, weights);
+    }
     int32_t *base = both[p & 1][0], *rank = both[p & 1][1];
+    for (int64_t k = 0; k < dims; ++k) base[k] = int32_t(bases[k][lane]);
+    for (int64_t k = 0; k < corners; ++k) {
+      rank[k] = ranks[k][lane];
+      lattice.weight[(tile.first + p) * corners + k] = weights[k][lane];
+    }
     uint16_t* corner = lattice.corner + (tile.first + p) * corners;
-    locate<kDims>(features + pixel * dims, scales, int(dims), base, rank, lattice.weight + (tile.first + p) * corners);
     if (p > 0 && same_key(base, both[~p & 1][0], dims) && same_key(rank, both[~p & 1][1], corners)) {
       std::memcpy(corner, corner - corners, size_t(corners) * sizeof *corner);
       continue;

@@ -62,8 +62,8 @@ Status filter_lattice(const TiledLattice& lattice, const View<4>& values, const 
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < tiles.count; ++t) {
         const Tile tile = tiles[t];
-        fetch(lattice, t, tables.vertices, row, fetched);
         with_vectors(row, [&](auto vectors) {
+          fetch<decltype(vectors)::value>(lattice, t, tables.vertices, fetched);
           slice<decltype(vectors)::value>(lattice, tile, fetched, alpha(lattice), nullptr, nullptr, pixels, row);
         });
         apart(out, tile, first, channels, lines, pixels, row, row);

@@ -133,10 +133,13 @@ static inline void slice(const TiledLattice& lattice, const Tile& tile, const fl
 }
 
 // The rows of a tile out of the table of vertices.
-static inline void fetch(const TiledLattice& lattice, int64_t t, const float* table, int64_t row, float* to) {
+template <int kVectors>
+static inline void fetch(const TiledLattice& lattice, int64_t t, const float* table, float* to) {
+  constexpr int64_t row = kVectors * kLanes;
   for (int64_t i = lattice.first[t]; i < lattice.first[t + 1]; ++i, to += row) {
     prefetch(table + lattice.vertex[std::min<int64_t>(i + kAhead, lattice.rows - 1)] * row, row);
-    std::copy_n(table + lattice.vertex[i] * row, row, to);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, load(table + lattice.vertex[i] * row + v * kLanes));
   }
 }
 

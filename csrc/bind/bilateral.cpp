@@ -101,18 +101,21 @@ void bind_bilateral(py::module_& module) {
     py::gil_scoped_release release;
     check(lattice_filter_cpu(lattice_of(given), values, out, transpose, pointer<void>(workspace), threads), "lattice_filter_cpu");
   });
+  // Returns floats of base, bytes of the workspace.
   module.def("dense_crf_cpu_workspace", [](const std::vector<CrfKernelGiven>& kernels, const View<4>& unary, int threads) {
     const std::vector<CrfKernel> taken = crf_kernels(kernels);
-    return dense_crf_cpu_workspace(crf_step(taken, unary), threads);
+    const CrfStep step = crf_step(taken, unary);
+    return std::make_pair(dense_crf_cpu_base(step), dense_crf_cpu_workspace(step, threads));
   });
   // Returns the sums of |q - before| and of before * (log(before) - logits), if `before` is given.
   module.def("dense_crf_cpu", [](const std::vector<CrfKernelGiven>& kernels, const View<4>& unary, const std::optional<View<4>>& before,
-                                 const std::optional<View<4>>& out, bool starts, bool goes_on, uint64_t workspace, int threads) {
+                                 const std::optional<View<4>>& out, bool starts, bool goes_on, uint64_t base, uint64_t workspace,
+                                 int threads) {
     py::gil_scoped_release release;
     const std::vector<CrfKernel> taken = crf_kernels(kernels);
     CrfStep step = crf_step(taken, unary);
     double sums[2] = {};
-    step.starts = starts, step.goes_on = goes_on, step.sums = sums;
+    step.starts = starts, step.goes_on = goes_on, step.sums = sums, step.base = pointer<float>(base);
     if (before) step.before = *before;
     if (out) step.out = *out;
     check(dense_crf_cpu(step, pointer<void>(workspace), threads), "dense_crf_cpu");

@@ -164,8 +164,10 @@ class _LatticeStep(_Step):
                 arrays[2][:, :channels] = weight * self.matrix
             self.kept.append(arrays)
             self.given.append((lattice.given(), weight, [address(array) for array in arrays]))
-        size = native.dense_crf_cpu_workspace(self.given, view(unary), torch.get_num_threads())
-        self.threads, self.scratch = torch.get_num_threads(), torch.empty(size, dtype=torch.uint8)
+        self.threads = torch.get_num_threads()
+        floats, size = native.dense_crf_cpu_workspace(self.given, view(unary), self.threads)
+        # Two pieces rather than one: the allocator asks the system for the largest ones anew each time.
+        self.scratch = torch.empty(floats), torch.empty(size, dtype=torch.uint8)
 
     def start(self, out: Tensor | None, goes_on: bool) -> None:
         self._native(None, out, True, goes_on)
@@ -176,7 +178,8 @@ class _LatticeStep(_Step):
 
     def _native(self, before: Tensor | None, out: Tensor | None, starts: bool, goes_on: bool) -> tuple[float, float]:
         views = [None if tensor is None else view(tensor) for tensor in (self.unary, before, out)]
-        return native.dense_crf_cpu(self.given, *views, starts, goes_on, self.scratch.data_ptr(), self.threads)
+        scratch = [tensor.data_ptr() for tensor in self.scratch]
+        return native.dense_crf_cpu(self.given, *views, starts, goes_on, *scratch, self.threads)
 
 
 def _step(
