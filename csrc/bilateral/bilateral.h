@@ -56,10 +56,16 @@ struct TiledLattice {
   int32_t* chain = nullptr;      // [d + 1][M + 1] chains of neighbours; ~v where one begins, and behind the last
 };
 int64_t lattice_tiles(int64_t height, int64_t width, int64_t dims);
-// features [N][d], row by row of the image. First the corners: corner, weight, first, and the number of rows; then vertices, of which there
+// What the points of a lattice are: with `sigma_xy` x and y over it, and then the values of each pixel, row by row of the image, over `sigma`.
+struct Features {
+  const float* values = nullptr;
+  int64_t pixel_stride = 0, feature_stride = 0;
+  float sigma = 1, sigma_xy = 0;
+};
+// First the corners: corner, weight, first, and the number of rows; then vertices, of which there
 // are at most as many as rows, and the rest. The first scratch memory is handed to both.
 int64_t lattice_corners_cpu_workspace(const TiledLattice& lattice, int threads);
-Status lattice_corners_cpu(const float* features, TiledLattice* lattice, void* workspace, int threads);
+Status lattice_corners_cpu(const Features& features, TiledLattice* lattice, void* workspace, int threads);
 int64_t lattice_links_cpu_workspace(const TiledLattice& lattice);
 Status lattice_links_cpu(TiledLattice* lattice, void* first, void* workspace, int threads);
 

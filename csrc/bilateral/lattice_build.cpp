@@ -172,7 +172,7 @@ static inline void locate(const vfloat* feature, const float* scales, int dims_g
 
 // Corners of the points of a tile among its rows, of which it returns the number.
 template <int kDims>
-static int32_t number(const float* features, const Tile& tile, const float* scales, const Factors& factors, const TiledLattice& lattice,
+static int32_t number(const Features& features, const Tile& tile, const float* scales, const Factors& factors, const TiledLattice& lattice,
                       const TileScratch& scratch, uint16_t* table) {
   const int64_t dims = kDims ? kDims : lattice.dims, corners = dims + 1;
   constexpr int most = kDims ? kDims : kMostDims;
@@ -181,17 +181,22 @@ static int32_t number(const float* features, const Tile& tile, const float* scal
   const int bits = __builtin_ctzll(uint64_t(scratch.slots));
   std::fill(table, table + scratch.slots, uint16_t(0));
   int32_t both[2][2][most + 1] = {};  // base and rank of this point and of the one before
-  vfloat feature[most] = {}, bases[most], weights[most + 1];
+  vfloat feature[most + 1] = {}, scaled[most], bases[most], weights[most + 1];
   vint ranks[most + 1];
+  const int64_t place = features.sigma_xy > 0 ? 2 : 0;  // features
+  int64_t x = 0, y = 0;
   int32_t rows = 0;
   for (int64_t p = 0; p < tile.points(); ++p) {
     const int lane = int(p % kLanes);
     if (lane == 0) {
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, tile.points() - p); ++i) {
-        const int64_t pixel = (tile.y + (p + i) / tile.width) * lattice.width + tile.x + (p + i) % tile.width;
-        for (int64_t k = 0; k < dims; ++k) feature[k][i] = features[pixel * dims + k];
+      for (int i = 0; i < kLanes && p + i < tile.points(); ++i) {
+        const float* values = features.values + ((tile.y + y) * lattice.width + tile.x + x) * features.pixel_stride;
+        if (place) feature[0][i] = float(tile.x + x), feature[1][i] = float(tile.y + y);
+        for (int64_t k = place; k < dims; ++k, values += features.feature_stride) feature[k][i] = *values;
+        if (++x == tile.width) x = 0, ++y;
       }
-      locate<kDims>(feature, scales, int(dims), bases, ranks, weights);
+      for (int64_t k = 0; k < dims; ++k) scaled[k] = feature[k] / (k < place ? features.sigma_xy : features.sigma);
+      locate<kDims>(scaled, scales, int(dims), bases, ranks, weights);
     }
     int32_t *base = both[p & 1][0], *rank = both[p & 1][1];
     for (int64_t k = 0; k < dims; ++k) base[k] = int32_t(bases[k][lane]);
@@ -231,7 +236,7 @@ static int32_t number(const float* features, const Tile& tile, const float* scal
 }
 
 template <int kDims>
-static void corners_of(const float* features, TiledLattice* lattice, const TileScratch& scratch, int threads) {
+static void corners_of(const Features& features, TiledLattice* lattice, const TileScratch& scratch, int threads) {
   const int dims = kDims ? kDims : int(lattice->dims);
   const Tiles tiles(lattice->height, lattice->width, dims);
   const Factors factors(dims);
@@ -342,8 +347,8 @@ static bool sound(const TiledLattice& lattice) {
          lattice.height * lattice.width < (int64_t(1) << 31) / (lattice.dims + 1) - 1;
 }
 
-Status build_corners(const float* features, TiledLattice* lattice, void* workspace, int threads) {
-  if (!sound(*lattice)) return Status::bad_argument;
+Status build_corners(const Features& features, TiledLattice* lattice, void* workspace, int threads) {
+  if (!sound(*lattice) || (features.sigma_xy > 0 && lattice->dims < 2)) return Status::bad_argument;
   Arena arena(workspace);
   const TileScratch scratch(*lattice, threads, arena);
   switch (lattice->dims) {
@@ -379,13 +384,13 @@ Status build_links(TiledLattice* lattice, void* first, void* workspace, int thre
 
 #if AFA_ISA_IS_BASELINE
 AFA_DECLARE_PER_ISA(int64_t corners_bytes(const TiledLattice& lattice, int threads))
-AFA_DECLARE_PER_ISA(Status build_corners(const float* features, TiledLattice* lattice, void* workspace, int threads))
+AFA_DECLARE_PER_ISA(Status build_corners(const Features& features, TiledLattice* lattice, void* workspace, int threads))
 AFA_DECLARE_PER_ISA(int64_t links_bytes(const TiledLattice& lattice))
 AFA_DECLARE_PER_ISA(Status build_links(TiledLattice* lattice, void* first, void* workspace, int threads))
 
 int64_t lattice_tiles(int64_t height, int64_t width, int64_t dims) { return baseline::Tiles(height, width, dims).count; }
 int64_t lattice_corners_cpu_workspace(const TiledLattice& lattice, int threads) { AFA_DISPATCH(corners_bytes, lattice, threads) }
-Status lattice_corners_cpu(const float* features, TiledLattice* lattice, void* workspace, int threads) {
+Status lattice_corners_cpu(const Features& features, TiledLattice* lattice, void* workspace, int threads) {
   AFA_DISPATCH(build_corners, features, lattice, workspace, threads)
 }
 int64_t lattice_links_cpu_workspace(const TiledLattice& lattice) { AFA_DISPATCH(links_bytes, lattice) }

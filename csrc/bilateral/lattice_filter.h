@@ -23,7 +23,7 @@ static inline int64_t channel_row(int64_t channels) { return round_up(channels, 
 static inline void prefetch(const float* row, int64_t floats) {
   for (int64_t at = 0; at < floats; at += 16) __builtin_prefetch(row + at);
 }
-constexpr int64_t kAhead = 8;  // rows
+constexpr int64_t kAhead = 24;  // rows
 
 // Calls function(std::integral_constant<int, vectors of a row>).
 template <class Function>

@@ -78,11 +78,14 @@ void bind_bilateral(py::module_& module) {
   module.def("lattice_tiles", &lattice_tiles);
   module.def("lattice_corners_cpu_workspace",
              [](const LatticeGiven& given, int threads) { return lattice_corners_cpu_workspace(lattice_of(given), threads); });
-  // Returns the number of rows, and the most of a tile.
-  module.def("lattice_corners_cpu", [](uint64_t features, const LatticeGiven& given, uint64_t workspace, int threads) {
+  // features: address, strides of pixels and features, sigma, sigma_xy. Returns the number of rows, and the most of a tile.
+  module.def("lattice_corners_cpu", [](const std::tuple<uint64_t, int64_t, int64_t, double, double>& features, const LatticeGiven& given,
+                                       uint64_t workspace, int threads) {
     py::gil_scoped_release release;
+    const auto& [values, pixel_stride, feature_stride, sigma, sigma_xy] = features;
+    const Features taken = {pointer<float>(values), pixel_stride, feature_stride, float(sigma), float(sigma_xy)};
     TiledLattice lattice = lattice_of(given);
-    check(lattice_corners_cpu(pointer<float>(features), &lattice, pointer<void>(workspace), threads), "lattice_corners_cpu");
+    check(lattice_corners_cpu(taken, &lattice, pointer<void>(workspace), threads), "lattice_corners_cpu");
     return std::make_pair(lattice.rows, lattice.most);
   });
   module.def("lattice_links_cpu_workspace", [](const LatticeGiven& given) { return lattice_links_cpu_workspace(lattice_of(given)); });

@@ -81,7 +81,9 @@ def dense_crf_gradient(
 
 def lattice(features: Tensor, shape: tuple[int, int] | None = None) -> _Lattice:
     """features [N, d], of an image of ``shape`` row by row, or of anything -> what `filter_lattice` takes."""
-    return _build(features, *(shape or (len(features), 1)))
+    features = features.contiguous()
+    points, dims = features.shape
+    return _build((features.data_ptr(), dims, 1, 1.0, 0.0), (*(shape or (points, 1)), dims))
 
 
 def filter_lattice(lattice: _Lattice, values: Tensor) -> Tensor:
@@ -260,32 +262,30 @@ class _Lattice(NamedTuple):
 
 def _of_pixels(image: Tensor, sigma_rgb: float | None, sigma_xy: float) -> _Lattice:
     """Of an image [3, H, W] with its colours, or without."""
+    image = image.float().contiguous()
     _, height, width = image.shape
-    features = torch.empty(height, width, 2 if sigma_rgb is None else 5)
-    spatial, rgb = torch.tensor(sigma_xy), torch.tensor(sigma_rgb or 1.0)
-    features[..., 0] = torch.arange(width, dtype=torch.float32) / spatial
-    features[..., 1] = (torch.arange(height, dtype=torch.float32) / spatial)[:, None]
-    if sigma_rgb is not None:
-        features[..., 2:] = image.permute(1, 2, 0).float() / rgb
-    return _build(features.flatten(0, 1), height, width)
+    dims, divisor = (2, 1.0) if sigma_rgb is None else (5, sigma_rgb)
+    return _build((image.data_ptr(), 1, height * width, divisor, sigma_xy), (height, width, dims))
 
 
-def _build(features: Tensor, height: int, width: int) -> _Lattice:
-    """features [H * W, d] float32."""
-    features, threads, dims = features.contiguous(), torch.get_num_threads(), features.shape[1]
+def _build(features: tuple[int, int, int, float, float], shape: tuple[int, int, int]) -> _Lattice:
+    """Of features as the kernels take them: address, strides of pixels and of features, sigma, and sigma_xy, 0 for
+    those without place. Shape: height, width, dims.
+    """
+    threads, (height, width, dims) = torch.get_num_threads(), shape
     corner = torch.empty(height * width, dims + 1, dtype=torch.int16)  # what they hold is unsigned
     weight = torch.empty(height * width, dims + 1)
-    first = torch.empty(native.lattice_tiles(height, width, dims) + 1, dtype=torch.int32)
-    found = _Lattice((height, width, dims, 0, 0, 0), (corner, weight, first))
-    scratch = workspace(native.lattice_corners_cpu_workspace(found.given(), threads), features.device)
-    rows, most = native.lattice_corners_cpu(features.data_ptr(), found.given(), scratch.data_ptr(), threads)
+    first = torch.empty(native.lattice_tiles(*shape) + 1, dtype=torch.int32)
+    found = _Lattice((*shape, 0, 0, 0), (corner, weight, first))
+    scratch = torch.empty(native.lattice_corners_cpu_workspace(found.given(), threads), dtype=torch.uint8)
+    rows, most = native.lattice_corners_cpu(features, found.given(), scratch.data_ptr(), threads)
     # There are at most as many vertices as rows.
     sizes = (rows,), (rows + 1,), (rows,), (dims + 1,), (dims + 1, rows + 1)
     arrays = *found.arrays, *(torch.empty(size, dtype=torch.int32) for size in sizes)
-    found = _Lattice((height, width, dims, 0, rows, most), arrays)
-    further = torch.empty(native.lattice_links_cpu_workspace(found.given()), dtype=torch.uint8)
+    found = _Lattice((*shape, 0, rows, most), arrays)
+    further = workspace(native.lattice_links_cpu_workspace(found.given()), corner.device)
     vertices = native.lattice_links_cpu(found.given(), scratch.data_ptr(), further.data_ptr(), threads)
-    return _Lattice((height, width, dims, vertices, rows, most), arrays)
+    return _Lattice((*shape, vertices, rows, most), arrays)
 
 
 def _filter(lattice: _Lattice, values: Tensor, out: Tensor, transpose: bool) -> Tensor:
