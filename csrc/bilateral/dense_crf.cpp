@@ -36,7 +36,7 @@ struct CrfScratch {
     for (int64_t g = 0; g < groups_of(step); ++g)
       for (int64_t k = 0; k < step.count; ++k) {
         const TiledLattice& lattice = step.kernels[k].lattice;
-        const LatticeTables taken(lattice, group_channels(step, g), arena);
+        const LatticeTables taken(lattice, channel_row(group_channels(step, g)), arena);
         if (arena.base) tables[g * step.count + k] = taken, fetched_at[g * step.count + k] = fetched_floats;
         fetched_floats += round_up(lattice.most * taken.row, 16);
       }

@@ -11,12 +11,15 @@
 namespace afa {
 namespace AFA_ISA {
 
+// A channel that comes alone, as norms do, fills no vector.
+static inline int64_t filter_row(int64_t channels) { return channels == 1 ? 1 : channel_row(channels); }
+
 struct FilterScratch {
   LatticeTables tables;
   int64_t fetched_floats, pixel_floats, line_count;  // for each thread:
   float *fetched, *pixels, *lines;                    // a tile's rows, its pixels, lines of planes
   FilterScratch(const TiledLattice& lattice, const View<4>& values, int threads, Arena& arena)
-      : tables(lattice, std::min(values.size[1], kMostChannels), arena) {
+      : tables(lattice, filter_row(std::min(values.size[1], kMostChannels)), arena) {
     fetched_floats = round_up(lattice.most * tables.row, 16), pixel_floats = kTilePoints * tables.row;
     line_count = line_floats(tables.row, Tiles(lattice.height, lattice.width, lattice.dims));
     fetched = arena.take<float>(threads * fetched_floats);
@@ -43,7 +46,7 @@ Status filter_lattice(const TiledLattice& lattice, const View<4>& values, const 
   for (int64_t first = 0; first < values.size[1]; first += kMostChannels) {
     const int64_t channels = std::min(values.size[1] - first, kMostChannels);
     LatticeTables tables = scratch.tables;
-    tables.row = channel_row(channels);
+    tables.row = filter_row(channels);
     const int64_t row = tables.row;
 #pragma omp parallel num_threads(threads)
     {
