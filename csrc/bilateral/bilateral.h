@@ -56,7 +56,8 @@ struct TiledLattice {
   int32_t* chain = nullptr;      // [d + 1][M + 1] chains of neighbours; ~v where one begins, and behind the last
 };
 int64_t lattice_tiles(int64_t height, int64_t width, int64_t dims);
-// What the points of a lattice are: with `sigma_xy` x and y over it, and then the values of each pixel, row by row of the image, over `sigma`.
+// What the points of a lattice are: with `sigma_xy` x and y over it, and then the values of each pixel, row by row of the image, over
+// `sigma`.
 struct Features {
   const float* values = nullptr;
   int64_t pixel_stride = 0, feature_stride = 0;

@@ -1,9 +1,15 @@
 // A step of mean field on the CPU.
 //
-// Data flow: between two steps stand, for each kernel, the rows of the tiles, to which the last distribution was added. Vertices sum them and
-// are blurred; then each tile fetches its rows again, and its points take their share of all kernels, add the unary, and are
+// Data flow: between two steps stand, for each kernel, the rows of the tiles, to which the last distribution was added. Vertices sum
+// them and are blurred; then each tile fetches its rows again, and its points take their share of all kernels, add the unary, and are
 // distributions by a softmax, which add themselves to the rows at once: a distribution never leaves the core's cache unless it is
-// asked for. Floor, in bytes of a pixel: the unary, and corners and weights of all kernels twice; of rows and vertices see lattice_filter.cpp.
+// asked for.
+// Floor, in bytes of an iteration: of a pixel its unary, 4 C, and 6 for each corner of each kernel; of rows and vertices see
+// lattice_filter.cpp. At 500x375, 21 channels and both kernels: 28 MB from memory, 120 MB between a core's caches and the shared one,
+// 6 ms at the 10 and 40 GB/s that one AVX2 core copies with. Bound: measured 20 ms, of which half is slicing and splatting, 27 vectors
+// of a pixel read and as many read and written in a core's second cache, a quarter the blur, a sixth the softmax.
+// Leaving out channels that are nowhere likely would gain nothing: each of 21 still exceeds 1e-3 at some pixel of a photograph after ten
+// iterations. Tables in half precision would be another result: 11 bits of a logit of 7 are 2e-3, more than recorded probabilities allow.
 #include <cmath>
 
 #include "bilateral/lattice_filter.h"
@@ -173,7 +179,8 @@ static void tile_step(const CrfStep& step, const CrfScratch& scratch, int64_t t,
 }
 
 Status crf_step(const CrfStep& step, void* workspace, int threads) {
-  if (is_empty(step.unary) || step.unary.size[1] > kMostClasses || step.count > kMostKernels || !step.base || (step.before.data && !step.sums))
+  if (is_empty(step.unary) || step.unary.size[1] > kMostClasses || step.count > kMostKernels || !step.base ||
+      (step.before.data && !step.sums))
     return Status::bad_argument;
   for (int64_t k = 0; k < step.count; ++k)
     if (step.kernels[k].lattice.height != step.unary.size[2] || step.kernels[k].lattice.width != step.unary.size[3] ||

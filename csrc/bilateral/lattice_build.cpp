@@ -1,14 +1,14 @@
 // The permutohedral lattice of the pixels of an image, or of any points, on the CPU.
 //
 // Data flow: every point is lifted to the plane of coordinates that sum to 0, rounded to the nearest point whose coordinates are
-// multiples of d + 1, and the order of its remainders says in which simplex it lies. Each tile of points numbers the corners it meets by a
-// hash table of its own, which stays in the cache: in parallel. Then the tiles' corners, in the order of tiles, are numbered by one table for all:
-// as first met, which keeps neighbours near in memory, and the same however many threads there were. Then each vertex looks for its
-// neighbour along every axis, which makes chains of them, and the tiles' rows are sorted by vertex.
-// A key's hash is a sum of its coordinates times odd numbers, so that a corner's or a neighbour's follows from that of the last by an addition.
+// multiples of d + 1, and the order of its remainders says in which simplex it lies. Each tile of points numbers the corners it meets
+// by a hash table of its own, which stays in the cache: in parallel. Then the tiles' corners, in the order of tiles, are numbered by one
+// table for all: as first met, which keeps neighbours near in memory, and the same however many threads there were. Then each vertex
+// looks for its neighbour along every axis, which makes chains of them, and the tiles' rows are sorted by vertex.
+// A key's hash is a sum of its coordinates times odd numbers: a corner's or a neighbour's follows from that of the last by an addition.
 // Compiled without fused multiply-adds: which simplex a point is in must not depend on the instruction set.
-// Floor: N * (d + 1) lookups at worst, M * (d + 1) for the neighbours. Bound: instructions of the lookups in a tile's table, then
-// cache misses of the table of all, one for each row, which one thread meets.
+// Floor: N * (d + 1) lookups at worst, M * (d + 1) for the neighbours. Bound: instructions of the lookups in a tile's table, 11 ns
+// each, then cache misses of the table of all: 29 ns for a neighbour, 20 ns for a row, which one thread alone meets.
 #include <algorithm>
 #include <cmath>
 

@@ -5,7 +5,8 @@
 // of which every point sums its corners (slice). Who adds to what and in which order follows from the tiles: the same bits for any
 // number of threads.
 // Floor: bytes. Of a pixel its values in and out, and (d + 1) corners and weights twice; of a tile's row three moves, of a vertex's
-// at most 2 (d + 1) + 2, from the caches shared by the cores. Bound: these; splat and slice touch (d + 1) rows of a pixel, in a core's own cache.
+// at most 2 (d + 1) + 2, from the caches shared by the cores. Bound: these, and splat and slice, which touch (d + 1) rows for each pixel
+// in a core's own cache.
 #include "bilateral/lattice_filter.h"
 
 namespace afa {

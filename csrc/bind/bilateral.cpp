@@ -9,8 +9,8 @@ namespace py = pybind11;
 
 namespace afa {
 
-// Height, width, dims, vertices, rows, the most of a tile; addresses of corner, weight, first, vertex, start, row, chained, chain, the first three
-// for a lattice whose corners alone are known.
+// Height, width, dims, vertices, rows, the most of a tile; addresses of corner, weight, first, vertex, start, row, chained, chain, the
+// first three for a lattice whose corners alone are known.
 typedef std::pair<std::array<int64_t, 6>, std::vector<uint64_t>> LatticeGiven;
 
 static TiledLattice lattice_of(const LatticeGiven& given) {

@@ -100,7 +100,8 @@ def dense_crf(
     wide = torch.promote_types(probs.dtype, torch.float32)
     with torch.autocast(probs.device.type, enabled=False):
         unary = probs.to(wide).clamp(LEAST_PROBABILITY, 1)
-        unary = (unary.log() if unary.requires_grad else unary.log_()).neg_()  # in place: fresh memory costs page faults
+        # In place where it can be: fresh memory costs page faults.
+        unary = (unary.log() if unary.requires_grad else unary.log_()).neg_()
         options = num_iter, kernels, compat, method, normalization, tolerance
         inputs = images.detach().to(wide), unary, *options
         if chosen == "reference":
