@@ -1,19 +1,30 @@
 #include "bilateral/bilateral.h"
 
+#include <array>
+#include <optional>
+
 #include "bind/bind.h"
 
 namespace py = pybind11;
 
 namespace afa {
 
-// Addresses of index, weight, near, start, point, share; the first two for a lattice whose corners alone are known.
-static Lattice lattice_of(int64_t points, int64_t dims, int64_t vertices, const std::vector<uint64_t>& arrays) {
-  Lattice lattice;
-  lattice.points = points, lattice.dims = dims, lattice.vertices = vertices;
-  if (arrays.size() >= 2) lattice.index = pointer<int32_t>(arrays[0]), lattice.weight = pointer<float>(arrays[1]);
-  if (arrays.size() >= 6) {
-    lattice.near = pointer<int32_t>(arrays[2]), lattice.start = pointer<int32_t>(arrays[3]);
-    lattice.point = pointer<int32_t>(arrays[4]), lattice.share = pointer<float>(arrays[5]);
+// Height, width, dims, vertices, rows, the most of a tile; addresses of corner, weight, first, vertex, start, row, chained, chain, the
+// first three for a lattice whose corners alone are known.
+typedef std::pair<std::array<int64_t, 6>, std::vector<uint64_t>> LatticeGiven;
+
+static TiledLattice lattice_of(const LatticeGiven& given) {
+  const auto& [sizes, arrays] = given;
+  TiledLattice lattice;
+  lattice.height = sizes[0], lattice.width = sizes[1], lattice.dims = sizes[2], lattice.vertices = sizes[3];
+  lattice.rows = sizes[4], lattice.most = sizes[5];
+  if (arrays.size() >= 3) {
+    lattice.corner = pointer<uint16_t>(arrays[0]), lattice.weight = pointer<float>(arrays[1]);
+    lattice.first = pointer<int32_t>(arrays[2]);
+  }
+  if (arrays.size() >= 8) {
+    lattice.vertex = pointer<int32_t>(arrays[3]), lattice.start = pointer<int32_t>(arrays[4]);
+    lattice.row = pointer<int32_t>(arrays[5]), lattice.chained = pointer<int32_t>(arrays[6]), lattice.chain = pointer<int32_t>(arrays[7]);
   }
   return lattice;
 }
@@ -25,22 +36,19 @@ static BilateralArgs exact_args(const View<4>& images, const View<4>& values, co
   return args;
 }
 
-typedef std::tuple<int64_t, int64_t, int64_t, std::vector<uint64_t>, double, uint64_t> CrfKernelGiven;
+// A lattice, scale, addresses of what points are multiplied with before and after, and of a matrix; each may be 0.
+typedef std::tuple<LatticeGiven, double, std::array<uint64_t, 3>> CrfKernelGiven;
 
 static std::vector<CrfKernel> crf_kernels(const std::vector<CrfKernelGiven>& given) {
   std::vector<CrfKernel> kernels;
-  for (const auto& [points, dims, vertices, arrays, scale, matrix] : given)
-    kernels.push_back({lattice_of(points, dims, vertices, arrays), float(scale), pointer<float>(matrix)});
+  for (const auto& [lattice, scale, arrays] : given)
+    kernels.push_back({lattice_of(lattice), float(scale), pointer<float>(arrays[0]), pointer<float>(arrays[1]), pointer<float>(arrays[2])});
   return kernels;
 }
 
-static CrfStep crf_step(const std::vector<CrfKernel>& kernels, int64_t points, int64_t channels, const std::vector<uint64_t>& rows) {
+static CrfStep crf_step(const std::vector<CrfKernel>& kernels, const View<4>& unary) {
   CrfStep step;
-  step.kernels = kernels.data(), step.count = int64_t(kernels.size()), step.points = points, step.channels = channels;
-  if (rows.size() >= 5) {
-    step.base = pointer<float>(rows[0]), step.in = pointer<float>(rows[1]), step.logits = pointer<float>(rows[2]);
-    step.spread = pointer<float>(rows[3]), step.out = pointer<float>(rows[4]);
-  }
+  step.kernels = kernels.data(), step.count = int64_t(kernels.size()), step.unary = unary;
   return step;
 }
 
@@ -67,43 +75,54 @@ void bind_bilateral(py::module_& module) {
     py::gil_scoped_release release;
     check(gaussian_cpu(values, out, float(sigma), pointer<void>(workspace), threads), "gaussian_cpu");
   });
-  module.def("lattice_build_cpu_workspace", &lattice_build_cpu_workspace);
-  // Returns the number of vertices.
-  module.def("lattice_corners_cpu", [](uint64_t features, int64_t points, int64_t dims, const std::vector<uint64_t>& arrays,
+  module.def("lattice_tiles", &lattice_tiles);
+  module.def("lattice_corners_cpu_workspace",
+             [](const LatticeGiven& given, int threads) { return lattice_corners_cpu_workspace(lattice_of(given), threads); });
+  // features: address, strides of pixels and features, sigma, sigma_xy. Returns the number of rows, and the most of a tile.
+  module.def("lattice_corners_cpu", [](const std::tuple<uint64_t, int64_t, int64_t, double, double>& features, const LatticeGiven& given,
                                        uint64_t workspace, int threads) {
     py::gil_scoped_release release;
-    Lattice lattice = lattice_of(points, dims, 0, arrays);
-    check(lattice_corners_cpu(pointer<float>(features), &lattice, pointer<void>(workspace), threads), "lattice_corners_cpu");
+    const auto& [values, pixel_stride, feature_stride, sigma, sigma_xy] = features;
+    const Features taken = {pointer<float>(values), pixel_stride, feature_stride, float(sigma), float(sigma_xy)};
+    TiledLattice lattice = lattice_of(given);
+    check(lattice_corners_cpu(taken, &lattice, pointer<void>(workspace), threads), "lattice_corners_cpu");
+    return std::make_pair(lattice.rows, lattice.most);
+  });
+  module.def("lattice_links_cpu_workspace", [](const LatticeGiven& given) { return lattice_links_cpu_workspace(lattice_of(given)); });
+  // Returns the number of vertices.
+  module.def("lattice_links_cpu", [](const LatticeGiven& given, uint64_t first, uint64_t workspace, int threads) {
+    py::gil_scoped_release release;
+    TiledLattice lattice = lattice_of(given);
+    check(lattice_links_cpu(&lattice, pointer<void>(first), pointer<void>(workspace), threads), "lattice_links_cpu");
     return lattice.vertices;
   });
-  module.def("lattice_links_cpu", [](int64_t points, int64_t dims, int64_t vertices, const std::vector<uint64_t>& arrays,
-                                     uint64_t workspace, int threads) {
-    py::gil_scoped_release release;
-    Lattice lattice = lattice_of(points, dims, vertices, arrays);
-    check(lattice_links_cpu(&lattice, pointer<void>(workspace), threads), "lattice_links_cpu");
+  module.def("lattice_filter_cpu_workspace", [](const LatticeGiven& given, const View<4>& values, int threads) {
+    return lattice_filter_cpu_workspace(lattice_of(given), values, threads);
   });
-  module.def("lattice_filter_cpu_workspace",
-             [](int64_t points, int64_t dims, int64_t vertices, const View<4>& values, int threads) {
-               return lattice_filter_cpu_workspace(lattice_of(points, dims, vertices, {}), values, threads);
-             });
-  module.def("lattice_filter_cpu", [](int64_t points, int64_t dims, int64_t vertices, const std::vector<uint64_t>& arrays,
-                                      const View<4>& values, const View<4>& out, bool transpose, uint64_t workspace, int threads) {
+  module.def("lattice_filter_cpu", [](const LatticeGiven& given, const View<4>& values, const View<4>& out, bool transpose,
+                                      uint64_t workspace, int threads) {
     py::gil_scoped_release release;
-    check(lattice_filter_cpu(lattice_of(points, dims, vertices, arrays), values, out, transpose, pointer<void>(workspace), threads),
-          "lattice_filter_cpu");
+    check(lattice_filter_cpu(lattice_of(given), values, out, transpose, pointer<void>(workspace), threads), "lattice_filter_cpu");
   });
-  // kernels: (points, dims, vertices, arrays) of a lattice, scale, address of a matrix or 0. Addresses of base, in, logits, spread, out.
-  module.def("dense_crf_cpu_workspace", [](const std::vector<CrfKernelGiven>& kernels, int64_t points, int64_t channels) {
+  // Returns floats of base, bytes of the workspace.
+  module.def("dense_crf_cpu_workspace", [](const std::vector<CrfKernelGiven>& kernels, const View<4>& unary, int threads) {
     const std::vector<CrfKernel> taken = crf_kernels(kernels);
-    return dense_crf_cpu_workspace(crf_step(taken, points, channels, {}));
+    const CrfStep step = crf_step(taken, unary);
+    return std::make_pair(dense_crf_cpu_base(step), dense_crf_cpu_workspace(step, threads));
   });
-  module.def("dense_crf_cpu", [](const std::vector<CrfKernelGiven>& kernels, int64_t points, int64_t channels,
-                                 const std::vector<uint64_t>& rows, bool keep_logits, uint64_t workspace, int threads) {
+  // Returns the sums of |q - before| and of before * (log(before) - logits), if `before` is given.
+  module.def("dense_crf_cpu", [](const std::vector<CrfKernelGiven>& kernels, const View<4>& unary, const std::optional<View<4>>& before,
+                                 const std::optional<View<4>>& out, bool starts, bool goes_on, uint64_t base, uint64_t workspace,
+                                 int threads) {
     py::gil_scoped_release release;
     const std::vector<CrfKernel> taken = crf_kernels(kernels);
-    CrfStep step = crf_step(taken, points, channels, rows);
-    step.keep_logits = keep_logits;
+    CrfStep step = crf_step(taken, unary);
+    double sums[2] = {};
+    step.starts = starts, step.goes_on = goes_on, step.sums = sums, step.base = pointer<float>(base);
+    if (before) step.before = *before;
+    if (out) step.out = *out;
     check(dense_crf_cpu(step, pointer<void>(workspace), threads), "dense_crf_cpu");
+    return std::make_pair(sums[0], sums[1]);
   });
 }
 

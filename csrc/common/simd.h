@@ -75,6 +75,28 @@ static inline void transpose(vfloat (&rows)[kLanes]) {
   }
 }
 
+// What `combine` makes of all lanes, in every lane; it must not matter to it which comes first.
+template <class Combine, int... kLane>
+static inline vfloat across(vfloat values, const Combine& combine, std::integer_sequence<int, kLane...>) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+#if defined(__clang__)
+    const vfloat other = step == 1   ? __builtin_shufflevector(values, values, (kLane ^ 1)...)
+                         : step == 2 ? __builtin_shufflevector(values, values, (kLane ^ 2)...)
+                         : step == 4 ? __builtin_shufflevector(values, values, (kLane ^ 4) % kLanes...)
+                                     : __builtin_shufflevector(values, values, (kLane ^ 8) % kLanes...);
+#else
+    const vfloat other = __builtin_shuffle(values, vint{(kLane ^ step)...});
+#endif
+    values = combine(values, other);
+  }
+  return values;
+}
+template <class Combine>
+static inline vfloat across(vfloat values, const Combine& combine) {
+  return across(values, combine, std::make_integer_sequence<int, kLanes>());
+}
+
 // exp(x) for x <= 0, relative error below 2.5e-7 down to x = -87.3; 0 below that; NaN stays NaN.
 // 2^n comes from adding 1.5 * 2^23, which leaves the rounded n in the low bits; the rest is a polynomial on |r| <= ln(2)/2
 // (coefficients of the Cephes library's expf).

@@ -78,6 +78,19 @@ def test_shapes_and_sigmas_against_the_reference(rng, backend, method, shape, si
     assert relative_error(got, wide(images, values, *sigmas, method)) < 1e-6
 
 
+@each_fast
+@pytest.mark.parametrize("shape", [(1, 3, 70, 131), (1, 1, 1, 4200), (1, 40, 150, 3)])
+def test_a_lattice_of_several_tiles_and_any_number_of_threads(rng, backend, shape):
+    images, values = case(rng, *shape)
+    images = images.div(8).round()  # colours that meet again in other tiles
+    want = wide(images, values, 20, 9, "lattice")
+    got = bilateral_filter(images, values, 20, 9, "lattice")
+    assert relative_error(got, want) < 1e-6
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(bilateral_filter(images, values, 20, 9, "lattice"), got)
+
+
 @each_backend
 @each_method
 def test_one_colour_is_a_gaussian_of_place(rng, backend, method):

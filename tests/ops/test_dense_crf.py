@@ -121,6 +121,17 @@ def test_images_of_a_batch_know_nothing_of_each_other_and_dtypes(rng, backend):
 
 
 @each_fast
+def test_several_tiles_and_any_number_of_threads(rng, backend):
+    images, probs = case(rng, 3, 70, 131, 1)
+    images = images // 8
+    got = dense_crf(images, probs, **SMALL)
+    assert relative_error(got, dense_crf(images, probs.double(), **SMALL, backend="reference")) < 5e-6
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(dense_crf(images, probs, **SMALL, convergence=True)[0], got)
+
+
+@each_fast
 def test_opcheck_and_compilation(rng, backend):
     images, probs = case(rng, 3, 3, 4, 1)
     inputs = images.float(), probs.clone().requires_grad_(), 2, [3.0, 3.0, 0.0, 4.0, 8.0, 60.0], None, "lattice"

@@ -99,7 +99,9 @@ def dense_crf(
     chosen = backends.choose("dense_crf", backend, probs)
     wide = torch.promote_types(probs.dtype, torch.float32)
     with torch.autocast(probs.device.type, enabled=False):
-        unary = -probs.to(wide).clamp(LEAST_PROBABILITY, 1).log()
+        unary = probs.to(wide).clamp(LEAST_PROBABILITY, 1)
+        # In place where it can be: fresh memory costs page faults.
+        unary = (unary.log() if unary.requires_grad else unary.log_()).neg_()
         options = num_iter, kernels, compat, method, normalization, tolerance
         inputs = images.detach().to(wide), unary, *options
         if chosen == "reference":
@@ -148,7 +150,7 @@ class LatticeKernel:
         self._shape = shape or (len(features), 1)
         native = backends.choose("bilateral_filter", None, features) == "native"
         self._kernels = implementation(__package__, "native") if native else None
-        self._features = self._kernels.lattice(features) if native else features
+        self._features = self._kernels.lattice(features, self._shape) if native else features
         ones = torch.ones(1, points)
         self._inverse = 1 / (self._filtered(ones) + 1e-20)
 

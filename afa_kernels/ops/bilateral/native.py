@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core.native_module import native, view, workspace
+from ...core.native_module import address, native, view, workspace
 
 LARGEST_SCALE = 1e30  # of squares: 0 times infinity would be NaN for a pixel with itself
 
@@ -20,7 +21,7 @@ def bilateral_filter(
     threads = torch.get_num_threads()
     if method == "lattice":
         for image, value, to in zip(images, values.split(1), out.split(1)):
-            _filter(_build(_features(image, sigma_rgb, sigma_xy)), value, to, transpose)
+            _filter(_of_pixels(image, sigma_rgb, sigma_xy), value, to, transpose)
     elif sigma_rgb is None:
         scratch = workspace(native.gaussian_cpu_workspace(view(values), sigma_xy, threads), values.device)
         native.gaussian_cpu(view(values), view(out), sigma_xy, scratch.data_ptr(), threads)
@@ -46,9 +47,8 @@ def dense_crf(
     out = torch.empty(unary.shape, dtype=unary.dtype, device=unary.device)
     divergences = torch.zeros(len(unary), num_iter + 1 if convergence else 0, dtype=torch.float64)
     for b, energy in enumerate(unary.split(1)):
-        step = _Step(images[b : b + 1], energy, kernels, compat, method, normalization)
-        _, q, found = _run(step, num_iter, tolerance, convergence)
-        out[b : b + 1] = step.planes(q)
+        step = _step(images[b : b + 1], energy, kernels, compat, method, normalization)
+        _, found = _run(step, num_iter, tolerance, convergence, out[b : b + 1])
         divergences[b] = torch.tensor(found, dtype=torch.float64)
     return out, divergences
 
@@ -67,29 +67,28 @@ def dense_crf_gradient(
     """The gradient of unary: the distributions of all iterations are made again, then met in reverse."""
     out = torch.empty(unary.shape, dtype=unary.dtype, device=unary.device)
     for b, energy in enumerate(unary.split(1)):
-        step = _Step(images[b : b + 1], energy, kernels, compat, method, normalization)
-        before, last, _ = _run(step, num_iter, tolerance, False, keep=True)
+        step = _step(images[b : b + 1], energy, kernels, compat, method, normalization)
+        met, _ = _run(step, num_iter, tolerance, False)
         slope, total = grad[b : b + 1].float(), torch.zeros(energy.shape)
-        for left, rows in zip(range(len(before), -1, -1), [last, *reversed(before)]):
-            q = step.planes(rows)
-            logits = q * (slope - (q * slope).sum(1, keepdim=True))
+        for left in range(len(met) - 1, -1, -1):
+            logits = met[left] * (slope - (met[left] * slope).sum(1, keepdim=True))
             total -= logits
             if left:
-                slope = step.adjoint(logits)
+                slope = step.message(logits, True)
         out[b : b + 1] = total
     return out
 
 
-def lattice(features: Tensor) -> _Lattice:
-    """features [N, d] -> what `filter_lattice` takes."""
-    return _build(features)
+def lattice(features: Tensor, shape: tuple[int, int] | None = None) -> _Lattice:
+    """features [N, d], of an image of ``shape`` row by row, or of anything -> what `filter_lattice` takes."""
+    features = features.contiguous()
+    points, dims = features.shape
+    return _build((features.data_ptr(), dims, 1, 1.0, 0.0), (*(shape or (points, 1)), dims))
 
 
 def filter_lattice(lattice: _Lattice, values: Tensor) -> Tensor:
-    """values [1, K, H, W] float32 with H * W = N -> the same."""
-    out = torch.empty(values.shape)
-    _filter(lattice, values, out, False)
-    return out
+    """values [1, K, H, W] float32 of the lattice's shape -> the same."""
+    return _filter(lattice, values, torch.empty(values.shape), False)
 
 
 # --- mean field ---
@@ -98,196 +97,200 @@ SWAPPED = {"before": "after", "after": "before"}
 
 
 class _Step:
-    """An iteration of mean field for one image, on points with their channels side by side, [N, channels rounded up to
-    a multiple of 16].
+    """Mean field of one image [1, 3, H, W]: ``start`` and then, any number of times, ``advance``. They write the
+    distribution to ``out`` [1, C, H, W] unless it is None; ``goes_on`` says that there will be another.
     """
+
+    needs_before = False  # whether a step has to be given the last distribution
 
     def __init__(
         self,
-        image: Tensor,
         unary: Tensor,
         kernels: list[tuple[float, float, float | None]],
         compat: Tensor | None,
-        method: str,
         normalization: str,
+        filters: list[Callable[[Tensor, Tensor, bool], Tensor]],
     ) -> None:
-        self.shape, self.image, self.kernels = unary.shape, image, kernels
-        self.normalization, self.method = normalization, method
-        self.channels, self.points = unary.shape[1], unary.shape[2] * unary.shape[3]
-        self.base = self.rows(-unary.float())
+        self.unary, self.shape, self.weights = unary, unary.shape, [weight for weight, _, _ in kernels]
         self.matrix = None if compat is None else -(compat + compat.t()).float() / 2
-        sigmas = [(rgb, xy) for _, xy, rgb in kernels]
-        if method == "lattice":
-            self.lattices = [_build(_features(image[0], *pair)) for pair in sigmas]
-            filters = [_lattice_filter(lattice) for lattice in self.lattices]
-        else:
-            filters = [_exact_filter(image, *pair) for pair in sigmas]
+        self.filters, self.normalization = filters, normalization
         ones = torch.ones(1, 1, *self.shape[2:])
-        self.filters, self.norms = filters, [run(ones, False) for run in filters]
-        self.given = self._given() if method == "lattice" else []
-        self.logits, self.spread = torch.empty_like(self.base), torch.empty_like(self.base)
-
-    def _given(self) -> list[tuple]:
-        """The kernels as the native step takes them, the norm among the weights of the lattice."""
-        self.kept, given = [], []
-        for lattice, norm, (weight, _, _) in zip(self.lattices, self.norms, self.kernels):
-            lattice = lattice.times(*(factor.flatten() for factor in _factors(norm, self.normalization)))
-            matrix = None
-            if self.matrix is not None:
-                matrix = torch.zeros(self.channels, self.base.shape[1])
-                matrix[:, : self.channels] = weight * self.matrix
-            self.kept.append((lattice, matrix))
-            given.append((*lattice.given(), weight, 0 if matrix is None else matrix.data_ptr()))
-        return given
-
-    def rows(self, values: Tensor) -> Tensor:
-        """[1, C, H, W] -> [N, stride], 0 behind the channels."""
-        rows = torch.zeros(self.points, (self.channels + 15) // 16 * 16)
-        rows[:, : self.channels] = values[0].flatten(1).t()
-        return rows
-
-    def planes(self, rows: Tensor) -> Tensor:
-        return rows[:, : self.channels].t().reshape(self.shape)
-
-    def start(self) -> Tensor:
-        out = torch.empty_like(self.base)
-        self._native([], self.base, self.base, out)
-        return out
-
-    def __call__(self, q: Tensor, out: Tensor, keep_logits: bool = False) -> Tensor:
-        """The next distribution, written to ``out``; returns its logits, if they are to be kept."""
-        if self.method == "exact":
-            logits = self.rows(self.planes(self.base) + self.message(self.planes(q), False))
-            self._native([], logits, q, out)
-            return logits
-        self._native(self.given, self.base, q, out, keep_logits)
-        return self.logits if self.given else self.base
-
-    def _native(self, kernels: list[tuple], base: Tensor, q: Tensor, out: Tensor, keep_logits: bool = False) -> None:
-        scratch = workspace(native.dense_crf_cpu_workspace(kernels, self.points, self.channels), q.device)
-        rows = [tensor.data_ptr() for tensor in (base, q, self.logits, self.spread, out)]
-        last = keep_logits, scratch.data_ptr(), torch.get_num_threads()
-        native.dense_crf_cpu(kernels, self.points, self.channels, rows, *last)
+        self.norms = [run(ones, torch.empty_like(ones), False) for run in filters]
 
     def message(self, values: Tensor, transpose: bool) -> Tensor:
-        """What all kernels make of [1, C, H, W]."""
+        """What all kernels make of [1, C, H, W]; ``transpose`` is the adjoint."""
         total = torch.zeros(self.shape)
         normalization = SWAPPED.get(self.normalization, self.normalization) if transpose else self.normalization
-        for run, norm, (weight, _, _) in zip(self.filters, self.norms, self.kernels):
+        for run, norm, weight in zip(self.filters, self.norms, self.weights):
             before, after = _factors(norm, normalization)
-            near = run(values * before, transpose) * after
+            near = run(values if before is None else values * before, torch.empty(self.shape), transpose)
+            near = near if after is None else near.mul_(after)
             if self.matrix is not None:
                 near = (self.matrix @ near.flatten(2)).view(self.shape)
-            total += weight * near
+            total.add_(near, alpha=weight)
         return total
 
-    def adjoint(self, slope: Tensor) -> Tensor:
-        return self.message(slope, True)
+
+class _ExactStep(_Step):
+    needs_before = True
+
+    def start(self, out: Tensor, goes_on: bool) -> None:
+        out.copy_(torch.softmax(-self.unary, 1))
+
+    def advance(self, before: Tensor, out: Tensor | None, goes_on: bool) -> tuple[float, float]:
+        """The sums of |q - before| and of before * (log(before) - logits)."""
+        logits = self.message(before, False) - self.unary
+        q = torch.softmax(logits, 1)
+        if out is not None:
+            out.copy_(q)
+        divergence = before * (before.clamp_min(1e-20).log() - logits)
+        return float((q - before).abs().double().sum()), float(divergence.double().sum())
 
 
-def _factors(norm: Tensor, normalization: str) -> tuple[Tensor, Tensor]:
-    """What values are multiplied with before and after a filter; ``norm`` is the filter's sum of weights."""
-    ones, inverse = torch.ones_like(norm), 1 / (norm + 1e-20)
-    return {
-        "none": (ones, ones),
-        "before": (inverse, ones),
-        "after": (ones, inverse),
-        "symmetric": (inverse.sqrt(), inverse.sqrt()),
-    }[normalization]
+class _LatticeStep(_Step):
+    def __init__(
+        self,
+        unary: Tensor,
+        kernels: list[tuple[float, float, float | None]],
+        compat: Tensor | None,
+        normalization: str,
+        lattices: list[_Lattice],
+    ) -> None:
+        super().__init__(unary, kernels, compat, normalization, [partial(_filter, lattice) for lattice in lattices])
+        self.kept, self.given = [lattices], []
+        for lattice, norm, weight in zip(lattices, self.norms, self.weights):
+            arrays = [*_factors(norm, normalization), None]
+            if self.matrix is not None:
+                channels = len(self.matrix)
+                arrays[2] = torch.zeros(channels, (channels + 15) // 16 * 16)
+                arrays[2][:, :channels] = weight * self.matrix
+            self.kept.append(arrays)
+            self.given.append((lattice.given(), weight, [address(array) for array in arrays]))
+        self.threads = torch.get_num_threads()
+        floats, size = native.dense_crf_cpu_workspace(self.given, view(unary), self.threads)
+        # Two pieces rather than one: the allocator asks the system for the largest ones anew each time.
+        self.scratch = torch.empty(floats), torch.empty(size, dtype=torch.uint8)
+
+    def start(self, out: Tensor | None, goes_on: bool) -> None:
+        self._native(None, out, True, goes_on)
+
+    def advance(self, before: Tensor | None, out: Tensor | None, goes_on: bool) -> tuple[float, float]:
+        """The sums of |q - before| and of before * (log(before) - logits), if ``before`` is given."""
+        return self._native(before, out, False, goes_on)
+
+    def _native(self, before: Tensor | None, out: Tensor | None, starts: bool, goes_on: bool) -> tuple[float, float]:
+        views = [None if tensor is None else view(tensor) for tensor in (self.unary, before, out)]
+        scratch = [tensor.data_ptr() for tensor in self.scratch]
+        return native.dense_crf_cpu(self.given, *views, starts, goes_on, *scratch, self.threads)
+
+
+def _step(
+    image: Tensor,
+    unary: Tensor,
+    kernels: list[tuple[float, float, float | None]],
+    compat: Tensor | None,
+    method: str,
+    normalization: str,
+) -> _Step:
+    unary, sigmas = unary.float(), [(rgb, xy) for _, xy, rgb in kernels]
+    if method == "lattice":
+        return _LatticeStep(unary, kernels, compat, normalization, [_of_pixels(image[0], *pair) for pair in sigmas])
+    return _ExactStep(unary, kernels, compat, normalization, [_exact_filter(image, *pair) for pair in sigmas])
+
+
+def _factors(norm: Tensor, normalization: str) -> tuple[Tensor | None, Tensor | None]:
+    """What values are multiplied with before and after a filter, None for nothing; ``norm`` is the filter's sum of
+    weights.
+    """
+    if normalization == "none":
+        return None, None
+    inverse = 1 / (norm + 1e-20)
+    if normalization == "symmetric":
+        root = inverse.sqrt()
+        return root, root
+    return (inverse, None) if normalization == "before" else (None, inverse)
 
 
 def _run(
-    step: _Step, num_iter: int, tolerance: float, convergence: bool, keep: bool = False
-) -> tuple[list[Tensor], Tensor, list[float]]:
-    """The distributions before the last if they are to be kept, the last, and the divergence of each if asked for."""
-    q, spare, kept, found = step.start(), None, [], []
-    for _ in range(num_iter):
-        out = torch.empty_like(q) if spare is None else spare
-        logits = step(q, out, convergence)
-        if convergence:
-            found.append(_divergence(q, logits, step.channels))
-        small = tolerance > 0 and float((out - q)[:, : step.channels].abs().mean()) < tolerance
-        kept, spare, q = ([*kept, q], None, out) if keep else ([], q, out)
-        if small:
+    step: _Step, num_iter: int, tolerance: float, convergence: bool, out: Tensor | None = None
+) -> tuple[list[Tensor], list[float]]:
+    """The last distribution goes to ``out``; without, all of them are returned. Beside them the divergence of each if
+    asked for.
+    """
+    watched = out is None or tolerance > 0 or convergence or step.needs_before
+
+    def fresh(left: int) -> Tensor | None:
+        return torch.empty(step.shape) if watched else None if left else out
+
+    q, met, found = fresh(num_iter), [], []
+    step.start(q, num_iter > 0 or convergence)
+    for left in range(num_iter - 1, -1, -1):
+        met += [q] if out is None else []
+        before, q = q, fresh(left)
+        change, divergence = step.advance(before, q, left > 0 or convergence)
+        found.append(divergence)
+        if tolerance > 0 and change < tolerance * q.numel():
             break
     if convergence:
-        found.append(_divergence(q, step(q, torch.empty_like(q), True), step.channels))
+        found.append(step.advance(q, None, False)[1])
         found += found[-1:] * (num_iter + 1 - len(found))
-    return kept, q, found
+    if watched and out is not None:
+        out.copy_(q)
+    return [*met, q], found if convergence else []
 
 
-def _divergence(q: Tensor, logits: Tensor, channels: int) -> float:
-    q = q[:, :channels]
-    return float((q * (q.clamp_min(1e-20).log() - logits[:, :channels])).double().sum())
-
-
-def _lattice_filter(lattice: _Lattice) -> Callable[[Tensor, bool], Tensor]:
-    def run(values: Tensor, transpose: bool) -> Tensor:
-        out = torch.empty(values.shape)
-        _filter(lattice, values, out, transpose)
-        return out
-
-    return run
-
-
-def _exact_filter(image: Tensor, sigma_rgb: float | None, sigma_xy: float) -> Callable[[Tensor, bool], Tensor]:
-    return lambda values, transpose: bilateral_filter(image, values, sigma_rgb, sigma_xy, "exact", transpose)
+def _exact_filter(image: Tensor, sigma_rgb: float | None, sigma_xy: float) -> Callable[[Tensor, Tensor, bool], Tensor]:
+    return lambda values, out, transpose: out.copy_(
+        bilateral_filter(image, values, sigma_rgb, sigma_xy, "exact", transpose)
+    )
 
 
 # --- the lattice ---
 
 
 class _Lattice(NamedTuple):
-    """A permutohedral lattice that is built: ``points``, ``dims`` and ``vertices`` by number, and its arrays as the
-    kernels take them (index, weight, near, start, point, share).
+    """A permutohedral lattice that is built: its height, width, dims, vertices, rows and the most rows of a tile, and
+    its arrays as the kernels take them (corner, weight, first, vertex, start, row, chained, chain).
     """
 
-    points: int
-    dims: int
-    vertices: int
+    sizes: tuple[int, ...]
     arrays: tuple[Tensor, ...]
 
-    def times(self, before: Tensor, after: Tensor) -> _Lattice:
-        """The lattice of points that are multiplied before they are splatted, and after they are sliced."""
-        index, weight, near, start, point, share = self.arrays
-        share, weight = share * before[point].view_as(share), weight * after[:, None]
-        return self._replace(arrays=(index, weight, near, start, point, share))
-
-    def given(self) -> tuple[int, int, int, list[int]]:
-        return self.points, self.dims, self.vertices, [array.data_ptr() for array in self.arrays]
+    def given(self) -> tuple[tuple[int, ...], list[int]]:
+        return self.sizes, [array.data_ptr() for array in self.arrays]
 
 
-def _features(image: Tensor, sigma_rgb: float | None, sigma_xy: float) -> Tensor:
-    """[3, H, W] -> [N, 5], or [N, 2] without colours; float32."""
+def _of_pixels(image: Tensor, sigma_rgb: float | None, sigma_xy: float) -> _Lattice:
+    """Of an image [3, H, W] with its colours, or without."""
+    image = image.float().contiguous()
     _, height, width = image.shape
-    features = torch.empty(height, width, 2 if sigma_rgb is None else 5)
-    spatial, rgb = torch.tensor(sigma_xy), torch.tensor(sigma_rgb or 1.0)
-    features[..., 0] = torch.arange(width, dtype=torch.float32) / spatial
-    features[..., 1] = (torch.arange(height, dtype=torch.float32) / spatial)[:, None]
-    if sigma_rgb is not None:
-        features[..., 2:] = image.permute(1, 2, 0).float() / rgb
-    return features.flatten(0, 1)
+    dims, divisor = (2, 1.0) if sigma_rgb is None else (5, sigma_rgb)
+    return _build((image.data_ptr(), 1, height * width, divisor, sigma_xy), (height, width, dims))
 
 
-def _build(features: Tensor) -> _Lattice:
-    features, threads = features.contiguous(), torch.get_num_threads()
-    points, dims = features.shape
-    index, weight = (torch.empty(points, dims + 1, dtype=dtype) for dtype in (torch.int32, torch.float32))
-    scratch = workspace(native.lattice_build_cpu_workspace(points, dims), features.device)
-    corners, last = [index.data_ptr(), weight.data_ptr()], (scratch.data_ptr(), threads)
-    vertices = native.lattice_corners_cpu(features.data_ptr(), points, dims, corners, *last)
-    near = torch.empty(dims + 1, vertices, 2, dtype=torch.int32)
-    start = torch.empty(vertices + 1, dtype=torch.int32)
-    lattice = _Lattice(
-        points, dims, vertices, (index, weight, near, start, torch.empty_like(index), torch.empty_like(weight))
-    )
-    native.lattice_links_cpu(*lattice.given(), *last)
-    return lattice
+def _build(features: tuple[int, int, int, float, float], shape: tuple[int, int, int]) -> _Lattice:
+    """Of features as the kernels take them: address, strides of pixels and of features, sigma, and sigma_xy, 0 for
+    those without place. Shape: height, width, dims.
+    """
+    threads, (height, width, dims) = torch.get_num_threads(), shape
+    corner = torch.empty(height * width, dims + 1, dtype=torch.int16)  # what they hold is unsigned
+    weight = torch.empty(height * width, dims + 1)
+    first = torch.empty(native.lattice_tiles(*shape) + 1, dtype=torch.int32)
+    found = _Lattice((*shape, 0, 0, 0), (corner, weight, first))
+    scratch = torch.empty(native.lattice_corners_cpu_workspace(found.given(), threads), dtype=torch.uint8)
+    rows, most = native.lattice_corners_cpu(features, found.given(), scratch.data_ptr(), threads)
+    # There are at most as many vertices as rows.
+    sizes = (rows,), (rows + 1,), (rows,), (dims + 1,), (dims + 1, rows + 1)
+    arrays = *found.arrays, *(torch.empty(size, dtype=torch.int32) for size in sizes)
+    found = _Lattice((*shape, 0, rows, most), arrays)
+    further = workspace(native.lattice_links_cpu_workspace(found.given()), corner.device)
+    vertices = native.lattice_links_cpu(found.given(), scratch.data_ptr(), further.data_ptr(), threads)
+    return _Lattice((*shape, vertices, rows, most), arrays)
 
 
-def _filter(lattice: _Lattice, values: Tensor, out: Tensor, transpose: bool) -> None:
+def _filter(lattice: _Lattice, values: Tensor, out: Tensor, transpose: bool) -> Tensor:
     """values [1, K, H, W] -> out."""
-    threads = torch.get_num_threads()
-    size = native.lattice_filter_cpu_workspace(*lattice[:3], view(values), threads)
-    scratch = workspace(size, values.device)
-    native.lattice_filter_cpu(*lattice.given(), view(values), view(out), transpose, scratch.data_ptr(), threads)
+    given, threads = lattice.given(), torch.get_num_threads()
+    scratch = workspace(native.lattice_filter_cpu_workspace(given, view(values), threads), values.device)
+    native.lattice_filter_cpu(given, view(values), view(out), transpose, scratch.data_ptr(), threads)
+    return out

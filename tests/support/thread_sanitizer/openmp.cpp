@@ -14,7 +14,7 @@ struct Team {
   std::mutex lock;
   std::condition_variable changed;
   unsigned waiting = 0, round = 0;
-  // A loop with a dynamic schedule; one in a parallel region.
+  // A loop with a dynamic schedule; one between two barriers.
   bool shared_out = false;
   long next = 0, end = 0, step = 1, chunk = 1;
 
@@ -22,7 +22,7 @@ struct Team {
     std::unique_lock<std::mutex> guard(lock);
     const unsigned entered = round;
     if (++waiting == size) {
-      waiting = 0, ++round;
+      waiting = 0, shared_out = false, ++round;
       changed.notify_all();
     } else {
       changed.wait(guard, [&] { return round != entered; });
@@ -77,6 +77,7 @@ bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long step, long 
   team->share_out(begin, end, step, chunk);
   return team->take(first, last);
 }
+void GOMP_loop_end() { GOMP_barrier(); }
 void GOMP_loop_end_nowait() {}
 
 // A race that must be reported.
