@@ -12,7 +12,7 @@
 namespace afa {
 
 constexpr int kMostLatticeDims = 32;
-constexpr int kChunk = 64, kMostChunks = 8192;  // of a vertex; then chunks are longer
+constexpr int kChunk = 64, kMostChunks = 1024;  // of a vertex; then chunks are longer
 
 __host__ __device__ inline int chunk_length(int entries) {
   return entries <= kChunk * kMostChunks ? kChunk : (entries + kMostChunks - 1) / kMostChunks;
