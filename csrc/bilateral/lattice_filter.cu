@@ -7,9 +7,9 @@
 // sum depends on which thread comes first. Where rows are too long for the tables' memory, a group of channels goes through all but the
 // last of these at a time.
 // Floor: an iteration moves, of rows, E = N * (d + 1) to splat and as many to gather, 3 of M vertices for each of d + 1 axes, and 2 to 3
-// of N points. At 500 x 375 pixels, 21 classes (rows of 96 bytes) and M = N / 2: 216 + 162 MB in 5 dimensions, 108 + 24 MB in 2
-// (M = N / 7), 54 MB of points. The 18 MB of distinct rows stay in a 50 MB cache, whose some 5.5 TB/s make that 0.1 ms; from memory alone
-// at 3.3 TB/s 0.17 ms: 1 to 1.7 ms for 10 iterations. Bound: the cache's bandwidth, and 14 launches an iteration.
+// of N points. At 500 x 375 pixels, 21 classes (rows of 96 bytes) and M = 0.4 N, as photographs have: 216 + 130 MB in 5 dimensions,
+// 108 + 21 MB in 2 (M = 0.13 N), 54 MB of points. The 18 MB of distinct rows stay in a 50 MB cache, whose some 5.5 TB/s make that 0.1 ms;
+// from memory alone at 3.3 TB/s 0.16 ms: 1 to 1.6 ms for 10 iterations. Bound: the cache's bandwidth, and 14 launches an iteration.
 // Occupancy: lattice_splat_kernel 256 x 4, lattice_join_kernel 128 x 8, lattice_blur_kernel 256 x 4, lattice_gather_kernel 256 x 4
 // (threads x blocks a multiprocessor, by registers).
 // Wide loads: lattice_splat_kernel, lattice_join_kernel, lattice_blur_kernel, lattice_gather_kernel.

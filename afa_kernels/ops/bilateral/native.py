@@ -19,7 +19,7 @@ def bilateral_filter(
     images: Tensor, values: Tensor, sigma_rgb: float | None, sigma_xy: float, method: str, transpose: bool
 ) -> Tensor:
     if method == "lattice" and native_module.on_cuda(values):
-        return native_cuda.lattice_filter(images, values, sigma_rgb, sigma_xy, transpose)
+        return native_cuda.bilateral_filter(images, values, sigma_rgb, sigma_xy, transpose)
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     threads = torch.get_num_threads()
     if method == "lattice":

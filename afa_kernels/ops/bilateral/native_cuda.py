@@ -16,16 +16,18 @@ from torch import Tensor
 from ...core import native_module
 from ...core.native_module import address, native, view, workspace
 
-# Corners of simplices at once: images beyond it go one after the other, and memory stays within some GB.
+# Corners of simplices at once, of rows of up to 24 channels: what exceeds it goes in turns, and memory stays within some
+# GB, rows within what the kernels filter at once.
 MOST_ENTRIES = 1 << 23
 SUM, SOFTMAX, SLOPE = range(3)  # what a step ends with, as in lattice_cuda.h
 
 Kernels = list[tuple[float, float, "float | None"]]  # weight, sigma_xy, sigma_rgb
 
 
-def lattice_filter(
+def bilateral_filter(
     images: Tensor, values: Tensor, sigma_rgb: float | None, sigma_xy: float, transpose: bool
 ) -> Tensor:
+    """By the lattice."""
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     for part in _groups(values, 2 if sigma_rgb is None else 5):
         built, value = _of_images(images[part], sigma_rgb, sigma_xy), values[part]
@@ -100,8 +102,10 @@ def filter_lattice(lattice: Lattice, values: Tensor) -> Tensor:
 
 def _groups(values: Tensor, dims: int, alone: bool = False) -> Iterator[slice]:
     """The images of a batch, as many at once as the kernels' memory should hold."""
-    count = 1 if alone else max(1, MOST_ENTRIES // (values.shape[2] * values.shape[3] * (dims + 1)))
-    return (slice(first, first + count) for first in range(0, len(values), count))
+    batch, channels, height, width = values.shape
+    entries = height * width * (dims + 1) * max(channels, 24) // 24
+    count = 1 if alone else max(1, MOST_ENTRIES // entries)
+    return (slice(first, first + count) for first in range(0, batch, count))
 
 
 def _to_rows(values: Tensor) -> Tensor:
