@@ -89,10 +89,22 @@ def test_a_vertex_of_more_entries_than_chunks_are_short(rng, emulator):
     features = torch.zeros(66_000, 1)
     features[1::1000] = 5.0
     values = torch.rand(1, 2, 66_000, 1, generator=rng)
-    want = native.filter_lattice(native.lattice(features), values.double().float())
+    want = native.filter_lattice(native.lattice(features), values)
     with emulated(emulator):
         got = native.filter_lattice(native.lattice(features), values)
     assert relative_error(got, want) < 1e-5
+
+
+def test_more_vertices_than_a_small_device_has_threads(rng, emulator):
+    """Threads walk on: to vertices of their own, and to some that many points share."""
+    images, values = 255 * torch.rand(1, 3, 30, 31, generator=rng), torch.rand(1, 2, 30, 31, generator=rng)
+    places = (torch.arange(2800) // 70 * 5.0)[:, None]
+    line = torch.rand(1, 5, 2800, 1, generator=rng)
+    want = lattice(images, values, 1.0, 1.0), native.filter_lattice(native.lattice(places), line)
+    with emulated(emulator):
+        emulator.set_device(1)
+        got = lattice(images, values, 1.0, 1.0), native.filter_lattice(native.lattice(places), line)
+    assert all(relative_error(*pair) < 1e-6 for pair in zip(got, want))
 
 
 # --- the filter -------------------------------------------------------------------------------------------------------
@@ -231,7 +243,7 @@ def test_options_and_their_gradients(rng, emulator, name, classes):
 
 
 @pytest.mark.parametrize("classes", [5, 33])
-def test_any_order_of_threads_gives_the_same_bits(rng, emulator, classes):
+def test_any_order_of_threads_on_any_device_gives_the_same_bits(rng, emulator, classes):
     images, probs = crf_case(rng, classes, 11, 15)
     images[:, :, :6] = 90
     grad = torch.randn(probs.shape, generator=rng)
@@ -239,6 +251,7 @@ def test_any_order_of_threads_gives_the_same_bits(rng, emulator, classes):
     for order in ORDERS:
         leaf = probs.clone().requires_grad_()
         with emulated(emulator, order):
+            emulator.set_device(4 - order)
             q = dense_crf(images, leaf, **SMALL)
             q.backward(grad)
         results.append((q, leaf.grad))
