@@ -16,8 +16,8 @@ from torch import Tensor
 from ...core import native_module
 from ...core.native_module import address, native, view, workspace
 
-# Corners of simplices at once, of rows of up to 24 channels: what exceeds it goes in turns, and memory stays within some
-# GB, rows within what the kernels filter at once.
+# Corners of simplices at once, of rows of up to 24 channels, fewer of longer ones: a batch beyond it goes in turns, so
+# that memory stays within some GB and whole rows are filtered at once.
 MOST_ENTRIES = 1 << 23
 SUM, SOFTMAX, SLOPE = range(3)  # what a step ends with, as in lattice_cuda.h
 
