@@ -151,6 +151,19 @@ void bind_bilateral(py::module_& module) {
                                   pointer<void>(stream)),
                "lattice_weigh_cuda");
   });
+  module.def("lattice_filter_cuda_workspace", [](int64_t points, int64_t dims, int64_t channels) {
+    const std::vector<CudaKernel> kernel = {{{points, dims, nullptr}}};
+    return lattice_step_cuda_workspace(cuda_step(kernel, points, channels));
+  });
+  // values, out: addresses of rows.
+  module.def("lattice_filter_cuda", [](int64_t points, int64_t dims, uint64_t lattice, int64_t channels, uint64_t values, uint64_t out,
+                                       bool transpose, uint64_t workspace, int device, uint64_t stream) {
+    py::gil_scoped_release release;
+    const std::vector<CudaKernel> kernel = {{{points, dims, pointer<void>(lattice)}}};
+    CudaStep step = cuda_step(kernel, points, channels);
+    step.in = pointer<float>(values), step.out = pointer<float>(out), step.transpose = transpose;
+    check_cuda(lattice_step_cuda(step, pointer<void>(workspace), device, pointer<void>(stream)), "lattice_filter_cuda");
+  });
   module.def("dense_crf_cuda_workspace", [](const std::vector<CudaKernelGiven>& kernels, int64_t points, int64_t channels) {
     const std::vector<CudaKernel> taken = cuda_kernels(kernels);
     return lattice_step_cuda_workspace(cuda_step(taken, points, channels));

@@ -97,11 +97,11 @@ def make(name: str) -> Case:
         "random_walk": Case(
             "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
         ),
-        "bilateral_filter lattice": Case(
-            "bilateral_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
+        "lattice_filter": Case(
+            "lattice_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
         ),
-        "bilateral_filter lattice bfloat16": Case(
-            "bilateral_filter",
+        "lattice_filter bfloat16": Case(
+            "lattice_filter",
             lambda x, v: afa_kernels.bilateral_filter(255 * x, v.bfloat16(), None, 3, "lattice").float(),
             images,
             masks,
@@ -131,8 +131,8 @@ NAMES = [
     "affinity_loss",
     "affinity_from_maps",
     "random_walk",
-    "bilateral_filter lattice",
-    "bilateral_filter lattice bfloat16",
+    "lattice_filter",
+    "lattice_filter bfloat16",
     "dense_crf",
     "dense_crf matrix",
 ]

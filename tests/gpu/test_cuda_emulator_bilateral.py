@@ -95,6 +95,19 @@ def test_a_vertex_of_more_entries_than_chunks_are_short(rng, emulator):
     assert relative_error(got, want) < 1e-5
 
 
+def test_what_memory_held_before_does_not_matter(rng, emulator):
+    """Fresh memory is all ones here, which as a neighbour is none."""
+    features, values = torch.randn(90, 5, generator=rng), torch.rand(1, 3, 90, 1, generator=rng)
+    with emulated(emulator) as module:
+        built = native.lattice(features)
+        want = native.filter_lattice(built, values)
+        scratch = torch.full((module.native.lattice_build_cuda_workspace(90, 5),), 0x5A, dtype=torch.uint8)
+        built.memory.fill_(0x5A)
+        place = built.memory.data_ptr(), scratch.data_ptr(), 0, 0
+        module.native.lattice_build_cuda(features.data_ptr(), 90, 5, 1, *place)
+        assert torch.equal(native.filter_lattice(built, values), want)
+
+
 def test_more_vertices_than_a_small_device_has_threads(rng, emulator):
     """Threads walk on: to vertices of their own, and to some that many points share."""
     images, values = 255 * torch.rand(1, 3, 30, 31, generator=rng), torch.rand(1, 2, 30, 31, generator=rng)

@@ -19,8 +19,7 @@ import afa_kernels
 
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 FIRST = ["build", "doctor", "self_check", "cuda_tests", "planted_fault", "memcheck", "par", "operators"]
-SECOND = ["build", "racecheck", "affinity", "random_walk", "dense_crf", "train_step", "train_step_graph", "suite"]
-SECOND += ["par_compiled"]
+SECOND = ["build", "racecheck", "affinity", "random_walk", "train_step", "train_step_graph", "suite", "par_compiled"]
 
 
 @pytest.fixture

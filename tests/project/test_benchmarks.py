@@ -18,18 +18,15 @@ def providing() -> torch.Tensor:
     return torch.ones(3)
 
 
-FIRST = [("affinity", "dense"), ("random_walk", "dense"), ("dense_crf", "reference")]
-
-
-@pytest.mark.parametrize(("table", "first"), FIRST)
-def test_smallest_cases_run_and_make_a_report(bench, table, first, tmp_path, monkeypatch):
+@pytest.mark.parametrize("table", ["affinity", "random_walk"])
+def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
     assert table in bench.run.tables()
     monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
     cases = getattr(bench, f"bench_{table}").cases("cpu", quick=True)[:1]
     report = bench.harness.run(table, cases, "cpu", seconds=0.0)
     path = bench.reports.write(report, tmp_path)
     content = json.loads(path.read_text())
-    assert content["rows"][0]["provider"] == first and "reference" in {row["provider"] for row in content["rows"]}
+    assert [row["provider"] for row in content["rows"]][:2] == ["dense", "reference"]
     assert all(row["floor_ms"] > 0 and row["error"] <= 1e-4 for row in content["rows"])
     assert path.with_suffix(".csv").stat().st_size and path.with_suffix(".png").stat().st_size
     (line,) = (line for line in bench.readme_table.markdown([content]).splitlines() if line.startswith(f"| {table}"))

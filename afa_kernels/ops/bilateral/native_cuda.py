@@ -19,7 +19,7 @@ from ...core.native_module import address, native, view, workspace
 # Corners of simplices at once, of rows of up to 24 channels, fewer of longer ones: a batch beyond it goes in turns, so
 # that memory stays within some GB and whole rows are filtered at once.
 MOST_ENTRIES = 1 << 23
-SUM, SOFTMAX, SLOPE = range(3)  # what a step ends with, as in lattice_cuda.h
+SOFTMAX, SLOPE = 1, 2  # what a step ends with, as in lattice_cuda.h
 
 Kernels = list[tuple[float, float, "float | None"]]  # weight, sigma_xy, sigma_rgb
 
@@ -134,7 +134,7 @@ class Lattice(NamedTuple):
     dims: int
     memory: Tensor
 
-    def kernel(self, scale: float = 1.0, weighed: Tensor | None = None, after: Tensor | None = None) -> tuple:
+    def kernel(self, scale: float, weighed: Tensor | None, after: Tensor | None) -> tuple:
         """As a step takes it; ``weighed`` is of `weigh`, ``after`` [points] multiplies the sums."""
         return self.points, self.dims, self.memory.data_ptr(), address(weighed), scale, address(after)
 
@@ -163,18 +163,12 @@ def _build(features: Tensor, images: int) -> Lattice:
     return Lattice(points, dims, memory)
 
 
-def _step(kernels: list[tuple], channels: int, finish: int, transpose: bool = False, **rows: Tensor | None) -> None:
-    """A step of lattice_cuda.h, on rows by their names there."""
-    names = ("input", "near", "base", "matrix", "q", "out", "logits", "total")
-    points, device, addresses = len(rows["out"]), rows["out"].device, [address(rows.get(name)) for name in names]
-    scratch = workspace(native.dense_crf_cuda_workspace(kernels, points, channels), device)
-    place = scratch.data_ptr(), *native_module.cuda_stream(device)
-    native.dense_crf_cuda(kernels, points, channels, addresses, transpose, finish, *place)
-
-
 def _filtered(lattice: Lattice, rows: Tensor, channels: int, transpose: bool) -> Tensor:
     out = torch.empty_like(rows)
-    _step([lattice.kernel()], channels, SUM, transpose, input=rows, out=out)
+    scratch = workspace(native.lattice_filter_cuda_workspace(lattice.points, lattice.dims, channels), rows.device)
+    place = scratch.data_ptr(), *native_module.cuda_stream(rows.device)
+    built = lattice.points, lattice.dims, lattice.memory.data_ptr()
+    native.lattice_filter_cuda(*built, channels, rows.data_ptr(), out.data_ptr(), transpose, *place)
     return out
 
 
@@ -234,7 +228,12 @@ class _Step:
                 self.kept += [lattice, weighed, last]
 
     def run(self, kernels: list[tuple], finish: int, transpose: bool = False, **rows: Tensor | None) -> Tensor:
-        _step(kernels, self.channels, finish, transpose, **rows)
+        """A step of lattice_cuda.h, on rows by their names there; returns ``out``."""
+        names = ("input", "near", "base", "matrix", "q", "out", "logits", "total")
+        addresses, points = [address(rows.get(name)) for name in names], len(self.base)
+        scratch = workspace(native.dense_crf_cuda_workspace(kernels, points, self.channels), self.base.device)
+        place = scratch.data_ptr(), *native_module.cuda_stream(self.base.device)
+        native.dense_crf_cuda(kernels, points, self.channels, addresses, transpose, finish, *place)
         return rows["out"]
 
     def start(self) -> Tensor:
