@@ -3,7 +3,9 @@
 #include <array>
 #include <optional>
 
+#include "bilateral/lattice_cuda.h"
 #include "bind/bind.h"
+#include "common/radix_sort.h"
 
 namespace py = pybind11;
 
@@ -51,6 +53,24 @@ static CrfStep crf_step(const std::vector<CrfKernel>& kernels, const View<4>& un
   step.kernels = kernels.data(), step.count = int64_t(kernels.size()), step.unary = unary;
   return step;
 }
+
+#if AFA_WITH_CUDA
+// Points, dims and address of a lattice, address of its weighed list or 0, scale, address of what its sums are multiplied with or 0.
+typedef std::tuple<int64_t, int64_t, uint64_t, uint64_t, double, uint64_t> CudaKernelGiven;
+
+static std::vector<CudaKernel> cuda_kernels(const std::vector<CudaKernelGiven>& given) {
+  std::vector<CudaKernel> kernels;
+  for (const auto& [points, dims, lattice, list, scale, after] : given)
+    kernels.push_back({{points, dims, pointer<void>(lattice)}, pointer<void>(list), pointer<float>(after), float(scale)});
+  return kernels;
+}
+
+static CudaStep cuda_step(const std::vector<CudaKernel>& kernels, int64_t points, int64_t channels) {
+  CudaStep step;
+  step.kernels = kernels.data(), step.count = int64_t(kernels.size()), step.points = points, step.channels = channels;
+  return step;
+}
+#endif
 
 void bind_bilateral(py::module_& module) {
   module.def("bilateral_filter_cpu_workspace", [](const View<4>& images, const View<4>& values, int threads) {
@@ -124,6 +144,71 @@ void bind_bilateral(py::module_& module) {
     check(dense_crf_cpu(step, pointer<void>(workspace), threads), "dense_crf_cpu");
     return std::make_pair(sums[0], sums[1]);
   });
+#if AFA_WITH_CUDA
+  module.def("lattice_cuda_bytes", &lattice_cuda_bytes);
+  // features: address. sigma_rgb 0 for place alone.
+  module.def("lattice_features_cuda", [](const View<4>& images, double sigma_rgb, double sigma_xy, uint64_t features, int device,
+                                         uint64_t stream) {
+    py::gil_scoped_release release;
+    check_cuda(lattice_features_cuda(images, float(sigma_rgb), float(sigma_xy), pointer<float>(features), device, pointer<void>(stream)),
+               "lattice_features_cuda");
+  });
+  module.def("lattice_build_cuda_workspace", &lattice_build_cuda_workspace);
+  module.def("lattice_build_cuda", [](uint64_t features, int64_t points, int64_t dims, int64_t images, uint64_t lattice,
+                                      uint64_t workspace, int device, uint64_t stream) {
+    py::gil_scoped_release release;
+    check_cuda(lattice_build_cuda({points, dims, pointer<void>(lattice)}, pointer<float>(features), images, pointer<void>(workspace),
+                                  device, pointer<void>(stream)),
+               "lattice_build_cuda");
+  });
+  module.def("lattice_weigh_cuda", [](int64_t points, int64_t dims, uint64_t lattice, uint64_t factor, uint64_t list, int device,
+                                      uint64_t stream) {
+    py::gil_scoped_release release;
+    check_cuda(lattice_weigh_cuda({points, dims, pointer<void>(lattice)}, pointer<float>(factor), pointer<void>(list), device,
+                                  pointer<void>(stream)),
+               "lattice_weigh_cuda");
+  });
+  module.def("lattice_filter_cuda_workspace", [](int64_t points, int64_t dims, int64_t channels) {
+    const std::vector<CudaKernel> kernel = {{{points, dims, nullptr}}};
+    return lattice_step_cuda_workspace(cuda_step(kernel, points, channels));
+  });
+  // values, out: addresses of rows.
+  module.def("lattice_filter_cuda", [](int64_t points, int64_t dims, uint64_t lattice, int64_t channels, uint64_t values, uint64_t out,
+                                       bool transpose, uint64_t workspace, int device, uint64_t stream) {
+    py::gil_scoped_release release;
+    const std::vector<CudaKernel> kernel = {{{points, dims, pointer<void>(lattice)}}};
+    CudaStep step = cuda_step(kernel, points, channels);
+    step.in = pointer<float>(values), step.out = pointer<float>(out), step.transpose = transpose;
+    check_cuda(lattice_step_cuda(step, pointer<void>(workspace), device, pointer<void>(stream)), "lattice_filter_cuda");
+  });
+  module.def("dense_crf_cuda_workspace", [](const std::vector<CudaKernelGiven>& kernels, int64_t points, int64_t channels) {
+    const std::vector<CudaKernel> taken = cuda_kernels(kernels);
+    return lattice_step_cuda_workspace(cuda_step(taken, points, channels));
+  });
+  // Addresses of in, near, base, matrix, q, out, logits, total, each or 0; finish as in lattice_cuda.h.
+  module.def("dense_crf_cuda", [](const std::vector<CudaKernelGiven>& kernels, int64_t points, int64_t channels,
+                                  const std::array<uint64_t, 8>& rows, bool transpose, int finish, uint64_t workspace, int device,
+                                  uint64_t stream) {
+    py::gil_scoped_release release;
+    const std::vector<CudaKernel> taken = cuda_kernels(kernels);
+    CudaStep step = cuda_step(taken, points, channels);
+    step.in = pointer<float>(rows[0]), step.near = pointer<float>(rows[1]), step.base = pointer<float>(rows[2]);
+    step.matrix = pointer<float>(rows[3]), step.q = pointer<float>(rows[4]), step.out = pointer<float>(rows[5]);
+    step.logits = pointer<float>(rows[6]), step.total = pointer<float>(rows[7]);
+    step.transpose = transpose, step.finish = static_cast<Finish>(finish);
+    check_cuda(lattice_step_cuda(step, pointer<void>(workspace), device, pointer<void>(stream)), "dense_crf_cuda");
+  });
+  module.def("radix_sort_cuda_workspace", &radix_sort_cuda_workspace);
+  // Addresses of keys, payload (or 0), sorted keys, sorted payload.
+  module.def("radix_sort_cuda", [](const std::array<uint64_t, 4>& arrays, int64_t count, int bits, uint64_t workspace, int device,
+                                   uint64_t stream) {
+    py::gil_scoped_release release;
+    DeviceGuard guard(device);
+    const SortPairs pairs = {pointer<uint32_t>(arrays[0]), pointer<int32_t>(arrays[1]), pointer<uint32_t>(arrays[2]),
+                             pointer<int32_t>(arrays[3]), count, bits};
+    check_cuda(radix_sort_cuda(pairs, pointer<void>(workspace), pointer<void>(stream)), "radix_sort_cuda");
+  });
+#endif
 }
 
 }  // namespace afa

@@ -45,6 +45,14 @@ def loss_and_gradients(query: torch.Tensor, key: torch.Tensor, *rest: torch.Tens
     return torch.cat([loss.detach().flatten(), *(grad.float().flatten() for grad in grads)])
 
 
+def refined_and_slope(images: torch.Tensor, scores: torch.Tensor, **options) -> torch.Tensor:
+    """A dense CRF's probabilities and their gradient, side by side."""
+    leaf = scores.detach().requires_grad_()
+    q = afa_kernels.dense_crf(255 * images, leaf.softmax(1), 3, bi_xy_std=20, bi_rgb_std=60, **options)
+    (grad,) = torch.autograd.grad(q, leaf, scores)
+    return torch.cat([q.detach(), 10 * grad], 1)
+
+
 def make(name: str) -> Case:
     random = lambda *shape: torch.rand(shape, device="cuda")
     present = torch.rand(2, 5, device="cuda") > 0.3
@@ -53,6 +61,7 @@ def make(name: str) -> Case:
     taps = [(0, 0), (1, -2), (-3, 1), (0, 5)]
     query, key, head = random(2, 4, 300, 16), random(2, 4, 300, 16), (random(4), random(1))
     labels = torch.randint(3, (2, 15, 20), device="cuda")
+    penalties = random(150, 150) / 75
     cases = {
         "par resident": Case("par", lambda x, m: afa_kernels.par(x, m, class_mask=present), images, masks),
         "par streaming": Case(
@@ -88,6 +97,22 @@ def make(name: str) -> Case:
         "random_walk": Case(
             "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
         ),
+        "lattice_filter": Case(
+            "lattice_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
+        ),
+        "lattice_filter bfloat16": Case(
+            "lattice_filter",
+            lambda x, v: afa_kernels.bilateral_filter(255 * x, v.bfloat16(), None, 3, "lattice").float(),
+            images,
+            masks,
+        ),
+        "dense_crf": Case("dense_crf", refined_and_slope, images, masks),
+        "dense_crf matrix": Case(
+            "dense_crf",
+            lambda x, m: refined_and_slope(x, m, compat=penalties, normalization="after"),
+            images,
+            random(2, 150, height, width),
+        ),
     }
     return cases[name]
 
@@ -106,6 +131,10 @@ NAMES = [
     "affinity_loss",
     "affinity_from_maps",
     "random_walk",
+    "lattice_filter",
+    "lattice_filter bfloat16",
+    "dense_crf",
+    "dense_crf matrix",
 ]
 
 

@@ -257,7 +257,7 @@ def test_autocast_changes_nothing(rng):
 def test_backends_says_where_there_are_no_kernels():
     for operator in ("bilateral_filter", "dense_crf"):
         rows = {(row.backend, row.device): row for row in afa_kernels.backends() if row.operator == operator}
-        assert rows["reference", "cpu"].available and not rows["native", "cuda"].available
+        assert rows["reference", "cpu"].available
         for device in ("cpu", "cuda"):
             assert rows["triton", device].reason == f"{operator} has no triton backend"
 

@@ -127,7 +127,7 @@ class LatticeKernel:
     """A kernel of a dense CRF over points of any features, by the permutohedral lattice, which is built once.
 
     Args:
-        features: [N, d] float32 on the CPU, d at most 32; those that are 1 apart are a standard deviation apart.
+        features: [N, d] float32, d at most 32; those that are 1 apart are a standard deviation apart.
         shape: (H, W) with H * W = N, if the points are those of an image.
         normalization: as in `dense_crf`.
         silent: [m, d] features of points that have no values, but are in the lattice: where it has corners, it blurs.
@@ -151,7 +151,7 @@ class LatticeKernel:
         native = backends.choose("bilateral_filter", None, features) == "native"
         self._kernels = implementation(__package__, "native") if native else None
         self._features = self._kernels.lattice(features, self._shape) if native else features
-        ones = torch.ones(1, points)
+        ones = torch.ones(1, points, device=features.device)
         self._inverse = 1 / (self._filtered(ones) + 1e-20)
 
     def _filtered(self, values: Tensor) -> Tensor:

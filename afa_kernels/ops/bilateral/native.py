@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core import native_module
 from ...core.native_module import address, native, view, workspace
+from . import native_cuda
 
 LARGEST_SCALE = 1e30  # of squares: 0 times infinity would be NaN for a pixel with itself
 
@@ -17,6 +19,8 @@ LARGEST_SCALE = 1e30  # of squares: 0 times infinity would be NaN for a pixel wi
 def bilateral_filter(
     images: Tensor, values: Tensor, sigma_rgb: float | None, sigma_xy: float, method: str, transpose: bool
 ) -> Tensor:
+    if method == "lattice" and native_module.on_cuda(values):
+        return native_cuda.bilateral_filter(images, values, sigma_rgb, sigma_xy, transpose)
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     threads = torch.get_num_threads()
     if method == "lattice":
@@ -44,6 +48,9 @@ def dense_crf(
     tolerance: float,
     convergence: bool,
 ) -> tuple[Tensor, Tensor]:
+    if native_module.on_cuda(unary):
+        options = kernels, compat, method, normalization, tolerance, convergence, bilateral_filter
+        return native_cuda.dense_crf(images, unary, num_iter, *options)
     out = torch.empty(unary.shape, dtype=unary.dtype, device=unary.device)
     divergences = torch.zeros(len(unary), num_iter + 1 if convergence else 0, dtype=torch.float64)
     for b, energy in enumerate(unary.split(1)):
@@ -65,6 +72,9 @@ def dense_crf_gradient(
     tolerance: float,
 ) -> Tensor:
     """The gradient of unary: the distributions of all iterations are made again, then met in reverse."""
+    if native_module.on_cuda(unary):
+        options = kernels, compat, method, normalization, tolerance, bilateral_filter
+        return native_cuda.dense_crf_gradient(images, unary, grad, num_iter, *options)
     out = torch.empty(unary.shape, dtype=unary.dtype, device=unary.device)
     for b, energy in enumerate(unary.split(1)):
         step = _step(images[b : b + 1], energy, kernels, compat, method, normalization)
@@ -79,15 +89,19 @@ def dense_crf_gradient(
     return out
 
 
-def lattice(features: Tensor, shape: tuple[int, int] | None = None) -> _Lattice:
+def lattice(features: Tensor, shape: tuple[int, int] | None = None) -> _Lattice | native_cuda.Lattice:
     """features [N, d], of an image of ``shape`` row by row, or of anything -> what `filter_lattice` takes."""
     features = features.contiguous()
+    if native_module.on_cuda(features):
+        return native_cuda.lattice(features)
     points, dims = features.shape
     return _build((features.data_ptr(), dims, 1, 1.0, 0.0), (*(shape or (points, 1)), dims))
 
 
-def filter_lattice(lattice: _Lattice, values: Tensor) -> Tensor:
+def filter_lattice(lattice: _Lattice | native_cuda.Lattice, values: Tensor) -> Tensor:
     """values [1, K, H, W] float32 of the lattice's shape -> the same."""
+    if native_module.on_cuda(values):
+        return native_cuda.filter_lattice(lattice, values)
     return _filter(lattice, values, torch.empty(values.shape), False)
 
 

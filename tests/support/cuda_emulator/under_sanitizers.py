@@ -115,6 +115,47 @@ def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
     native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
 
 
+CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (70, 5, 2, 130)]  # points, dims, images, channels
+
+
+def run_lattice(native, cloud: tuple, transpose: bool) -> None:
+    """Build, weigh, and a step of each kind, with a matrix and without."""
+    points, dims, images, channels = cloud
+    points -= points % images
+    features, factor, row = 4 * floats(points, dims), floats(points), (channels + 3) // 4 * 4
+    features[: points // 2] = features[0]
+    memory = scratch_of(native.lattice_cuda_bytes(points, dims))
+    scratch = scratch_of(native.lattice_build_cuda_workspace(points, dims))
+    place = memory.ctypes.data, scratch.ctypes.data, 0, 0
+    native.lattice_build_cuda(features.ctypes.data, points, dims, images, *place)
+    weighed = np.zeros((points * (dims + 1), 2), np.int32)
+    native.lattice_weigh_cuda(points, dims, memory.ctypes.data, factor.ctypes.data, weighed.ctypes.data, 0, 0)
+    plain = points, dims, memory.ctypes.data, 0, 1.5, 0
+    kernels = [plain, (*plain[:3], weighed.ctypes.data, 0.5, factor.ctypes.data)]
+    scratch = scratch_of(native.dense_crf_cuda_workspace(kernels, points, channels))
+    rows = [floats(points, row) for _ in range(7)]
+    source, near, base, q, out, logits, total = (array.ctypes.data for array in rows)
+    matrix = floats(row, row)
+    for finish, mixing in itertools.product(range(3), (0, matrix.ctypes.data)):
+        given = source, near, base, mixing, q, out, logits, total
+        native.dense_crf_cuda(kernels, points, channels, given, transpose, finish, scratch.ctypes.data, 0, 0)
+
+
+def run_sort(native, count: int, bits: int) -> None:
+    keys, out = (np.random.default_rng(0).integers(0, 1 << bits, count, dtype=np.uint32) for _ in range(2))
+    payload, moved = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    scratch = scratch_of(native.radix_sort_cuda_workspace(count))
+    arrays = [array.ctypes.data for array in (keys, payload, out, moved)]
+    native.radix_sort_cuda(arrays, count, bits, scratch.ctypes.data, 0, 0)
+
+
+def run_features(native, shape: tuple, kind: str) -> None:
+    images = floats(shape[0], 3, *shape[2:], kind=kind)
+    for dims in (2, 5):
+        features = floats(images[:, 0].size, dims)
+        native.lattice_features_cuda(view(images), 9.0 * (dims == 5), 2.0, features.ctypes.data, 0, 0)
+
+
 def main(sanitizer: str, fault: str | None = None) -> None:
     emulator = load(sanitizer)
     if fault is not None:
@@ -143,6 +184,12 @@ def main(sanitizer: str, fault: str | None = None) -> None:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
             for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
+        for turn, cloud in enumerate(CLOUDS[2:] if races else CLOUDS):
+            run_lattice(emulator.native, cloud, transpose=bool(order + turn & 1))
+        for count, bits in ((9001, 9),) if races else ((1, 1), (4097, 32), (9001, 9)):
+            run_sort(emulator.native, count, bits)
+        for shape, kind in itertools.product(shapes, kinds):
+            run_features(emulator.native, shape, kind)
     print(f"clean after {len(emulator.launches())} launches")
 
 
