@@ -1,6 +1,9 @@
 #include "bilateral/bilateral.h"
 
+#include <array>
+
 #include "bind/bind.h"
+#include "common/radix_sort.h"
 
 namespace py = pybind11;
 
@@ -105,6 +108,18 @@ void bind_bilateral(py::module_& module) {
     step.keep_logits = keep_logits;
     check(dense_crf_cpu(step, pointer<void>(workspace), threads), "dense_crf_cpu");
   });
+#if AFA_WITH_CUDA
+  module.def("radix_sort_cuda_workspace", &radix_sort_cuda_workspace);
+  // Addresses of keys, payload (or 0), sorted keys, sorted payload.
+  module.def("radix_sort_cuda", [](const std::array<uint64_t, 4>& arrays, int64_t count, int bits, uint64_t workspace, int device,
+                                   uint64_t stream) {
+    py::gil_scoped_release release;
+    DeviceGuard guard(device);
+    const SortPairs pairs = {pointer<uint32_t>(arrays[0]), pointer<int32_t>(arrays[1]), pointer<uint32_t>(arrays[2]),
+                             pointer<int32_t>(arrays[3]), count, bits};
+    check_cuda(radix_sort_cuda(pairs, pointer<void>(workspace), pointer<void>(stream)), "radix_sort_cuda");
+  });
+#endif
 }
 
 }  // namespace afa
