@@ -14,10 +14,12 @@ namespace afa {
 struct BilateralArgs {
   View<4> images, values, out;          // [B, 3, H, W], [B, K, H, W] twice
   float scale_rgb = 0, scale_xy = 0;    // 1 / (2 sigma^2)
-  int64_t* counted = nullptr;           // [2] pairs of tiles that were met, that there are; may be null
+  int64_t* counted = nullptr;           // [2] pairs of tiles that were met, that there are, are added there; may be null
 };
 int64_t bilateral_exact_cpu_workspace(const BilateralArgs& args, int threads);
 Status bilateral_exact_cpu(const BilateralArgs& args, void* workspace, int threads);
+int64_t bilateral_exact_cuda_workspace(const BilateralArgs& args, int device);
+Status bilateral_exact_cuda(const BilateralArgs& args, void* workspace, int device, void* stream);
 
 // Pixels in an order in which tiles of `tile` neighbours are compact in (x, y, r, g, b), each times its scale: halves of halves, split
 // where they are widest. points [N][5]; scratch of as many.
@@ -26,6 +28,8 @@ void compact_order(float* points, int64_t count, int64_t tile, int32_t* order);
 // Without colours: values and out [B, K, H, W], sigma in pixels.
 int64_t gaussian_cpu_workspace(const View<4>& values, float sigma, int threads);
 Status gaussian_cpu(const View<4>& values, const View<4>& out, float sigma, void* workspace, int threads);
+int64_t gaussian_cuda_workspace(const View<4>& values, float sigma);
+Status gaussian_cuda(const View<4>& values, const View<4>& out, float sigma, void* workspace, int device, void* stream);
 
 // --- lattice ---
 
