@@ -3,19 +3,20 @@
 //   out_i = sum_j w_ij v_j,   w_ij = 2^(-sum_k (a_ik - a_jk)^2),   a = (x, y, r, g, b) times sqrt(log2(e)) / (sqrt(2) sigma)
 //
 // Data flow: pixels in tiles of 64 that are compact in a, values packed (exact_tiles.cu). A block of exact_kernel owns 128 pixels (64 if there are
-// more than 24 channels) and up to 48 channels. From the boxes around tiles follows the most that a weight can be: it counts tiles by
-// that, whose farthest are left out as long as all of them together stay under 1e-6 of what its own weights add up to at least. It
-// then goes through the others: their features, from a pixel of its own on, so that few digits are lost, are in shared memory while the next tile's are on
-// their way; a thread has the weights that tensor cores want of it: 16 pairs at a time, differences squared in float32; and each
-// weight and value in two halves, of whose products the three larger ones count: 22 bits. Sums of a tile in tensor cores, which cut
-// digits off, sums of tiles in float32, in order: the same bits every run. Values that are not finite are added by exact_special_kernel.
-// Where there are few pixels, several blocks share the tiles, every n-th each, and exact_unpack_kernel adds up.
+// more than 24 channels) and up to 48 channels. From the boxes around tiles follows the most that a weight can be: others are counted by
+// that, whose farthest a tile leaves out as long as all of them together stay under 1e-6 of what its own weights add up to at least. The block
+// then goes through those that are left: their features, in a frame that begins at a pixel of its own, so that few digits are lost, are in
+// shared memory while the next tile's are on their way; a thread makes the weights that tensor cores want of it, differences squared in
+// float32; each weight and value in two halves, of whose products the three larger ones count: 22 bits. A tile is summed up by
+// tensor cores, which cut digits off, the sums of tiles in float32, in order: the same bits every run. Values that are not finite are added
+// by exact_special_kernel. Where there are few pixels, several blocks share the tiles, every n-th each, and exact_unpack_kernel adds up.
 // Error against float64: under 1e-6 (norm of the difference over norm) in emulation, whose exponentials and sums are the host's; the device's
 // add ex2.approx's 2^-22 and, in the worst case, 2^-23 for each of a tile's 12 products.
-// Floor: pairs * (10 float32 operations + 1 exponential + 3 to halve it) + 6 K operations on tensor cores: of 128 float32 operations and 16
-// exponentials a clock and multiprocessor, 0.11 clocks a pair. An H100 (132 x 1.7 GHz) meets the 16 to 25 % of the 3.5e10 pairs of
-// a 500 x 375 photograph that matter (sigmas 64, 5) in 3 to 5 ms. Bound: issue of instructions.
-// Occupancy: exact_kernel 128 x 3 (threads x blocks a multiprocessor, by registers).
+// Floor: pairs * (10 float32 operations, an exponential, 3 to halve it), at 128 instructions and 16 exponentials a clock and multiprocessor
+// 0.11 clocks a pair; tensor cores, 6 K operations a pair, keep up. The loop has 303 instructions for 16 pairs a thread: 0.15 clocks.
+// Of the 3.5e10 pairs of a 500 x 375 photograph 16 to 25 % matter (sigmas 64, 5): on an H100 (132 x 1.7 GHz) 4 to 6 ms, by this count; not
+// yet timed. Bound: issue of instructions.
+// Occupancy: exact_kernel 128 x 3 (threads x blocks a multiprocessor, by registers). Wide loads: exact_kernel<*, true>.
 #include "bilateral/exact.cuh"
 
 #include <algorithm>
@@ -26,26 +27,29 @@
 
 namespace afa {
 
-// What a block keeps in shared memory.
+// What a block keeps in shared memory, for kM tiles of pixels.
+template <int kM>
 struct BlockShared {
-  SharedArray<float> box;     // [10] of its own pixels: low, high
+  SharedArray<float> box;     // [kM][10]: low, high
   SharedArray<float> frame;   // [10]: where its features begin, and their scales
   SharedArray<float> scratch; // [4]
-  SharedArray<float> least;   // [129] what the tiles of each bin may weigh
-  SharedArray<int> bins;      // [129] pixels of the tiles of each bin
-  SharedArray<int> from;      // [1] the bin from which on tiles are left out
-  SharedArray<int> list, found;  // [128] tiles to be met, [4] how many of a warp
+  SharedArray<float> most;    // [kM][129] what the tiles of each bin weigh at most
+  SharedArray<float> least;   // [kM] what a pixel's weights add up to at least
+  SharedArray<int> bins;      // [kM][129] pixels of the tiles of each bin
+  SharedArray<int> from;      // [kM] the bin from which on tiles are left out
+  SharedArray<int> list, found;  // [128] tiles to be met, times 4, and by which of the block's; [4] how many of a warp
   SharedArray<float> features;   // [2][5][64]
 
   __device__ explicit BlockShared(SharedArena& arena) {
-    box = arena.take<float>(2 * kFeatures), frame = arena.take<float>(2 * kFeatures), scratch = arena.take<float>(4);
-    least = arena.take<float>(kBins + 1), bins = arena.take<int>(kBins + 1), from = arena.take<int>(1);
+    box = arena.take<float>(kM * 2 * kFeatures), frame = arena.take<float>(2 * kFeatures), scratch = arena.take<float>(4);
+    most = arena.take<float>(kM * (kBins + 1)), least = arena.take<float>(kM);
+    bins = arena.take<int>(kM * (kBins + 1)), from = arena.take<int>(kM);
     list = arena.take<int>(kExactThreads), found = arena.take<int>(kExactThreads / 32);
     features = arena.take<float>(2 * kTileFeatures);
   }
   static int64_t bytes() {
-    return 2 * SharedArena::bytes<float>(2 * kFeatures) + SharedArena::bytes<float>(4) + SharedArena::bytes<float>(kBins + 1) +
-           SharedArena::bytes<int>(kBins + 1) + SharedArena::bytes<int>(1) + SharedArena::bytes<int>(kExactThreads) +
+    return SharedArena::bytes<float>(kM * 2 * kFeatures) + SharedArena::bytes<float>(2 * kFeatures) + SharedArena::bytes<float>(4) +
+           2 * SharedArena::bytes<float>(kM * (kBins + 1)) + 2 * SharedArena::bytes<float>(kM) + SharedArena::bytes<int>(kExactThreads) +
            SharedArena::bytes<int>(kExactThreads / 32) + SharedArena::bytes<float>(2 * kTileFeatures);
   }
 };
@@ -54,56 +58,66 @@ struct BlockShared {
 
 __device__ inline int bin_of(float nearest) { return nearest < float(kBins) ? int(nearest) : kBins; }
 
-// Box and frame of the block's tiles, and the bin from which on tiles are left out.
-template <int kRowTiles>
-__device__ inline void choose_tiles(const ExactPixels& pixels, int64_t b, int64_t tile, const BlockShared& shared) {
+// Boxes and frame of the block's tiles, and the bins from which on tiles are left out.
+template <int kM>
+__device__ inline void choose_tiles(const ExactPixels& pixels, int64_t b, int64_t tile, const BlockShared<kM>& shared) {
   const int thread = int(threadIdx.x);
   if (thread < 2 * kFeatures) {
-    const float* box = pixels.boxes + (b * 2 * kFeatures + thread) * pixels.rows + tile;
-    float bound = box[0];
-    for (int t = 1; t < kRowTiles; ++t) bound = thread < kFeatures ? fminf(bound, box[t]) : fmaxf(bound, box[t]);
-    shared.box[thread] = bound;
+    for (int t = 0; t < kM; ++t)
+      shared.box[t * 2 * kFeatures + thread] = pixels.boxes[(b * 2 * kFeatures + thread) * pixels.rows + tile + t];
     const int k = thread % kFeatures;
     const float origin = pixels.features[(b * pixels.rows + tile) * kTileFeatures + k * kTile];
     shared.frame[thread] = thread >= kFeatures ? sqrtf(pixels.scale(k) * kLog2e) : is_finite(origin) ? origin : 0.0f;
   }
-  for (int bin = thread; bin <= kBins; bin += kExactThreads) shared.bins[bin] = 0;
+  for (int bin = thread; bin < kM * (kBins + 1); bin += kExactThreads) shared.bins[bin] = 0;
   __syncthreads();
-  // At least: a pixel itself, and all others at their farthest.
-  float least = 0.0f;
-  for (int64_t other = thread; other < pixels.tiles; other += kExactThreads) {
-    const Reach reach = reach_of(pixels, b, other, shared.box);
-    const int count = pixels_of(pixels, other);
-    atomicAdd(&shared.bins[bin_of(reach.nearest)], count);
-    if (reach.farthest < 16.0f) least += float(count) * exp2_of(reach.farthest * -kLog2e);
+#pragma unroll 1
+  for (int t = 0; t < kM; ++t) {
+    // At least: a pixel itself, and all others at their farthest.
+    float least = 0.0f;
+    for (int64_t other = thread; other < pixels.tiles; other += kExactThreads) {
+      const Reach reach = reach_of(pixels, b, other, shared.box + t * 2 * kFeatures);
+      const int count = pixels_of(pixels, other);
+      atomicAdd(&shared.bins[t * (kBins + 1) + bin_of(reach.nearest)], count);
+      if (reach.farthest < 16.0f) least += float(count) * exp2_of(reach.farthest * -kLog2e);
+    }
+    least = block_sum(least, shared.scratch);
+    if (thread == 0) shared.least[t] = least;
   }
-  least = block_sum(least, shared.scratch);
-  for (int bin = thread; bin <= kBins; bin += kExactThreads) shared.least[bin] = float(shared.bins[bin]) * exp2_of(float(bin) * -kLog2e);
   __syncthreads();
-  if (thread == 0) {
-    float left_out = shared.least[kBins];
+  for (int at = thread; at < kM * (kBins + 1); at += kExactThreads)
+    shared.most[at] = float(shared.bins[at]) * exp2_of(float(at % (kBins + 1)) * -kLog2e);
+  __syncthreads();
+  if (thread < kM) {
+    const SharedArray<float> most = shared.most + thread * (kBins + 1);
+    float left_out = most[kBins];
     int from = kBins;
     for (; from > 1; --from) {
-      left_out += shared.least[from - 1];
-      if (left_out > kLeftOut * fmaxf(1.0f, least)) break;
+      left_out += most[from - 1];
+      if (left_out > kLeftOut * fmaxf(1.0f, shared.least[thread])) break;
     }
-    shared.from[0] = from;
+    shared.from[thread] = from;
   }
   __syncthreads();
 }
 
 // Fills the list with those of 128 tiles, from the first on every parts-th, that are met, in order; returns how many.
-__device__ inline int list_tiles(const ExactPixels& pixels, int64_t b, int64_t first, const BlockShared& shared) {
+template <int kM>
+__device__ inline int list_tiles(const ExactPixels& pixels, int64_t b, int64_t tile, int64_t first, const BlockShared<kM>& shared) {
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t other = first + int64_t(thread) * pixels.parts;
-  const bool meets = other < pixels.tiles && bin_of(reach_of(pixels, b, other, shared.box).nearest) < shared.from[0];
-  const unsigned votes = __ballot_sync(0xffffffffu, meets);
+  int by = 0;
+#pragma unroll
+  for (int t = 0; t < kM; ++t)
+    if (other < pixels.tiles && tile + t < pixels.tiles)
+      by |= int(bin_of(reach_of(pixels, b, other, shared.box + t * 2 * kFeatures).nearest) < shared.from[t]) << t;
+  const unsigned votes = __ballot_sync(0xffffffffu, by != 0);
   if (lane == 0) shared.found[warp] = __popc(votes);
   __syncthreads();
   int before = 0, all = 0;
 #pragma unroll
   for (int w = 0; w < kExactThreads / 32; ++w) before += w < warp ? shared.found[w] : 0, all += shared.found[w];
-  if (meets) shared.list[before + __popc(votes & ((1u << lane) - 1u))] = int(other);
+  if (by != 0) shared.list[before + __popc(votes & ((1u << lane) - 1u))] = int(other) * 4 + by;
   __syncthreads();
   return all;
 }
@@ -115,14 +129,14 @@ __device__ inline int list_tiles(const ExactPixels& pixels, int64_t b, int64_t f
 template <int kM, int kN>
 struct PixelSums {
   const ExactPixels& pixels;
-  const BlockShared& shared;
+  const BlockShared<kM>& shared;
   int64_t b;
   int block;  // of 8 channels, the first
   float own[kM][2][kFeatures];
   float sums[kM][kN][4] = {};
   float ahead[(kTileFeatures + kExactThreads - 1) / kExactThreads];
 
-  __device__ PixelSums(const ExactPixels& args, const BlockShared& arrays, int64_t image, int64_t tile, int first)
+  __device__ PixelSums(const ExactPixels& args, const BlockShared<kM>& arrays, int64_t image, int64_t tile, int first)
       : pixels(args), shared(arrays), b(image), block(first) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -259,23 +273,25 @@ struct PixelSums {
 template <int kM, int kN, bool kTensor>
 __global__ void __launch_bounds__(kExactThreads, 3) exact_kernel(const __grid_constant__ ExactPixels pixels) {
   SharedArena arena;
-  const BlockShared shared(arena);
+  const BlockShared<kM> shared(arena);
   const int64_t per_image = pixels.rows / kM, b = blockIdx.x / per_image, tile = blockIdx.x % per_image * kM;
   const int part = int(blockIdx.y) % pixels.parts, block = int(blockIdx.y) / pixels.parts * kN;
-  choose_tiles<kM>(pixels, b, tile, shared);
+  choose_tiles(pixels, b, tile, shared);
   PixelSums<kM, kN> sums(pixels, shared, b, tile, block);
   unsigned long long met = 0;
   for (int64_t first = part; first < pixels.tiles; first += int64_t(kExactThreads) * pixels.parts) {
-    const int found = list_tiles(pixels, b, first, shared);
-    met += unsigned(found);
-    if (found > 0) sums.fetch(shared.list[0]), sums.keep(0);
+    const int found = list_tiles(pixels, b, tile, first, shared);
+    if (found > 0) sums.fetch(shared.list[0] / 4), sums.keep(0);
     for (int at = 0; at < found; ++at) {
-      const int64_t other = shared.list[at];
-      if (at + 1 < found) sums.fetch(shared.list[at + 1]);
-      if constexpr (kTensor)
-        sums.add_tile(other, at % 2);
-      else
-        sums.add_plainly(other, at % 2);
+      const int entry = shared.list[at];
+      if (at + 1 < found) sums.fetch(shared.list[at + 1] / 4);
+      met += unsigned(entry % 2 + entry / 2 % 2);
+      if (entry >> (sums.row(0, 0) / kTile) & 1) {  // for all of a warp
+        if constexpr (kTensor)
+          sums.add_tile(entry / 4, at % 2);
+        else
+          sums.add_plainly(entry / 4, at % 2);
+      }
       if (at + 1 < found) sums.keep((at + 1) % 2);
     }
     __syncthreads();  // the list is still read
@@ -283,7 +299,8 @@ __global__ void __launch_bounds__(kExactThreads, 3) exact_kernel(const __grid_co
   sums.store(part, tile);
   if (pixels.counted != nullptr && threadIdx.x == 0 && block == 0) {
     atomicAdd(pixels.counted, met);
-    if (part == 0) atomicAdd(pixels.counted + 1, static_cast<unsigned long long>(pixels.tiles));
+    const int64_t own = pixels.tiles - tile;
+    if (part == 0) atomicAdd(pixels.counted + 1, static_cast<unsigned long long>((own < kM ? own : kM) * pixels.tiles));
   }
 }
 
@@ -329,7 +346,7 @@ static Status launch_sums(const ExactPlan& plan, void* stream) {
   const ExactPixels& pixels = plan.pixels;
   LaunchShape shape;
   shape.grid = dim3(unsigned(pixels.batch * (pixels.rows / plan.row_tiles)), unsigned(pixels.parts * blocks_for(pixels.blocks, plan.run)));
-  shape.block = dim3(kExactThreads), shape.shared_bytes = BlockShared::bytes();
+  shape.block = dim3(kExactThreads), shape.shared_bytes = plan.row_tiles == 2 ? BlockShared<2>::bytes() : BlockShared<1>::bytes();
   if (!have_tensor_cores()) {
     shape.grid = dim3(unsigned(pixels.batch * pixels.rows), unsigned(pixels.parts * blocks_for(pixels.blocks, 3)));
     return launch(exact_kernel<1, 3, false>, shape, stream, pixels);
