@@ -2,7 +2,7 @@
 
 160 x 160 is what DenseEnergyLoss filters of a crop of 320; 500 x 375 a photograph of VOC. Where plain PyTorch takes
 minutes, for the 3.5e10 pairs of the photograph or ten iterations of its lattice on a CPU, it is left out, and ours
-stands first. Of the exact filter's floor count the pairs that matter, those with a weight above 1e-7, found by sampling.
+stands first. The exact filter's floor counts the pairs that matter, with a weight above 1e-7, found by sampling.
 
 pydensecrf has one thread; "native 1 thread" is ours likewise.
 """
@@ -109,9 +109,7 @@ def by_pydensecrf(image: Tensor, probs: Tensor) -> Callable[[], Tensor] | None:
         crf = densecrf.DenseCRF2D(width, height, CHANNELS)
         crf.setUnaryEnergy(unary)
         crf.addPairwiseGaussian(sxy=CRF["pos_xy_std"], compat=CRF["pos_w"])
-        crf.addPairwiseBilateral(
-            sxy=CRF["bi_xy_std"], srgb=CRF["bi_rgb_std"], rgbim=pixels, compat=CRF["bi_w"]
-        )
+        crf.addPairwiseBilateral(sxy=CRF["bi_xy_std"], srgb=CRF["bi_rgb_std"], rgbim=pixels, compat=CRF["bi_w"])
         return torch.tensor(np.array(crf.inference(CRF["num_iter"]))).view(1, CHANNELS, height, width)
 
     return call

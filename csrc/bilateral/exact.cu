@@ -2,20 +2,21 @@
 //
 //   out_i = sum_j w_ij v_j,   w_ij = 2^(-sum_k (a_ik - a_jk)^2),   a = (x, y, r, g, b) times sqrt(log2(e)) / (sqrt(2) sigma)
 //
-// Data flow: pixels in tiles of 64 that are compact in a, values packed (exact_tiles.cu). A block of exact_kernel owns 128 pixels (64 if there are
-// more than 24 channels) and up to 48 channels. From the boxes around tiles follows the most that a weight can be: others are counted by
-// that, whose farthest a tile leaves out as long as all of them together stay under 1e-6 of what its own weights add up to at least. The block
-// then goes through those that are left: their features, in a frame that begins at a pixel of its own, so that few digits are lost, are in
-// shared memory while the next tile's are on their way; a thread makes the weights that tensor cores want of it, differences squared in
-// float32; each weight and value in two halves, of whose products the three larger ones count: 22 bits. A tile is summed up by
-// tensor cores, which cut digits off, the sums of tiles in float32, in order: the same bits every run. Values that are not finite are added
-// by exact_special_kernel. Where there are few pixels, several blocks share the tiles, every n-th each, and exact_unpack_kernel adds up.
-// Error against float64: under 1e-6 (norm of the difference over norm) in emulation, whose exponentials and sums are the host's; the device's
-// add ex2.approx's 2^-22 and, in the worst case, 2^-23 for each of a tile's 12 products.
-// Floor: pairs * (10 float32 operations, an exponential, 3 to halve it), at 128 instructions and 16 exponentials a clock and multiprocessor
-// 0.11 clocks a pair; tensor cores, 6 K operations a pair, keep up. The loop has 303 instructions for 16 pairs a thread: 0.15 clocks.
-// Of the 3.5e10 pairs of a 500 x 375 photograph 16 to 25 % matter (sigmas 64, 5): on an H100 (132 x 1.7 GHz) 4 to 6 ms, by this count; not
-// yet timed. Bound: issue of instructions.
+// Data flow: pixels in tiles of 64 that are compact in a, values packed (exact_tiles.cu). A block of exact_kernel owns 128 pixels (64 if
+// there are more than 24 channels) and up to 48 channels. From the boxes around tiles follows the most that a weight can be: others are
+// counted by that, whose farthest a tile leaves out as long as all of them together stay under 1e-6 of what its own weights add up to at
+// least. The block then goes through those that are left: their features, in a frame that begins at a pixel of its own, so that few
+// digits are lost, are in shared memory while the next tile's are on their way; a thread makes the weights that tensor cores want of it,
+// differences squared in float32; each weight and value in two halves, of whose products the three larger ones count: 22 bits. A tile is
+// summed up by tensor cores, which cut digits off, the sums of tiles in float32, in order: the same bits every run. Values that are not
+// finite are added by exact_special_kernel. Where there are few pixels, several blocks share the tiles, every n-th each, and
+// exact_unpack_kernel adds up.
+// Error against float64: under 1e-6 (norm of the difference over norm) in emulation, whose exponentials and sums are the host's; the
+// device's add ex2.approx's 2^-22 and, in the worst case, 2^-23 for each of a tile's 12 products.
+// Floor: pairs * (10 float32 operations, an exponential, 3 to halve it), at 128 instructions and 16 exponentials a clock and
+// multiprocessor 0.11 clocks a pair; tensor cores, 6 K operations a pair, keep up. The loop has 303 instructions for 16 pairs a thread:
+// 0.15 clocks. Of the 3.5e10 pairs of a 500 x 375 photograph 16 to 25 % matter (sigmas 64, 5): on an H100 (132 x 1.7 GHz) 4 to 6 ms, by
+// this count; not yet timed. Bound: issue of instructions.
 // Occupancy: exact_kernel 128 x 3 (threads x blocks a multiprocessor, by registers). Wide loads: exact_kernel<*, true>.
 #include "bilateral/exact.cuh"
 
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kExactThreads, 3) exact_kernel(const __grid_co
 // ---- entry points --------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kGroupPixels = int64_t(1) << 20;  // of several images together
-constexpr int64_t kGroupImages = 1024;
+constexpr int64_t kGroupImages = 64;
 
 struct ExactPlan {
   ExactPixels pixels;

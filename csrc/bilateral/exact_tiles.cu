@@ -1,14 +1,14 @@
 // The exact filter on a GPU, around its sums (exact.cu): pixels into tiles, and sums back into images.
 //
 // Data flow: exact_key_kernel gives each pixel a key of 32 bits. A bit halves the axis of (x, y, r, g, b), each times its scale, that is
-// widest at that point, of what is possible: the image's sides and 0..255. The bits together are a number in Gray code: neighbours in its order
-// differ in one bit, so that a run of 64 pixels across the border between two halves is not spread over either. Pixels are sorted by it, those
-// of several images at once. exact_pack_kernel writes a tile's features, its box, and its values as fragments of tensor cores: each channel times a
-// power of two, in two halves (22 bits), the factor beside. exact_special_kernel adds what has no such factor, infinity and NaN;
-// exact_unpack_kernel adds up the parts of each pixel's sums.
+// widest at that point, of what is possible: the image's sides and 0..255. The bits together are a number in Gray code: neighbours in its
+// order differ in one bit, so that a run of 64 pixels across the border between two halves is not spread over either. Pixels are sorted
+// by it, those of several images at once. exact_pack_kernel writes a tile's features, its box, and its values as fragments of tensor
+// cores: each channel times a power of two, in two halves (22 bits), the factor beside. exact_special_kernel adds what has no such
+// factor, infinity and NaN; exact_unpack_kernel adds up the parts of each pixel's sums.
 // Floor: images and values read once, about 30 + 8 K bytes a pixel written, and the sort. Bound: memory.
-// Occupancy: exact_key_kernel 256 x 4, exact_pack_kernel 128 x 4, exact_special_kernel 128 x 4, exact_unpack_kernel 256 x 4
-// (threads x blocks a multiprocessor, by registers).
+// Occupancy: exact_key_kernel 256 x 4, exact_pack_kernel 128 x 4, exact_special_kernel 128 x 4, exact_unpack_kernel 256 x 4 (threads x
+// blocks a multiprocessor, by registers).
 #include "bilateral/exact.cuh"
 #include "common/radix_sort.h"
 

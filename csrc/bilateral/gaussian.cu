@@ -1,8 +1,8 @@
 // A spatial Gaussian on a GPU: down the columns, then along the rows.
 //
-// Data flow: gaussian_kernel sums along the lines of a plane that lie side by side in memory, and turns it: what the second launch sums along
-// lies side by side too, and is turned back. A block has 32 lines of 32 sums, a thread 8 of a line: it walks over what these can see,
-// one number at a time, with the 8 weights, which move on by one at every step, in registers. The sums leave through shared memory.
+// Data flow: gaussian_kernel sums along the lines of a plane that lie side by side in memory, and turns it: what the second launch sums
+// along lies side by side too, and is turned back. A block has 32 lines of 32 sums, a thread 8 of a line: it walks over what these can
+// see, one number at a time, with the 8 weights, which move on by one at every step, in registers. The sums leave through shared memory.
 // Between the launches planes are float32. Weights end where 1e-8 of their sum is left; gaussian_weights_kernel tables them.
 // Floor: values read and written twice, 16 bytes a value; 2 * (12 sigma + 1) fused multiply-adds for each value. Bound: memory below
 // sigma 3, these above.

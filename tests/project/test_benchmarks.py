@@ -38,6 +38,7 @@ def test_the_bilateral_filters_cases_run(bench, tmp_path, monkeypatch):
     table, few = bench.bench_bilateral, (18, 24)
     monkeypatch.setattr(table, "QUICK", few)
     monkeypatch.setitem(table.SIGMAS, few, (15.0, 5.0))
+    monkeypatch.setitem(table.CRF, "num_iter", 1)
     monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
     cases = table.cases("cpu", quick=True)
     assert [case.name.split(",")[0] for case in cases] == ["exact", "lattice", "gaussian", "CRF lattice"]

@@ -1,11 +1,12 @@
 """The exact bilateral filter and the Gaussian of place in Triton; the lattice has no kernels here.
 
 PyTorch sorts the pixels by a key whose bits halve, one after the other, the widest axis of (x, y, r, g, b), each in
-sigmas: runs of 64 of them, tiles, are compact. A program has such a tile and a block of channels. From the boxes around tiles
-follows the most that a weight can be; tiles beyond a distance at which all pixels of the image together would weigh
-less than 1e-6 of what the tile's own weights add up to are passed over, 32 at a time where they can be. Products are
-float32 ("ieee", for TF32 has too few digits and its threefold no infinity). Floor: pairs * (an exponential and K fused
-multiply-adds). The Gaussian is a launch for each axis, over weights that end where 1e-8 of their sum is left.
+sigmas: runs of 64 of them, tiles, are compact. A program has such a tile and a block of channels. From the boxes around
+tiles follows the most that a weight can be; tiles beyond a distance at which all pixels of the image together would
+weigh less than 1e-6 of what the tile's own weights add up to are passed over, 32 at a time where they can be. Products
+are float32 ("ieee", for TF32 has too few digits and its threefold no infinity). Floor: pairs * (an exponential and K
+fused multiply-adds). The Gaussian is a launch for each axis, over weights that end where 1e-8 of their
+sum is left.
 """
 
 from __future__ import annotations
