@@ -34,12 +34,12 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
         afa_kernels.affinity_loss(window, labels, radius)[0],
         afa_kernels.random_walk(window, masks, radius, num_steps=2),
+        afa_kernels.bilateral_filter((255 * images).float(), masks, 60, 4),
+        afa_kernels.bilateral_filter((255 * images).float(), masks, None, 2),
     ]
     if DEVICE == "cpu":
         colours, probs = (255 * images).float(), masks.softmax(1)
         results += [
-            afa_kernels.bilateral_filter(colours, masks, 60, 4),
-            afa_kernels.bilateral_filter(colours, masks, None, 2),
             afa_kernels.bilateral_filter(colours, masks, 60, 4, "lattice"),
             afa_kernels.dense_crf(colours, probs, 2, bi_xy_std=8, bi_rgb_std=60),
         ]
@@ -58,9 +58,11 @@ def smallest() -> None:
     afa_kernels.par(images, masks, [1], 1).sum().backward()
     afa_kernels.pamr(images, masks, [1], 1).sum().backward()
     afa_kernels.diffuse(leaf(1, 1, 1, 1).detach(), masks, [(0, 0)], 1).sum().backward()
+    afa_kernels.bilateral_filter(images, masks, 15, 100).sum().backward()
+    afa_kernels.bilateral_filter(images, masks, None, 100).sum().backward()
     if DEVICE == "cpu":
+        afa_kernels.bilateral_filter(images, masks, 15, 100, "lattice").sum().backward()
         for method in ("exact", "lattice"):
-            afa_kernels.bilateral_filter(images, masks, 15, 100, method).sum().backward()
             afa_kernels.dense_crf(images, masks, 2, method=method).sum().backward()
     scores, head = leaf(1, 1, 1, 1), leaf(1)
     labels = torch.zeros(1, 1, 1, dtype=torch.long, device=DEVICE)

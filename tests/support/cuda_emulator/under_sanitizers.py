@@ -148,9 +148,8 @@ def main(sanitizer: str, fault: str | None = None) -> None:
             run_diffusion(emulator.native, shape, kind, transpose, borders, steps)
             steps = (1 + 2 * turn,) if races else (0, 1, 2, 4)
             run_par(emulator.native, shape, dilations, kind, transpose, (calls + calls // 4) % 4, steps)
-            if transpose:
-                run_bilateral(emulator.native, shape, kind)
             calls += 1
+        run_bilateral(emulator.native, SHAPES[-2 + order], kinds[order])
         for turn, grid in enumerate([(5, 13, 2)] if races else GRIDS):
             # Rows of 8 numbers are loaded otherwise than rows of 5; both in every type, but not on every grid.
             for kind in kinds if order == 0 else kinds[turn % len(kinds) :][:1]:
