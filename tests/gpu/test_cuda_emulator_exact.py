@@ -173,6 +173,17 @@ def test_what_is_left_out_is_less_than_a_millionth(rng, emulator):
     assert counts(emulator, torch.full_like(images, 9.0), values, 20, 100)[1] == pairs
 
 
+def test_the_bound_of_what_is_left_out_is_the_stated_one(rng, emulator):
+    """Two colours, half of the pixels each: a half weighs exp(-14) = 8e-7 of what the other half adds up to itself."""
+    images, values = torch.full((1, 3, 16, 32), 77.0), torch.rand(1, 2, 16, 32, generator=rng)
+    images[:, 0, 8:] = 177
+    for distance, share in ((13.9, 1.0), (14.1, 0.5)):
+        sigmas = 100 / (2 * distance) ** 0.5, 1e6
+        got, met, pairs = counts(emulator, images, values, *sigmas)
+        assert pairs == 8**2 and met == share * pairs
+        assert relative_error(got, wide(images, values, *sigmas)) < 1e-6
+
+
 def test_several_blocks_share_the_tiles_of_a_small_image(rng, emulator):
     images, values = case(rng, 1, 3, 40, 52)
     results = []
