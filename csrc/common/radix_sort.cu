@@ -5,7 +5,7 @@
 // in the order in which they stand, each warp 512 of them, 32 at a time by votes, and writes them to where they belong: where a pair
 // goes depends on the keys alone, never on which thread comes first.
 // Floor: per pass pairs read once and once more their keys, and written once: 20 bytes a pair. Bound: memory, and votes: 8 for 32 pairs.
-// Occupancy: sort_count_kernel 256 x 4, sort_scan_kernel 256 x 4, sort_scatter_kernel 256 x 3 (threads x blocks a multiprocessor, by
+// Occupancy: sort_count_kernel 256 x 4, sort_scan_kernel 256 x 4, sort_scatter_kernel 256 x 4 (threads x blocks a multiprocessor, by
 // registers).
 #include "common/radix_sort.h"
 
@@ -63,36 +63,30 @@ __global__ void __launch_bounds__(kSortThreads, 4) sort_scan_kernel(const __grid
   if (threadIdx.x == 0) pass.totals()[digit] = before;
 }
 
-__global__ void __launch_bounds__(kSortThreads, 3) sort_scatter_kernel(const __grid_constant__ SortPass pass) {
+__global__ void __launch_bounds__(kSortThreads, 4) sort_scatter_kernel(const __grid_constant__ SortPass pass) {
   SharedArena arena;
   SharedArray<int> scratch = arena.take<int>(kSortWarps + 1);
   SharedArray<int> found = arena.take<int>(kSortWarps * kSortDigits);  // by warp: how many, then where they begin
+  SharedArray<uint16_t> ranks = arena.take<uint16_t>(kSortTile);
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, tile = int(blockIdx.x);
   for (int w = 0; w < kSortWarps; ++w) found[w * kSortDigits + thread] = 0;
   int total;
   const int smaller = block_exclusive_sum(pass.totals()[thread], scratch, &total);  // pairs of smaller digits
   const SharedArray<int> own = found + warp * kSortDigits;
   const int64_t begin = int64_t(tile) * kSortTile + warp * 32 * kSortRounds;
-  uint32_t keys[kSortRounds];
-  int ranks[kSortRounds];
-#pragma unroll
+#pragma unroll 4
   for (int round = 0; round < kSortRounds; ++round) {
+    if (begin + round * 32 >= pass.count) break;  // the whole warp
     const int64_t at = begin + round * 32 + lane;
-    keys[round] = at < pass.count ? pass.keys[at] : 0;
-  }
-#pragma unroll
-  for (int round = 0; round < kSortRounds; ++round) {
-    ranks[round] = 0;
-    if (begin + round * 32 >= pass.count) continue;  // the whole warp
-    const bool here = begin + round * 32 + lane < pass.count;
-    const int digit = pass.digit(keys[round]);
+    const bool here = at < pass.count;
+    const int digit = here ? pass.digit(pass.keys[at]) : 0;
     unsigned equal = __ballot_sync(0xffffffffu, here);
     for (int bit = 1; bit < kSortDigits; bit *= 2) {
       const unsigned votes = __ballot_sync(0xffffffffu, digit & bit);
       equal &= digit & bit ? votes : ~votes;
     }
     const int before = __popc(equal & ((1u << lane) - 1u));
-    if (here) ranks[round] = own[digit] + before;
+    if (here) ranks[round * kSortThreads + thread] = uint16_t(own[digit] + before);
     __syncwarp();
     if (here && before == 0) own[digit] += __popc(equal);
     __syncwarp();
@@ -105,12 +99,13 @@ __global__ void __launch_bounds__(kSortThreads, 3) sort_scatter_kernel(const __g
     position += many;
   }
   __syncthreads();
-#pragma unroll
+#pragma unroll 4
   for (int round = 0; round < kSortRounds; ++round) {
     const int64_t at = begin + round * 32 + lane;
-    if (at >= pass.count) continue;
-    const int to = own[pass.digit(keys[round])] + ranks[round];
-    pass.to_keys[to] = keys[round];
+    if (at >= pass.count) break;
+    const uint32_t key = pass.keys[at];
+    const int to = own[pass.digit(key)] + ranks[round * kSortThreads + thread];
+    pass.to_keys[to] = key;
     pass.to_payload[to] = pass.payload ? pass.payload[at] : int32_t(at);
   }
 }
@@ -144,7 +139,8 @@ Status radix_sort_cuda(const SortPairs& pairs, void* workspace, void* stream) {
     tiles.shared_bytes = SharedArena::bytes<int>(kSortDigits);
     AFA_TRY(launch(sort_count_kernel, tiles, stream, pass));
     AFA_TRY(launch(sort_scan_kernel, digits, stream, pass));
-    tiles.shared_bytes = digits.shared_bytes + SharedArena::bytes<int>(kSortWarps * kSortDigits);
+    tiles.shared_bytes = digits.shared_bytes + SharedArena::bytes<int>(kSortWarps * kSortDigits) +
+                         SharedArena::bytes<uint16_t>(kSortTile);
     AFA_TRY(launch(sort_scatter_kernel, tiles, stream, pass));
     pass.keys = pass.to_keys, pass.payload = pass.to_payload;
   }
