@@ -26,7 +26,7 @@ struct SortPass {
   int32_t* to_payload;
   int32_t* counts;  // [digits][tiles], and behind them the digits' totals
   int64_t count;
-  int tiles, shift;
+  int tiles, shift, digits;  // digits: how many there can be
 
   __device__ int digit(uint32_t key) const { return int(key >> shift & (kSortDigits - 1)); }
   __device__ int32_t* totals() const { return counts + int64_t(kSortDigits) * tiles; }
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kSortThreads, 4) sort_count_kernel(const __gri
     if (at < pass.count) atomicAdd(&found[pass.digit(pass.keys[at])], 1);
   }
   __syncthreads();
-  pass.counts[int64_t(thread) * pass.tiles + tile] = found[thread];
+  if (thread < pass.digits) pass.counts[int64_t(thread) * pass.tiles + tile] = found[thread];
 }
 
 __global__ void __launch_bounds__(kSortThreads, 4) sort_scan_kernel(const __grid_constant__ SortPass pass) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kSortThreads, 4) sort_scan_kernel(const __grid
   const int digit = int(blockIdx.x);
   int32_t* counts = pass.counts + int64_t(digit) * pass.tiles;
   int before = 0;
-  for (int first = 0; first < pass.tiles; first += kSortThreads) {
+  for (int first = 0; first < pass.tiles; first += int(blockDim.x)) {
     const int tile = first + int(threadIdx.x);
     int total;
     const int sum = block_exclusive_sum(tile < pass.tiles ? counts[tile] : 0, scratch, &total);
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kSortThreads, 4) sort_scatter_kernel(const __g
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, tile = int(blockIdx.x);
   for (int w = 0; w < kSortWarps; ++w) found[w * kSortDigits + thread] = 0;
   int total;
-  const int smaller = block_exclusive_sum(pass.totals()[thread], scratch, &total);  // pairs of smaller digits
+  const bool used = thread < pass.digits;
+  const int smaller = block_exclusive_sum(used ? pass.totals()[thread] : 0, scratch, &total);  // pairs of smaller digits
   const SharedArray<int> own = found + warp * kSortDigits;
   const int64_t begin = int64_t(tile) * kSortTile + warp * 32 * kSortRounds;
 #pragma unroll 4
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kSortThreads, 4) sort_scatter_kernel(const __g
     __syncwarp();
   }
   __syncthreads();
-  int position = smaller + pass.counts[int64_t(thread) * pass.tiles + tile];
+  int position = smaller + (used ? pass.counts[int64_t(thread) * pass.tiles + tile] : 0);
   for (int w = 0; w < kSortWarps; ++w) {
     const int many = found[w * kSortDigits + thread];
     found[w * kSortDigits + thread] = position;
@@ -126,16 +127,18 @@ Status radix_sort_cuda(const SortPairs& pairs, void* workspace, void* stream) {
   uint32_t* spare_keys = reinterpret_cast<uint32_t*>(scratch);
   int32_t* spare_payload = reinterpret_cast<int32_t*>(scratch + pair_bytes(pairs.count));
   const int passes = pairs.bits > 8 ? (pairs.bits + 7) / 8 : 1;
-  SortPass pass = {pairs.keys, pairs.payload, nullptr, nullptr, nullptr, pairs.count, int(sort_tiles(pairs.count)), 0};
+  SortPass pass = {pairs.keys, pairs.payload, nullptr, nullptr, nullptr, pairs.count, int(sort_tiles(pairs.count)), 0, 0};
   pass.counts = reinterpret_cast<int32_t*>(scratch + 2 * pair_bytes(pairs.count));
   LaunchShape tiles, digits;
-  tiles.block = digits.block = dim3(kSortThreads);
-  tiles.grid = dim3(unsigned(pass.tiles)), digits.grid = dim3(kSortDigits);
+  tiles.block = dim3(kSortThreads), tiles.grid = dim3(unsigned(pass.tiles));
+  digits.block = dim3(unsigned(pass.tiles < kSortThreads ? round_up(pass.tiles, 32) : kSortThreads));
   digits.shared_bytes = SharedArena::bytes<int>(kSortWarps + 1);
   for (int i = 0; i < passes; ++i) {
     const bool to_out = (passes - 1 - i) % 2 == 0;  // the last one does
     pass.to_keys = to_out ? pairs.sorted_keys : spare_keys, pass.to_payload = to_out ? pairs.sorted_payload : spare_payload;
     pass.shift = 8 * i;
+    pass.digits = pairs.bits - pass.shift < 8 ? 1 << (pairs.bits - pass.shift) : kSortDigits;
+    digits.grid = dim3(unsigned(pass.digits));
     tiles.shared_bytes = SharedArena::bytes<int>(kSortDigits);
     AFA_TRY(launch(sort_count_kernel, tiles, stream, pass));
     AFA_TRY(launch(sort_scan_kernel, digits, stream, pass));
