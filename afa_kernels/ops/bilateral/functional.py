@@ -151,5 +151,5 @@ def _lattice_samples(draw: Draw) -> list[Sample]:
 
 
 backends.register("bilateral_filter", _samples)
-# The lattice is an operator of its own to those who ask what can run: it has other kernels.
-backends.register("lattice_filter", _lattice_samples, ("native",))
+# The lattice is an operator of its own to those who ask what can run: its kernels are those of the dense CRF.
+backends.register("lattice_filter", _lattice_samples, ("native",), kernels="dense_crf")
