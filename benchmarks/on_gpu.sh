@@ -157,6 +157,7 @@ else
   check racecheck 45 "${checked[@]}" racecheck "$python" tests/support/every_operator.py
   stage affinity 45 "${bench[@]}" affinity
   stage random_walk 25 "${bench[@]}" random_walk
+  stage bilateral 40 "${bench[@]}" bilateral
   stage train_step 45 "${step[@]}" --json "$work/benchmarks/train_step-$device.json"
   stage train_step_graph 45 "${step[@]}" --cuda-graph --json "$work/benchmarks/train_step_graph-$device.json"
   tests suite 60 model "not slow"

@@ -16,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 OURS = ("native", "triton")
+OTHERS = ("pydensecrf",)
 START, END = "<!-- speed table: python benchmarks/readme_table.py -->", "<!-- end of speed table -->"
 
 
@@ -46,9 +47,13 @@ def markdown(found: list[dict[str, Any]]) -> str:
                 rows = [row for row in report["rows"] if row["case"] == case]
                 own = [row for row in rows if row["provider"] in OURS]
                 base, ours = rows[0], min(own or rows[:1], key=lambda row: row["median_ms"])
-                numbers = [short(base["median_ms"]), f"{short(ours['median_ms'])} ({ours['provider']})"]
-                numbers += [f"{ours['speedup']:.1f}x", short(ours["floor_ms"]), f"{100 * ours['of_floor']:.0f} %"]
-                numbers += [f"{base['peak_mb']:.0f} / {ours['peak_mb']:.0f}"]
+                # Where PyTorch would take minutes there is no time of it, or one of another package.
+                alone, other = base["provider"] in OURS, base["provider"] in OTHERS
+                theirs = "-" if alone else short(base["median_ms"]) + f" ({base['provider']})" * other
+                numbers = [theirs, f"{short(ours['median_ms'])} ({ours['provider']})"]
+                numbers += ["-" if alone else f"{ours['speedup']:.1f}x"]
+                numbers += [short(ours["floor_ms"]), f"{100 * ours['of_floor']:.0f} %"]
+                numbers += [f"{'-' if alone else short(round(base['peak_mb']))} / {ours['peak_mb']:.0f}"]
                 graph = ours.get("graph_ms")
                 numbers += [short(graph) if graph is not None else ""] * graphs
                 lines.append(f"| {report['operator']} | {case} | " + " | ".join(numbers) + " |")

@@ -59,16 +59,19 @@ class BackendTable(list):
 
 
 def register(
-    operator: str, samples: Callable[[proof.Draw], list[proof.Sample]], backends: Sequence[str] = ("native", "triton")
+    operator: str,
+    samples: Callable[[proof.Draw], list[proof.Sample]],
+    backends: Sequence[str] = ("native", "triton"),
+    kernels: str | None = None,
 ) -> None:
     """An operator and the backends that it has beside the reference, which always can.
 
     ``samples(draw)`` gives the small calls with which a backend proves itself: odd sizes, several of the kernels'
-    tiles, all arguments that choose another kernel.
+    tiles, all arguments that choose another kernel. ``kernels`` names another operator whose native kernels it runs on.
     """
 
     def native_reason(device: torch.device, *tensors: torch.Tensor) -> str | None:
-        return native_module.native_can_run(operator, device, *tensors)
+        return native_module.native_can_run(kernels or operator, device, *tensors)
 
     predicates = {"native": native_reason, "triton": triton_reason}
     _registry[operator] = {name: predicates[name] for name in backends}

@@ -14,10 +14,12 @@ namespace afa {
 struct BilateralArgs {
   View<4> images, values, out;          // [B, 3, H, W], [B, K, H, W] twice
   float scale_rgb = 0, scale_xy = 0;    // 1 / (2 sigma^2)
-  int64_t* counted = nullptr;           // [2] pairs of tiles that were met, that there are; may be null
+  int64_t* counted = nullptr;           // [2] pairs of tiles that were met, that there are, are added there; may be null
 };
 int64_t bilateral_exact_cpu_workspace(const BilateralArgs& args, int threads);
 Status bilateral_exact_cpu(const BilateralArgs& args, void* workspace, int threads);
+int64_t bilateral_exact_cuda_workspace(const BilateralArgs& args, int device);
+Status bilateral_exact_cuda(const BilateralArgs& args, void* workspace, int device, void* stream);
 
 // Pixels in an order in which tiles of `tile` neighbours are compact in (x, y, r, g, b), each times its scale: halves of halves, split
 // where they are widest. points [N][5]; scratch of as many.
@@ -26,23 +28,16 @@ void compact_order(float* points, int64_t count, int64_t tile, int32_t* order);
 // Without colours: values and out [B, K, H, W], sigma in pixels.
 int64_t gaussian_cpu_workspace(const View<4>& values, float sigma, int threads);
 Status gaussian_cpu(const View<4>& values, const View<4>& out, float sigma, void* workspace, int threads);
+int64_t gaussian_cuda_workspace(const View<4>& values, float sigma);
+Status gaussian_cuda(const View<4>& values, const View<4>& out, float sigma, void* workspace, int device, void* stream);
 
 // --- lattice ---
 
 constexpr int kMostDims = 32;
 
-// Of one image: N points in d dimensions and the M lattice points that are corners of their simplices, numbered as first met.
-struct Lattice {
-  int64_t points = 0, dims = 0, vertices = 0;
-  int32_t* index = nullptr;      // [N][d + 1] corners of a point's simplex
-  float* weight = nullptr;       // [N][d + 1] their barycentric weights, summing to 1
-  int32_t* near = nullptr;       // [d + 1][M][2] neighbours along every axis; M where there is none
-  int32_t* start = nullptr;      // [M + 1] where a vertex's points begin in
-  int32_t* point = nullptr;      // [N][d + 1] points sorted by vertex, and
-  float* share = nullptr;        // [N][d + 1] their weights
-};
-// The same of an image of N = H * W pixels, as the CPU filters: in tiles of pixels, see lattice_tiles.h. A tile numbers the corners that
-// its points have by itself, its rows; points are in the order of tiles.
+// Of an image of N = H * W points in d dimensions: the M lattice points that are corners of their simplices, numbered as first met. The
+// CPU filters in tiles of pixels, see lattice_tiles.h. A tile numbers the corners that its points have by itself, its rows; points are in
+// the order of tiles.
 struct TiledLattice {
   int64_t height = 0, width = 0, dims = 0, vertices = 0;
   int64_t rows = 0, most = 0;    // of all tiles, of one

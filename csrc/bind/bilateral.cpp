@@ -198,6 +198,22 @@ void bind_bilateral(py::module_& module) {
     step.transpose = transpose, step.finish = static_cast<Finish>(finish);
     check_cuda(lattice_step_cuda(step, pointer<void>(workspace), device, pointer<void>(stream)), "dense_crf_cuda");
   });
+  module.def("bilateral_filter_cuda_workspace", [](const View<4>& images, const View<4>& values, int device) {
+    return bilateral_exact_cuda_workspace(exact_args(images, values, values, 0, 0), device);
+  });
+  // counted: address of two integers on the device, to which pairs of tiles that are met, and that there are, are added; or 0.
+  module.def("bilateral_filter_cuda", [](const View<4>& images, const View<4>& values, const View<4>& out, double scale_rgb,
+                                         double scale_xy, uint64_t counted, uint64_t workspace, int device, uint64_t stream) {
+    py::gil_scoped_release release;
+    BilateralArgs args = exact_args(images, values, out, scale_rgb, scale_xy);
+    args.counted = pointer<int64_t>(counted);
+    check_cuda(bilateral_exact_cuda(args, pointer<void>(workspace), device, pointer<void>(stream)), "bilateral_filter_cuda");
+  });
+  module.def("gaussian_cuda_workspace", [](const View<4>& values, double sigma) { return gaussian_cuda_workspace(values, float(sigma)); });
+  module.def("gaussian_cuda", [](const View<4>& values, const View<4>& out, double sigma, uint64_t workspace, int device, uint64_t stream) {
+    py::gil_scoped_release release;
+    check_cuda(gaussian_cuda(values, out, float(sigma), pointer<void>(workspace), device, pointer<void>(stream)), "gaussian_cuda");
+  });
   module.def("radix_sort_cuda_workspace", &radix_sort_cuda_workspace);
   // Addresses of keys, payload (or 0), sorted keys, sorted payload.
   module.def("radix_sort_cuda", [](const std::array<uint64_t, 4>& arrays, int64_t count, int bits, uint64_t workspace, int device,

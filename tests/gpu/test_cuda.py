@@ -94,6 +94,12 @@ def make(name: str) -> Case:
             lambda m: afa_kernels.affinity_from_maps(m, *head, 15, 20, 4),
             random(2, 4, 300, 300),
         ),
+        "bilateral_filter": Case(
+            "bilateral_filter", lambda x, m: afa_kernels.bilateral_filter(255 * x, m, 60, 8), images, masks
+        ),
+        "bilateral_filter of place": Case(
+            "bilateral_filter", lambda x, m: afa_kernels.bilateral_filter(x, m, None, 3), images, masks
+        ),
         "random_walk": Case(
             "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
         ),
@@ -130,6 +136,8 @@ NAMES = [
     "attention_affinity_loss float16",
     "affinity_loss",
     "affinity_from_maps",
+    "bilateral_filter",
+    "bilateral_filter of place",
     "random_walk",
     "lattice_filter",
     "lattice_filter bfloat16",

@@ -105,6 +105,8 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         "product_kernel",
         "window_loss_kernel",
         "walk_weights_kernel",
+        "exact_kernel",
+        "gaussian_kernel",
     }
     built = set(re.findall(r"\d+", afa_kernels.build_info()["cuda_archs"]))
     archs = {kernel.arch for kernel in kernels}
@@ -174,13 +176,26 @@ def test_streaming_kernels_load_16_bytes_at_a_time(module, kernels):
 def test_no_product_is_fused_in_front_of_an_exponential(module, kernels, arch):
     """exp(a - max) where max is one of the rounded a: fused into the difference, a would not be rounded as max is."""
     has(kernels, arch)
-    code = code_of(module, arch)
+    # The bilateral filters' are of distances: nothing is taken off them.
+    code = {name: body for name, body in code_of(module, arch).items() if not name.startswith(("exact_", "gaussian_"))}
     before = {name: machine_code.before_exponentials(body) for name, body in code.items()}
     refine = [name for name in code if "par_weights_kernel" in name or "ParWeights" in name]
     assert len(refine) >= 6 and all(len(before[name]) >= 16 for name in refine)
     assert any(before[name] for name in code if name.startswith("pair_kernel"))
     assert {name: found for name in before if (found := [line for line in before[name] if "FFMA" in line])} == {}
     assert all({line.split()[0] for line in found} <= {"FADD"} for found in before.values()), before
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_the_exact_filter_sums_on_tensor_cores(module, kernels, arch):
+    """And its exponentials are the hardware's, without what a denormal result would cost."""
+    has(kernels, arch)
+    code = {name: body for name, body in code_of(module, arch).items() if name.startswith("exact_kernel")}
+    assert len(code) == 4
+    for name, body in code.items():
+        assert (len(re.findall(r"HMMA\.16816\.F32", body)) >= 6) == name.endswith("true>"), name
+        assert len(re.findall(r"MUFU\.EX2 ", body)) >= 2
+        assert not re.search(r"@!?P\d+ FMUL (R\d+), \1, \1 ", body), name  # the square of what was halved
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this system (PATH, CUDA_HOME or CUDACXX)")

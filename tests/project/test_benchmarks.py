@@ -33,6 +33,33 @@ def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatc
     assert cases[0].name in line
 
 
+def test_the_bilateral_filters_cases_run(bench, tmp_path, monkeypatch):
+    """Each kind of them, on few pixels; the floor of the exact one counts pairs."""
+    table, few = bench.bench_bilateral, (18, 24)
+    monkeypatch.setattr(table, "QUICK", few)
+    monkeypatch.setitem(table.SIGMAS, few, (15.0, 5.0))
+    monkeypatch.setitem(table.CRF, "num_iter", 1)
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
+    cases = table.cases("cpu", quick=True)
+    assert [case.name.split(",")[0] for case in cases] == ["exact", "lattice", "gaussian", "CRF lattice"]
+    assert "bilateral" in bench.run.tables()
+    report = bench.harness.run("bilateral", cases, "cpu", seconds=0.0)
+    assert report.failures == {} and all(row.floor_ms > 0 for row in report.rows)
+    assert {row.provider for row in report.rows} >= {"reference", *available("dense_crf")}
+    image, few_pairs = table.photograph(*few), table.pairs_that_matter
+    assert few_pairs(image, 1e-3, 1e-3) == 18 * 24 and few_pairs(image, 1e6, 1e6) == (18 * 24) ** 2
+    threads = torch.get_num_threads()
+    assert table.one_thread(torch.get_num_threads) == 1 and torch.get_num_threads() == threads
+
+
+def test_the_photograph_is_compared_with_what_ends(bench):
+    """On a CPU there is no reference of 3.5e10 pairs."""
+    table = bench.bench_bilateral
+    cases = [table.filter_case(method, table.PHOTOGRAPH, "cpu") for method in ("exact", "lattice")]
+    assert ["reference" in case.providers for case in cases] == [False, True]
+    assert "reference" in table.filter_case("exact", table.SMALL, "cpu").providers
+
+
 def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path, monkeypatch, capsys):
     def fail():
         raise RuntimeError("out of something")
@@ -137,6 +164,18 @@ def test_results_from_before_there_were_graphs_are_still_tabled(bench):
         f"{line}  |",
         "| walk | a | 8 | 1.5 (native) | 5.3x | 0.1 | 10 % | 1 / 1 | 0.75 |",
     ]
+
+
+def test_where_there_is_no_time_of_pytorch_none_is_shown(bench):
+    machine = {"device": "a GPU", "torch": "2"}
+    tables = {}
+    for base in ("native", "pydensecrf", "reference"):
+        rows = [row(base, 8.0), *([row("native", 2.0)] if base != "native" else [])]
+        tables[base] = bench.readme_table.markdown([{"operator": "par", "machine": machine, "rows": rows}])
+    lines = {base: table.splitlines()[-1] for base, table in tables.items()}
+    assert lines["native"] == "| par | a | - | 8 (native) | - | 0.1 | 10 % | - / 1 |"
+    assert lines["pydensecrf"] == "| par | a | 8 (pydensecrf) | 2 (native) | 4.0x | 0.1 | 10 % | 1 / 1 |"
+    assert lines["reference"] == "| par | a | 8 | 2 (native) | 4.0x | 0.1 | 10 % | 1 / 1 |"
 
 
 def test_a_reference_with_tf32_is_not_ours(bench):

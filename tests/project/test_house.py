@@ -196,14 +196,16 @@ def test_a_reference_takes_nothing_from_production():
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_its_backends_have_the_same_functions(operator):
-    """`afa_kernels.core.implementations` says so."""
+    """`afa_kernels.core.implementations` says so, but for those of operators that are registered for native alone."""
     folder, functions = ROOT / "afa_kernels" / "ops" / operator, []
     for path in [path for path in (folder / "native.py", folder / "triton_impl.py") if path.exists()]:
         body = ast.parse(path.read_text()).body
         found = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
         functions.append({node.name: [argument.arg for argument in node.args.args] for node in found})
-    assert functions[0] and functions[0] == functions[-1]
     called = "".join(path.read_text() for path in folder.glob("*.py") if path.stem in FRONTS)
+    shared = {name: found for name, found in functions[0].items() if name in functions[-1]}
+    assert shared and shared == functions[-1]
+    assert shared == functions[0] or '("native",)' in called
     assert [name for name in functions[0] if f".{name}(" not in called] == []
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from support.common import ROOT
 
-TABLES = ("bench_par", "bench_affinity", "bench_random_walk")
+TABLES = ("bench_par", "bench_affinity", "bench_random_walk", "bench_bilateral")
 MODULES = ("gpu", "harness", "machine", "reports", "run", "timing", "published_step", "readme_table", *TABLES)
 MACHINE = {
     "device": "a machine",

@@ -60,6 +60,7 @@ def smallest() -> None:
     for method in ("exact", "lattice"):
         afa_kernels.bilateral_filter(images, masks, 15, 100, method).sum().backward()
         afa_kernels.dense_crf(images, masks, 2, method=method).sum().backward()
+    afa_kernels.bilateral_filter(images, masks, None, 100).sum().backward()
     scores, head = leaf(1, 1, 1, 1), leaf(1)
     labels = torch.zeros(1, 1, 1, dtype=torch.long, device=DEVICE)
     for radius in (0, 1):

@@ -83,6 +83,8 @@ def as_trained(dtype: torch.dtype) -> None:
         afa_kernels.random_walk(window, cams, radius),
         afa_kernels.par(images, masks),
         afa_kernels.pamr(images, masks),
+        afa_kernels.bilateral_filter(images, masks, 15, 50),
+        afa_kernels.bilateral_filter(images, masks, None, 3),
     ):
         result.float().sum().backward()
 

@@ -65,7 +65,8 @@ def bilateral_filter(
         method: ``"exact"`` leaves out pairs of pixels only as long as all of them together stay below 1e-6 of the sum
             of weights times the largest value; ``"lattice"`` is the permutohedral lattice, faster, of which published
             numbers are; its sums are smaller by a factor of about two.
-        backend: ``"native"`` or ``"reference"``; None takes the best that can run.
+        backend: ``"native"``, ``"reference"`` or, of the exact filter, ``"triton"``; None takes the best that can run.
+            `backends` lists the lattice as ``lattice_filter``.
 
     Returns:
         [B, K, H, W] in the dtype of values. Weights and sums are float32; those of many pixels can exceed what float16
@@ -82,7 +83,7 @@ def bilateral_filter(
     sigma_xy = check_float(sigma_xy, "sigma_xy", positive=True)
     if check_method(method) == "lattice":
         sigma_rgb, sigma_xy = lattice_sigmas(images.shape, sigma_rgb, sigma_xy)
-    chosen = backends.choose("bilateral_filter", backend, values)
+    chosen = backends.choose("bilateral_filter" if method == "exact" else "lattice_filter", backend, values)
     images = images.detach().to(torch.promote_types(values.dtype, torch.float32))
     if chosen == "reference":
         with torch.autocast(values.device.type, enabled=False):
@@ -139,9 +140,16 @@ def _samples(draw: Draw) -> list[Sample]:
     values = {"values": draw(2, 5, 13, 21)}
     return [
         Sample(bilateral_filter, values, options, ("values",)),
-        Sample(bilateral_filter, values, {**options, "method": "lattice"}, ("values",)),
+        Sample(bilateral_filter, {"values": draw(2, 26, 13, 21)}, options, ("values",)),
         Sample(bilateral_filter, values, {**options, "sigma_rgb": None, "sigma_xy": 2.0}, ("values",)),
     ]
 
 
-backends.register("bilateral_filter", _samples, ("native",))
+def _lattice_samples(draw: Draw) -> list[Sample]:
+    options = {"images": (255 * draw(2, 3, 13, 21)).to(torch.uint8), "sigma_rgb": 80.0, "sigma_xy": 6.0}
+    return [Sample(bilateral_filter, {"values": draw(2, 5, 13, 21)}, {**options, "method": "lattice"}, ("values",))]
+
+
+backends.register("bilateral_filter", _samples)
+# The lattice is an operator of its own to those who ask what can run: its kernels are those of the dense CRF.
+backends.register("lattice_filter", _lattice_samples, ("native",), kernels="dense_crf")

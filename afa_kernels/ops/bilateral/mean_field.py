@@ -148,7 +148,7 @@ class LatticeKernel:
         if self._silent:
             features, shape = torch.cat([features, silent]), None
         self._shape = shape or (len(features), 1)
-        native = backends.choose("bilateral_filter", None, features) == "native"
+        native = backends.choose("lattice_filter", None, features) == "native"
         self._kernels = implementation(__package__, "native") if native else None
         self._features = self._kernels.lattice(features, self._shape) if native else features
         ones = torch.ones(1, points, device=features.device)

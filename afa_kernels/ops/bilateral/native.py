@@ -19,8 +19,8 @@ LARGEST_SCALE = 1e30  # of squares: 0 times infinity would be NaN for a pixel wi
 def bilateral_filter(
     images: Tensor, values: Tensor, sigma_rgb: float | None, sigma_xy: float, method: str, transpose: bool
 ) -> Tensor:
-    if method == "lattice" and native_module.on_cuda(values):
-        return native_cuda.bilateral_filter(images, values, sigma_rgb, sigma_xy, transpose)
+    if native_module.on_cuda(values):
+        return _on_cuda(images, values, sigma_rgb, sigma_xy, method, transpose)
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     threads = torch.get_num_threads()
     if method == "lattice":
@@ -31,10 +31,31 @@ def bilateral_filter(
         native.gaussian_cpu(view(values), view(out), sigma_xy, scratch.data_ptr(), threads)
     else:
         tensors = view(images), view(values)
-        scales = [min(0.5 / sigma / sigma, LARGEST_SCALE) for sigma in (sigma_rgb, sigma_xy)]
         scratch = workspace(native.bilateral_filter_cpu_workspace(*tensors, threads), values.device)
-        native.bilateral_filter_cpu(*tensors, view(out), *scales, scratch.data_ptr(), threads)
+        native.bilateral_filter_cpu(*tensors, view(out), *_scales(sigma_rgb, sigma_xy), scratch.data_ptr(), threads)
     return out
+
+
+def _on_cuda(
+    images: Tensor, values: Tensor, sigma_rgb: float | None, sigma_xy: float, method: str, transpose: bool
+) -> Tensor:
+    if method == "lattice":
+        return native_cuda.bilateral_filter(images, values, sigma_rgb, sigma_xy, transpose)
+    out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    place = native_module.cuda_stream(values.device)
+    if sigma_rgb is None:
+        scratch = workspace(native.gaussian_cuda_workspace(view(values), sigma_xy), values.device)
+        native.gaussian_cuda(view(values), view(out), sigma_xy, scratch.data_ptr(), *place)
+        return out
+    tensors = view(images), view(values)
+    scratch = workspace(native.bilateral_filter_cuda_workspace(*tensors, place[0]), values.device)
+    native.bilateral_filter_cuda(*tensors, view(out), *_scales(sigma_rgb, sigma_xy), 0, scratch.data_ptr(), *place)
+    return out
+
+
+def _scales(sigma_rgb: float, sigma_xy: float) -> list[float]:
+    """What squares are multiplied with."""
+    return [min(0.5 / sigma / sigma, LARGEST_SCALE) for sigma in (sigma_rgb, sigma_xy)]
 
 
 def dense_crf(

@@ -156,6 +156,18 @@ def run_features(native, shape: tuple, kind: str) -> None:
         native.lattice_features_cuda(view(images), 9.0 * (dims == 5), 2.0, features.ctypes.data, 0, 0)
 
 
+def run_bilateral(native, shape: tuple, kind: str) -> None:
+    batch, channels, height, width = shape
+    images, (values, out) = 255 * floats(batch, 3, height, width), (floats(*shape, kind=kind) for _ in range(2))
+    values[0, 0, 0, 0] = 32640 if kind == "uint16" else np.inf  # in the bits of bfloat16
+    counted = np.zeros(2, np.int64)
+    scratch = scratch_of(native.bilateral_filter_cuda_workspace(view(images), view(values), 0))
+    options = 0.5 / 60**2, 0.5 / 4**2, counted.ctypes.data, scratch.ctypes.data, 0, 0
+    native.bilateral_filter_cuda(view(images), view(values), view(out), *options)
+    scratch = scratch_of(native.gaussian_cuda_workspace(view(values), 1.5))
+    native.gaussian_cuda(view(values), view(out), 1.5, scratch.ctypes.data, 0, 0)
+
+
 def main(sanitizer: str, fault: str | None = None) -> None:
     emulator = load(sanitizer)
     if fault is not None:
@@ -178,6 +190,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
             steps = (1 + 2 * turn,) if races else (0, 1, 2, 4)
             run_par(emulator.native, shape, dilations, kind, transpose, (calls + calls // 4) % 4, steps)
             calls += 1
+        run_bilateral(emulator.native, SHAPES[-2 + order], kinds[order])
         for turn, grid in enumerate([(5, 13, 2)] if races else GRIDS):
             # Rows of 8 numbers are loaded otherwise than rows of 5; both in every type, but not on every grid.
             for kind in kinds if order == 0 else kinds[turn % len(kinds) :][:1]:
