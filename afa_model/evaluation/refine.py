@@ -247,7 +247,9 @@ def _of_scores(mask: Path, size: tuple[int, int], settings: RefineSettings) -> t
 def _of_label(
     mask: Path, photo: Path, size: tuple[int, int], settings: RefineSettings
 ) -> tuple[tuple[int, ...], Tensor, Tensor]:
-    """Classes that occur, their probabilities [1, C, H, W], and where the label says nothing [H, W] bool."""
+    """Classes that occur, what their probabilities [1, C, H, W] are a share of, and where the label says nothing [H, W]
+    bool: there all have the same.
+    """
     try:
         label = read_label(mask)
     except ValueError as error:
@@ -264,8 +266,7 @@ def _of_label(
         raise DataError(f"{mask}: expected labels 0..{IGNORE}, got {numbers[-1]}")
     others = (1 - settings.gt_prob) / max(len(numbers) - 1, 1)
     of_number = label == torch.tensor(numbers, dtype=label.dtype)[:, None, None]
-    maps = torch.where(of_number, settings.gt_prob, others)
-    return numbers, torch.where(unknown, 1 / max(len(numbers), 1), maps)[None], unknown
+    return numbers, torch.where(of_number, settings.gt_prob, others)[None], unknown
 
 
 class _Photographs:

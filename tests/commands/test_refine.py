@@ -235,6 +235,14 @@ def test_shares_are_of_all_files_and_what_is_finished_is_skipped(several, capsys
     assert changed == {"x/1.png", "y/2.png"}
 
 
+def test_where_there_is_no_terminal_lines_tell_how_far_it_is(several, capsys, monkeypatch):
+    monkeypatch.setattr(module, "_TOLD_EVERY", 1e-9)
+    assert run(several) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("refining: 6 of 7, ") and told[-1].endswith(" images a second")
+    assert run(several, "--progress", "false") == 0 and not capsys.readouterr().err
+
+
 def test_a_file_appears_when_it_is_whole(several, monkeypatch):
     real, seen = module.write_label, []
 

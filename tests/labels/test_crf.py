@@ -90,7 +90,7 @@ def test_labels_of_two_scores_and_of_one_refinement_for_both(rng):
 def test_a_photograph_goes_through_whole_while_memory_allows():
     for size, classes in (((480, 640), 81), ((1000, 1500), 21), ((1200, 2000), 4)):
         assert crf_size(size, classes) == size
-    for size, classes in (((900, 1600), 81), ((3000, 4000), 21), ((6000, 9000), 4)):
+    for size, classes in (((1000, 1600), 21), ((900, 1600), 81), ((3000, 4000), 21), ((6000, 9000), 4)):
         small = crf_size(size, classes)
         assert small[0] / size[0] == pytest.approx(small[1] / size[1], rel=0.01) and small < size
         # a sixteenth channel more costs nothing, and as much memory is used as there may be
@@ -114,8 +114,14 @@ def test_of_a_smaller_photograph_the_deviations_of_place_are_smaller(rng, monkey
     assert "it is made at 9x7" in told
     maps = torch.rand(1, 3, 14, 18, generator=rng)
     assert refine(images01, maps, torch.ones(1, 3, dtype=torch.bool), HOW).shape == (1, 3, 7, 9)
-    label = crf_label(normalize((255 * images01).to(torch.uint8)), torch.randn(1, 3, 4, 5, generator=rng), OWN)
-    assert label.shape == (14, 18) and label.dtype == torch.uint8
+    logits = 3 * torch.randn(1, 3, 4, 5, generator=rng)
+    photo = (255 * images01).to(torch.uint8)
+    small = F.interpolate(photo / 255, (7, 9), mode="bilinear", antialias=True)
+    label = crf_label(normalize(photo), logits, OWN)
+    for xy in (0.5, 1.0):
+        probs = F.interpolate(logits, (7, 9), mode="bilinear").softmax(1)
+        want = F.interpolate(by_hand(small, probs, xy), (14, 18), mode="bilinear")[0].argmax(0)
+        assert torch.equal(label.long(), want) is (xy == 0.5)
 
 
 def test_the_segmentation_is_decided_after_the_crf_at_the_photographs_size(rng):

@@ -70,6 +70,17 @@ def test_the_strongest_of_resized_channels(in_small_bands, size):
     assert torch.equal(large.strongest(maps, size, 0.5).long(), torch.where(value > 0.5, index + 1, 0))
 
 
+@pytest.mark.parametrize("refinement", ["par", "crf"])
+def test_channels_that_are_not_shown_do_not_shift_the_others(in_small_bands, refinement):
+    half = torch.rand(1, 3, 20, 15, generator=torch.Generator().manual_seed(2))
+    maps = torch.zeros(4, 20, 15)
+    maps[3, :, :7], maps[1, :, 7:] = 1, 1
+    how = dataclasses.replace(HOW, refinement=refinement)
+    shown = torch.tensor([False, True, False, True])
+    label = large._refined(half, (40, 30), lambda channel, rows: maps[channel, rows], shown, how)
+    assert label.unique().tolist() == [1, 3] and (label[:, :8] == 3).all() and (label[:, -8:] == 1).all()
+
+
 def test_every_kind_of_a_whole_model_and_no_class_at_all(in_small_bands, monkeypatch):
     image = inputs((66, 90))[0][0]
     asked = MapSettings(48, (1.0, 0.5))
