@@ -255,6 +255,14 @@ def test_options_and_their_gradients(rng, emulator, name, classes):
     assert got_grad.abs().max() < 1e-4 or classes > 1
 
 
+def test_penalties_that_all_classes_share_are_none(rng, emulator):
+    """Logits of -500 are as good as others, though what pads their row is 0."""
+    images, probs = crf_case(rng, 5)
+    with emulated(emulator):
+        got = dense_crf(images, probs, **SMALL, compat=torch.full((5, 5), 70.0))
+    assert relative_error(got, probs / probs.sum(1, keepdim=True)) < 1e-4
+
+
 @pytest.mark.parametrize("classes", [5, 33])
 def test_any_order_of_threads_on_any_device_gives_the_same_bits(rng, emulator, classes):
     images, probs = crf_case(rng, classes, 11, 15)
