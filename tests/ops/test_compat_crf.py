@@ -253,3 +253,47 @@ def test_energy_loss_of_a_training_script(rng):
     torch.testing.assert_close(whole, layer(images, logits.softmax(1), torch.ones_like(roi), label), rtol=1e-4, atol=0)
     (slope,) = torch.autograd.grad(got, logits)
     assert slope.abs().sum() > 0
+
+
+def two_ways(crf, count, monkeypatch):
+    """All iterations at once, and one by one; whether the first really was at once."""
+    called = []
+    original = dcrf.crf_of_energies
+    monkeypatch.setattr(dcrf, "crf_of_energies", lambda *args: called.append(1) or original(*args))
+    q, *rest = crf.startInference()
+    for _ in range(count):
+        crf.stepInference(q, *rest)
+    assert not called
+    return crf.inference(count), q, bool(called)
+
+
+@pytest.mark.parametrize("normalization", [0, 1, 2, 3])
+def test_iterations_at_once_are_those_one_by_one(photo, monkeypatch, normalization):
+    crf = built(photo, 3 if normalization else 0.05, normalization=normalization)
+    crf.addPairwiseBilateral(sxy=5, srgb=(30, 30, 30), rgbim=photo[0].copy(), compat=-0.5, normalization=normalization)
+    at_once, one_by_one, fast = two_ways(crf, 3, monkeypatch)
+    assert fast and at_once.shape == (N, H * W) and np.abs(at_once - one_by_one).max() < 1e-5
+    assert np.abs(at_once - crf.startInference()[0]).max() > 1e-2
+    assert np.abs(crf.inference(0) - crf.startInference()[0]).max() < 1e-6
+
+
+def test_terms_of_other_kinds_are_taken_one_by_one(photo, monkeypatch):
+    image, probs = photo
+    others = {
+        "matrix": lambda crf: crf.addPairwiseGaussian(sxy=3, compat=np.eye(N, dtype=np.float32)),
+        "wider": lambda crf: crf.addPairwiseGaussian(sxy=(3, 5), compat=3),
+        "colours": lambda crf: crf.addPairwiseBilateral(8, (60, 50, 60), image, 4),
+        "image": lambda crf: crf.addPairwiseBilateral(8, 60, 255 - image, 4),
+        "norm": lambda crf: crf.addPairwiseGaussian(sxy=3, compat=3, normalization=0),
+        "features": lambda crf: crf.addPairwiseEnergy(np.ones((2, H * W), np.float32), compat=3),
+    }
+    for name, add in others.items():
+        crf = built(photo)
+        add(crf)
+        got, want, fast = two_ways(crf, 2, monkeypatch)
+        assert not fast and np.array_equal(got, want), name
+    odd = dcrf.DenseCRF2D(W - 2, H - 1, N)
+    odd.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probs[:, :-1, :-2])))
+    odd.addPairwiseGaussian(sxy=3, compat=3)
+    assert not two_ways(odd, 2, monkeypatch)[2], "points by fours"
+    assert two_ways(built(photo), 2, monkeypatch)[2]

@@ -6,12 +6,15 @@ Distributions are plain arrays.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from numbers import Number
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ...ops.bilateral import LatticeKernel
+from ...ops.bilateral import LatticeKernel, crf_of_energies
 
 CONST_KERNEL, DIAG_KERNEL, FULL_KERNEL = 0, 1, 2
 NO_NORMALIZATION, NORMALIZE_BEFORE, NORMALIZE_AFTER, NORMALIZE_SYMMETRIC = 0, 1, 2, 3
@@ -58,6 +61,15 @@ class _Compatibility:
         return self.factor @ filtered if self.factor.dim() == 2 and self.factor.shape[1] > 1 else self.factor * filtered
 
 
+class _OfImage(NamedTuple):
+    """A pairwise term that `crf_of_energies` knows: Potts, as wide in x as in y, one standard deviation for all colours.
+    """
+
+    kernel: tuple[float, float, float]  # weight, sigma_xy, sigma_rgb or 0
+    normalization: str
+    image: np.ndarray | None
+
+
 class DenseCRF:
     """``DenseCRF(number of points, number of classes)``."""
 
@@ -68,7 +80,8 @@ class DenseCRF:
         if self._points < 1 or self._classes < 1:
             raise ValueError(f"there must be at least one point and one class, got {nvar} and {nlabels}")
         self._unary: torch.Tensor | None = None
-        self._pairwise: list[tuple[LatticeKernel, _Compatibility]] = []
+        self._pairwise: list[tuple[Callable[[], LatticeKernel], _Compatibility]] = []  # lattices when they are needed
+        self._known: list[_OfImage | None] = []
 
     def setUnaryEnergy(self, u: np.ndarray, f: None = None) -> None:
         """u [n, N] float32, minus log probability."""
@@ -92,7 +105,14 @@ class DenseCRF:
             raise ValueError(f"features must have {self._points} columns, got shape {features.shape}")
         self._add(torch.from_numpy(np.ascontiguousarray(features.T)), compat, kernel, normalization)
 
-    def _add(self, features: torch.Tensor, compat: float | np.ndarray, kernel: int, normalization: int) -> None:
+    def _add(
+        self,
+        features: torch.Tensor,
+        compat: float | np.ndarray,
+        kernel: int,
+        normalization: int,
+        known: _OfImage | None = None,
+    ) -> None:
         if kernel not in _KERNELS:
             raise ValueError(f"kernel must be one of {_KERNELS}, got {kernel!r}")
         if normalization not in _NORMALIZATIONS:
@@ -100,15 +120,31 @@ class DenseCRF:
         compatibility = _Compatibility(compat, self._classes)
         # Theirs takes points by fours and fills up the last four with points at the origin, corners of the lattice too.
         silent = torch.zeros(1, features.shape[1]) if self._points % 4 else None
-        latticed = LatticeKernel(features, self._shape, _NORMALIZATIONS[normalization], silent)
-        self._pairwise.append((latticed, compatibility))
+        inputs = features, self._shape, _NORMALIZATIONS[normalization], silent
+        self._pairwise.append((functools.cache(lambda: LatticeKernel(*inputs)), compatibility))
+        self._known.append(known if silent is None else None)
 
     def inference(self, niter: int, /) -> np.ndarray:
         """Mean field: [n, N] float32 probabilities after ``niter`` iterations."""
+        images = {id(term.image): term.image for term in self._known if term is not None and term.image is not None}
+        alike = len({term.normalization for term in self._known if term is not None}) == 1
+        if None not in self._known and alike and len(images) <= 1:
+            return self._at_once(int(niter), next(iter(images.values()), None))
         q, *rest = self.startInference()
         for _ in range(int(niter)):
             self.stepInference(q, *rest)
         return q
+
+    def _at_once(self, niter: int, image: np.ndarray | None) -> np.ndarray:
+        """All iterations in one call, which is several times faster than one by one."""
+        shape = 1, self._classes, *self._shape
+        if image is None:
+            image = np.zeros((*self._shape, 3), np.uint8)
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        kernels, normalization = [term.kernel for term in self._known], self._known[0].normalization
+        with torch.no_grad():
+            q = crf_of_energies(pixels, self._energy().reshape(shape), max(niter, 0), kernels, normalization)
+        return q.reshape(self._classes, self._points).numpy()
 
     def startInference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The distribution of the unaries alone, and two arrays that `stepInference` does not need."""
@@ -133,7 +169,7 @@ class DenseCRF:
         return torch.from_numpy(np.array(q, np.float32))
 
     def _messages(self, q: torch.Tensor) -> torch.Tensor:
-        return sum((compat(kernel(q)) for kernel, compat in self._pairwise), torch.zeros_like(q))
+        return sum((compat(kernel()(q)) for kernel, compat in self._pairwise), torch.zeros_like(q))
 
     @staticmethod
     def _softmax(logits: torch.Tensor) -> np.ndarray:
@@ -155,7 +191,8 @@ class DenseCRF2D(DenseCRF):
         normalization: int = NORMALIZE_SYMMETRIC,
     ) -> None:
         """A Gaussian of place; ``sxy`` are standard deviations in pixels, x before y."""
-        self._add(torch.stack(self._place(sxy), dim=1), compat, kernel, normalization)
+        features = torch.stack(self._place(sxy), dim=1)
+        self._add(features, compat, kernel, normalization, self._term(sxy, None, None, compat, normalization))
 
     def addPairwiseBilateral(
         self,
@@ -171,8 +208,20 @@ class DenseCRF2D(DenseCRF):
             raise TypeError(f"rgbim must be an array, got {type(rgbim).__name__}")
         if rgbim.dtype != np.uint8 or rgbim.shape != (*self._shape, 3):
             raise ValueError(f"rgbim must be uint8 {(*self._shape, 3)}, got {rgbim.dtype} {rgbim.shape}")
-        colours = torch.from_numpy(np.array(rgbim)).flatten(0, 1).float() / torch.tensor(_several(srgb, 3, "srgb"))
-        self._add(torch.cat([torch.stack(self._place(sxy), dim=1), colours], dim=1), compat, kernel, normalization)
+        # Of one image all terms keep one copy.
+        copies = (term.image for term in self._known if term is not None and term.image is not None)
+        image = next((copy for copy in copies if np.array_equal(copy, rgbim)), None)
+        image = np.array(rgbim) if image is None else image
+        colours = torch.from_numpy(image).flatten(0, 1).float() / torch.tensor(_several(srgb, 3, "srgb"))
+        features = torch.cat([torch.stack(self._place(sxy), dim=1), colours], dim=1)
+        self._add(features, compat, kernel, normalization, self._term(sxy, srgb, image, compat, normalization))
+
+    def _term(self, sxy: object, srgb: object, image: np.ndarray | None, compat: object, norm: int) -> _OfImage | None:
+        """What `crf_of_energies` has to know of a term, or None if it is none of its kind."""
+        places, colours = set(_several(sxy, 2, "sxy")), set() if srgb is None else set(_several(srgb, 3, "srgb"))
+        if not isinstance(compat, Number) or norm not in _NORMALIZATIONS or len(places) > 1 or len(colours) > 1:
+            return None
+        return _OfImage((float(compat), *places, *(colours or {0.0})), _NORMALIZATIONS[norm], image)
 
     def _place(self, sxy: float | tuple[float, float]) -> list[torch.Tensor]:
         height, width = self._shape

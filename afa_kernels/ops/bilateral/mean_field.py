@@ -123,6 +123,22 @@ def _unpacked(images: Tensor, *inputs) -> tuple:
     return images, *others, triples, compat, method, normalization, tolerance
 
 
+def crf_of_energies(
+    images: Tensor, energies: Tensor, num_iter: int, kernels: list[tuple[float, float, float]], normalization: str
+) -> Tensor:
+    """`dense_crf` by the lattice, of energies, and of any kernels with Potts compatibility. Nothing is checked here.
+
+    images [B, 3, H, W] float32 in 0..255; energies [B, C, H, W] float32, minus log probability; kernels of (weight,
+    sigma_xy, sigma_rgb or 0 for one of place alone) -> [B, C, H, W] float32.
+    """
+    numbers = [number for kernel in kernels for number in kernel]
+    options = num_iter, numbers, None, "lattice", normalization, 0.0
+    chosen = backends.choose("dense_crf", None, energies)
+    if chosen == "reference":
+        return reference.dense_crf(*_unpacked(images, energies, *options), False)[0]
+    return torch.ops.afa.dense_crf(images, energies, *options, False, chosen)[0]
+
+
 class LatticeKernel:
     """A kernel of a dense CRF over points of any features, by the permutohedral lattice, which is built once.
 
