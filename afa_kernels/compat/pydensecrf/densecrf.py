@@ -62,8 +62,7 @@ class _Compatibility:
 
 
 class _OfImage(NamedTuple):
-    """A pairwise term that `crf_of_energies` knows: Potts, as wide in x as in y, one standard deviation for all colours.
-    """
+    """A pairwise term that `crf_of_energies` knows: Potts, as wide in x as in y, one deviation for all colours."""
 
     kernel: tuple[float, float, float]  # weight, sigma_xy, sigma_rgb or 0
     normalization: str

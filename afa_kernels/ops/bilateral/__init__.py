@@ -4,4 +4,12 @@ from .functional import bilateral_filter
 from .mean_field import LatticeKernel, crf_of_energies, dense_crf
 from .modules import UNLABELLED, DenseCRF, DenseEnergyLoss
 
-__all__ = ["UNLABELLED", "DenseCRF", "DenseEnergyLoss", "LatticeKernel", "bilateral_filter", "crf_of_energies", "dense_crf"]
+__all__ = [
+    "UNLABELLED",
+    "DenseCRF",
+    "DenseEnergyLoss",
+    "LatticeKernel",
+    "bilateral_filter",
+    "crf_of_energies",
+    "dense_crf",
+]
