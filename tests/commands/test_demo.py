@@ -133,8 +133,6 @@ def test_data_root_that_holds_something_else(tmp_path, capsys):
 
 def test_pamr_label_differs_from_the_par_label_by_the_operator_alone(monkeypatch):
     """With PAR put in PAMR's place the label is the one of CAM + PAR."""
-    from afa_kernels import par
-
     photo = (torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
     image = normalize(photo)
     cam = torch.rand(5, 48, 64, generator=torch.Generator().manual_seed(2))
@@ -143,7 +141,7 @@ def test_pamr_label_differs_from_the_par_label_by_the_operator_alone(monkeypatch
     slots = ClassSlots.of(present[None])
     refined = refine_label(denormalize(image)[None], slots.pick(cam[None]), slots, settings, (0.6,))[0]
     assert (demo.pamr_label(image, cam, present, settings) != refined).any()
-    monkeypatch.setitem(REFINEMENTS, "pamr", par)
+    monkeypatch.setitem(REFINEMENTS, "pamr", REFINEMENTS["par"])
     assert torch.equal(demo.pamr_label(image, cam, present, settings), refined)
 
 

@@ -102,11 +102,13 @@ class DenseCRF:
         features = _floats(features, "features", 2)
         if features.shape[1] != self._points:
             raise ValueError(f"features must have {self._points} columns, got shape {features.shape}")
-        self._add(torch.from_numpy(np.ascontiguousarray(features.T)), compat, kernel, normalization)
+        taken = torch.from_numpy(np.array(features.T, order="C"))
+        self._add(lambda: taken, len(features), compat, kernel, normalization)
 
     def _add(
         self,
-        features: torch.Tensor,
+        features: Callable[[], torch.Tensor],
+        dims: int,
         compat: float | np.ndarray,
         kernel: int,
         normalization: int,
@@ -118,9 +120,9 @@ class DenseCRF:
             raise ValueError(f"normalization must be one of {tuple(_NORMALIZATIONS)}, got {normalization!r}")
         compatibility = _Compatibility(compat, self._classes)
         # Theirs takes points by fours and fills up the last four with points at the origin, corners of the lattice too.
-        silent = torch.zeros(1, features.shape[1]) if self._points % 4 else None
-        inputs = features, self._shape, _NORMALIZATIONS[normalization], silent
-        self._pairwise.append((functools.cache(lambda: LatticeKernel(*inputs)), compatibility))
+        silent = torch.zeros(1, dims) if self._points % 4 else None
+        options = self._shape, _NORMALIZATIONS[normalization], silent
+        self._pairwise.append((functools.cache(lambda: LatticeKernel(features(), *options)), compatibility))
         self._known.append(known if silent is None else None)
 
     def inference(self, niter: int, /) -> np.ndarray:
@@ -190,8 +192,8 @@ class DenseCRF2D(DenseCRF):
         normalization: int = NORMALIZE_SYMMETRIC,
     ) -> None:
         """A Gaussian of place; ``sxy`` are standard deviations in pixels, x before y."""
-        features = torch.stack(self._place(sxy), dim=1)
-        self._add(features, compat, kernel, normalization, self._term(sxy, None, None, compat, normalization))
+        term = self._term(sxy, None, None, compat, normalization)
+        self._add(lambda: torch.stack(self._place(sxy), dim=1), 2, compat, kernel, normalization, term)
 
     def addPairwiseBilateral(
         self,
@@ -211,9 +213,13 @@ class DenseCRF2D(DenseCRF):
         copies = (term.image for term in self._known if term is not None and term.image is not None)
         image = next((copy for copy in copies if np.array_equal(copy, rgbim)), None)
         image = np.array(rgbim) if image is None else image
-        colours = torch.from_numpy(image).flatten(0, 1).float() / torch.tensor(_several(srgb, 3, "srgb"))
-        features = torch.cat([torch.stack(self._place(sxy), dim=1), colours], dim=1)
-        self._add(features, compat, kernel, normalization, self._term(sxy, srgb, image, compat, normalization))
+        term = self._term(sxy, srgb, image, compat, normalization)
+
+        def features() -> torch.Tensor:
+            colours = torch.from_numpy(image).flatten(0, 1).float() / torch.tensor(_several(srgb, 3, "srgb"))
+            return torch.cat([torch.stack(self._place(sxy), dim=1), colours], dim=1)
+
+        self._add(features, 5, compat, kernel, normalization, term)
 
     def _term(self, sxy: object, srgb: object, image: np.ndarray | None, compat: object, norm: int) -> _OfImage | None:
         """What `crf_of_energies` has to know of a term, or None if it is none of its kind."""

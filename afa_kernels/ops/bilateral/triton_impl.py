@@ -143,6 +143,7 @@ def _exact(images: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: float) ->
         features, boxes, rows, out,
         count, tiles, channels, math.log(count / 1e-6), *scales,
         TILE=TILE, TOGETHER=TOGETHER, CHANNELS=block,
+        num_warps=8,  # with 4 the products do not fit into Ampere's registers
     )  # fmt: skip
     places = torch.argsort(order, dim=1)
     filtered = out.transpose(1, 2).gather(2, places[:, None].expand(batch, channels, count))
