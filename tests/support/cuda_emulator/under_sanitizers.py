@@ -115,7 +115,7 @@ def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
     native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
 
 
-CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (70, 5, 2, 130)]  # points, dims, images, channels
+CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (24, 5, 2, 130)]  # points, dims, images, channels
 
 
 def run_lattice(native, cloud: tuple, transpose: bool) -> None:
