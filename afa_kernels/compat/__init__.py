@@ -120,9 +120,9 @@ def patch(
             and for what the other two changed.
 
     Returns:
-        What was found, a list of `Replacement` and `stand_ins.StandIn`; its ``undo()`` puts all back as it was. Call
-        it before models are built: instances that already exist keep their class. Checkpoints load either way, the
-        state keys are the same.
+        What was found, a list of `Replacement` and `stand_ins.StandIn`; its ``undo()`` puts all of it back (what was
+        imported in between stays as it is). Call it before models are built: instances that already exist keep their
+        class. Checkpoints load either way, the state keys are the same.
     """
     done = Replacements()
     foreign = []
@@ -145,6 +145,6 @@ def patch(
             done += stand_in(package, [module for module in foreign if isinstance(module, ModuleType)])
     if verbose:
         print(*done, sep="\n", end="\n" if done else "")
-        if not any(row.new for row in done):
+        if not any(row.new for row in done) and not (pydensecrf or rloss):
             print("afa_kernels.compat: found nothing to replace; import the other repository's modules first")
     return done

@@ -43,6 +43,8 @@ def bilateralfilter_batch(
         ValueError: an array of another size, or an AS that cannot be written to in place.
     """
     N, K, H, W = (int(size) for size in (N, K, H, W))
+    if min(N, K, H, W) < 1:
+        raise ValueError(f"N, K, H and W must be at least 1, got {N}, {K}, {H}, {W}")
     if not isinstance(AS, np.ndarray) or AS.dtype != np.float32 or not (AS.flags.c_contiguous and AS.flags.writeable):
         raise ValueError("AS must be a writable, contiguous float32 array: it is written in place")
     if AS.size != N * K * H * W:
@@ -55,8 +57,15 @@ def bilateralfilter_batch(
 def bilateralfilter(
     image: np.ndarray, seg: np.ndarray, AS: np.ndarray, H: int, W: int, sigma_rgb: float, sigma_xy: float
 ) -> None:
-    """AS <- the bilateral sums of seg, one image and as many channels as seg holds."""
-    bilateralfilter_batch(image, seg, AS, 1, np.size(seg) // (int(H) * int(W)), H, W, sigma_rgb, sigma_xy)
+    """AS <- the bilateral sums of seg, one image and as many channels as seg holds.
+
+    Raises:
+        ValueError: as `bilateralfilter_batch`, or a seg that holds no whole number of channels.
+    """
+    H, W = int(H), int(W)
+    if min(H, W) < 1 or np.size(seg) % (H * W):
+        raise ValueError(f"seg must hold a multiple of H * W elements, got {np.size(seg)} with H = {H}, W = {W}")
+    bilateralfilter_batch(image, seg, AS, 1, np.size(seg) // (H * W), H, W, sigma_rgb, sigma_xy)
 
 
 class DenseEnergyLoss(bilateral.DenseEnergyLoss):
@@ -120,8 +129,11 @@ def get_energy_loss(
     size = img.shape[2:]
     inside = torch.ones(len(img), *size, device=logit.device)
     if img_box is not None:
+        if len(img_box) != len(img):
+            raise ValueError(f"img_box must have a box for each of the {len(img)} images, got {len(img_box)}")
         inside.zero_()
-        for plane, (y0, y1, x0, x1) in zip(inside, torch.as_tensor(img_box).tolist()):
+        for plane, box in zip(inside, img_box):
+            y0, y1, x0, x1 = (max(int(side), 0) for side in box)
             plane[y0:y1, x0:x1] = 1
     mean, std = (torch.tensor(values, dtype=img.dtype, device=img.device)[:, None, None] for values in (mean, std))
     return loss_layer(img * std + mean, F.softmax(logit, dim=1), inside, label.to(torch.uint8)[:, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,17 @@ def build_info() -> dict[str, Any]:
 
 
 native, native_reason = _load()
+
+
+def _one_thread() -> None:
+    """OpenMP's threads do not survive a fork: a child that asked for its parent's, here or in PyTorch, would wait for
+    ever (joblib, ``multiprocessing.Pool``).
+    """
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread)
 
 
 def cpu_reason(*tensors: torch.Tensor) -> str | None:

@@ -187,6 +187,11 @@ def test_rloss_writes_in_place(rng):
             rloss.bilateralfilter_batch(*arrays, wrong, 2, 4, 6, 7, 60.0, 5.0)
     with pytest.raises(ValueError, match="segs must have 2"):
         rloss.bilateralfilter_batch(arrays[0], arrays[1][:1], out, 2, 4, 6, 7, 60.0, 5.0)
+    with pytest.raises(ValueError, match="N, K, H and W must be at least 1, got 2, 4, 0, 7"):
+        rloss.bilateralfilter_batch(*arrays, out, 2, 4, 0, 7, 60.0, 5.0)
+    for height, values in ((0, segs[0]), (6, segs[0].flatten()[:-1])):
+        with pytest.raises(ValueError, match="seg must hold a multiple of H"):
+            rloss.bilateralfilter(images[0].numpy(), values.numpy(), one, height, 7, 60.0, 5.0)
 
 
 def scene(rng, height=9, width=13):
@@ -249,6 +254,11 @@ def test_energy_loss_of_a_training_script(rng):
     for given in (boxes, torch.tensor(boxes)):
         got = rloss.get_energy_loss((images - mean) / std, logits, label[:, 0], given, layer)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    given = [[torch.tensor(side) for side in box] for box in ([-3, 9, 0, 99], boxes[1])]
+    got = rloss.get_energy_loss((images - mean) / std, logits, label[:, 0], given, layer)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="img_box must have a box for each of the 2 images, got 1"):
+        rloss.get_energy_loss(images, logits, label[:, 0], boxes[:1], layer)
     whole = rloss.get_energy_loss((images - mean) / std, logits, label[:, 0], None, layer)
     torch.testing.assert_close(whole, layer(images, logits.softmax(1), torch.ones_like(roi), label), rtol=1e-4, atol=0)
     (slope,) = torch.autograd.grad(got, logits)

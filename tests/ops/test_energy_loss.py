@@ -129,3 +129,9 @@ def test_bad_input_is_named(rng, which, change, error, said):
 def test_bad_settings_are_named(options, error, said):
     with pytest.raises(error, match=said):
         DenseEnergyLoss(**options)
+
+
+def test_a_scale_that_leaves_nothing_is_named(rng):
+    with pytest.raises(ValueError, match=r"scale_factor 0.05 leaves nothing of \[12, 17\] pixels"):
+        DenseEnergyLoss(scale_factor=0.05)(*case(rng))
+    assert DenseEnergyLoss(scale_factor=1 / 12)(*case(rng)).isfinite()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from support import sanitized
 from support.common import DEVICE, ROOT, available
 from support.cuda_emulator import build
 from support.every_operator import Everything, everything
+
+import afa_kernels
 
 NATIVE = "native" in available("par")
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native backend here")
@@ -68,3 +73,23 @@ def test_native_code_under_thread_sanitizer():
     assert run.returncode == 0 and "every operator ran" in run.stdout, run.stderr[-4000:]
     race = watched(library, "race")
     assert race.returncode == 66 and "data race" in race.stderr and "afa_planted_race" in race.stderr
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA cannot be used in a forked process")
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
+    """As joblib and multiprocessing.Pool fork it, in the middle of a script."""
+    torch.set_num_threads(2)
+    image, probs = (255 * torch.rand(1, 3, 60, 80)).to(torch.uint8), torch.rand(1, 3, 60, 80).softmax(1)
+    want = afa_kernels.dense_crf(image, probs, 2)
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(afa_kernels.dense_crf(image, probs, 2), want) and torch.get_num_threads() == 1
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked process hangs")
+    assert ended[1] == 0 and torch.get_num_threads() == 2

@@ -1,7 +1,7 @@
 """The classes and constants of ``pydensecrf.densecrf``: names, orders, defaults, layouts and errors are theirs.
 
 Arrays are float32, classes before points. What they refuse because of its layout (strides, read-only) is taken here.
-Distributions are plain arrays.
+Distributions are plain arrays, row by row in memory where theirs are column by column.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def softmax_to_unary(sm: np.ndarray, GT_PROB: float = 1) -> np.ndarray:
 
 def _grid(shape: Sequence[int], sdims: Sequence[float]) -> np.ndarray:
     mesh = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij")).astype(np.float32)
-    for plane, sigma in zip(mesh, sdims):
-        plane /= np.float32(sigma)
+    for axis, sigma in enumerate(sdims):  # one too many is an IndexError, as theirs
+        mesh[axis] /= np.float32(sigma)
     return mesh
 
 

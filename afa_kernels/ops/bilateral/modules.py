@@ -90,6 +90,8 @@ class DenseEnergyLoss(nn.Module):
     def _resized(self, value: Tensor, **how: object) -> Tensor:
         if self.scale_factor == 1:
             return value
+        if min(value.shape[2:]) * self.scale_factor < 1:
+            raise ValueError(f"scale_factor {self.scale_factor} leaves nothing of {list(value.shape[2:])} pixels")
         recompute = self.recompute_scale_factor or None
         return F.interpolate(value, scale_factor=self.scale_factor, recompute_scale_factor=recompute, **how)
 
