@@ -22,6 +22,7 @@ from . import reference
 METHODS = ("exact", "lattice")
 # Further from one pixel, in sigmas, than the lattice has coordinates in float32: what is farther apart does not meet.
 MOST_SIGMAS = 1 << 16
+APART = 0.2  # of a pixel's side or a grey level: as a standard deviation it lets no neighbour in, 4e-6
 
 # --- checks ---
 
@@ -40,9 +41,18 @@ def check_images(images: Tensor, name: str = "images") -> None:
 
 
 def lattice_sigmas(shape: torch.Size, sigma_rgb: float | None, sigma_xy: float) -> tuple[float | None, float]:
-    """Sigmas of which the lattice can number the multiples; larger ones stay as they are."""
+    """Sigmas of which the lattice can number the multiples: smaller ones are made so large, which no pixel notices.
+
+    Raises:
+        ValueError: the image is so long that one would.
+    """
     rgb = None if sigma_rgb is None else max(sigma_rgb, 255 / MOST_SIGMAS)
-    return rgb, max(sigma_xy, max(shape[-2:]) / MOST_SIGMAS)
+    longest = max(shape[-2:])
+    least = longest / MOST_SIGMAS
+    if least > max(sigma_xy, APART):
+        expected = f"at least {least:g} for the lattice of an image of {longest} pixels"
+        raise ValueError(f"sigma_xy must be {expected}, got {sigma_xy:g}")
+    return rgb, max(sigma_xy, least)
 
 
 def bilateral_filter(
