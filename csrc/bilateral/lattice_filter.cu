@@ -10,7 +10,7 @@
 // of N points. At 500 x 375 pixels, 21 classes (rows of 96 bytes) and M = 0.4 N, as photographs have: 216 + 130 MB in 5 dimensions,
 // 108 + 21 MB in 2 (M = 0.13 N), 54 MB of points. The 18 MB of distinct rows stay in a 50 MB cache, whose some 5.5 TB/s make that 0.1 ms;
 // from memory alone at 3.3 TB/s 0.16 ms: 1 to 1.6 ms for 10 iterations. Bound: the cache's bandwidth, and 14 launches an iteration.
-// Occupancy: lattice_splat_kernel 256 x 4, lattice_join_kernel 128 x 8, lattice_blur_kernel 256 x 4, lattice_gather_kernel 256 x 4
+// Occupancy: lattice_splat_kernel 256 x 4, lattice_join_kernel 128 x 8, lattice_blur_kernel 256 x 4, lattice_gather_kernel 256 x 3
 // (threads x blocks a multiprocessor, by registers).
 // Wide loads: lattice_splat_kernel, lattice_join_kernel, lattice_blur_kernel, lattice_gather_kernel.
 #include <cmath>
@@ -160,7 +160,7 @@ __device__ inline float4 gathered(const GatherArgs& args, int64_t point, int qua
   return sum;
 }
 
-__global__ void __launch_bounds__(kRowThreads, 4) lattice_gather_kernel(const __grid_constant__ GatherArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 3) lattice_gather_kernel(const __grid_constant__ GatherArgs args) {
   SharedArena arena;
   const bool lined = args.matrix || args.finish != Finish::sum;
   const int rows = int(blockDim.x) / args.lanes, own = int(threadIdx.x) / args.lanes, lane = int(threadIdx.x) % args.lanes;
