@@ -124,7 +124,7 @@ def affinity_loss(
 def energy_loss(
     seg_logits: Tensor, images01: Tensor, labels: Tensor, img_box: Tensor | None, settings: LossSettings
 ) -> Tensor:
-    """Dense energy of the segmentation (eq. 9; Tang et al. 2018), not yet weighted -> scalar, negative.
+    """Dense energy of the segmentation (Tang et al. 2018), without its weight among the losses -> scalar, negative.
 
     Pixels that are near in place and colour should have one class; where a label is known, as far as the
     segmentation is unsure. Its gradient is by design not the slope of its value (:class:`afa_kernels.DenseEnergyLoss`).

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from support.common import DEVICE, relative_error
+from support.common import relative_error
 from support.cuda_emulator import build
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 from support.memory import reserved
 from support.running import CHIPS
@@ -17,23 +18,8 @@ from support.running import CHIPS
 from afa_kernels import diffuse, pamr, par, par_weights
 from afa_kernels.core import native_module
 
-pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
-]
+pytestmark = ON_THE_EMULATOR
 SIX = (1, 2, 4, 8, 12, 24)
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    return build.load()
-
-
-@pytest.fixture(scope="session", params=build.kinds())
-def either(request):
-    """The emulator with products fused into sums, as a GPU's compiler does, and without."""
-    return build.load(request.param)
 
 
 @pytest.fixture(params=CHIPS)

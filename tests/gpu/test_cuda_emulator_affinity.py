@@ -6,24 +6,15 @@ import sys
 
 import pytest
 import torch
-from support.common import DEVICE, relative_error
-from support.cuda_emulator import build
+from support.common import relative_error
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 from support.memory import reserved
 
 from afa_kernels import affinity_from_maps, affinity_loss, attention_affinity_loss, random_walk, window_affinity
 from afa_kernels.core import native_module
 
-pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
-]
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    return build.load()
+pytestmark = ON_THE_EMULATOR
 
 
 # --- races: the order of threads and blocks must not show -------------------------------------------------------------

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.common import DEVICE, relative_error
-from support.cuda_emulator import build
+from support.common import relative_error
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 
 from afa_kernels import bilateral_filter, dense_crf
@@ -15,23 +15,10 @@ from afa_kernels.core import native_module
 from afa_kernels.ops.bilateral import LatticeKernel, native, native_cuda, reference
 
 pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
+    *ON_THE_EMULATOR,
     pytest.mark.skipif(native_module.native is None, reason="built without the CPU kernels to compare with"),
 ]
 ORDERS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    return build.load()
-
-
-@pytest.fixture(scope="module", params=build.kinds())
-def either(request):
-    """The emulator with products fused into sums, as a GPU's compiler does, and without."""
-    return build.load(request.param)
 
 
 def case(rng, batch=2, channels=5, height=13, width=21, dtype=torch.float32):

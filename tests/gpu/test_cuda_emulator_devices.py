@@ -8,24 +8,15 @@ import threading
 
 import pytest
 import torch
-from support.common import DEVICE, relative_error
-from support.cuda_emulator import build
+from support.common import relative_error
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 
 from afa_kernels import diffuse, par, random_walk
 from afa_kernels.core import backends, native_module
 
-pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
-]
+pytestmark = ON_THE_EMULATOR
 GPU = torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    return build.load()
 
 
 @pytest.fixture

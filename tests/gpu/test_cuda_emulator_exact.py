@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.common import DEVICE, relative_error
-from support.cuda_emulator import build
+from support.common import relative_error
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 
 from afa_kernels import bilateral_filter
 from afa_kernels.core import native_module
 
-pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
-]
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    return build.load()
-
-
-@pytest.fixture(scope="session", params=build.kinds())
-def either(request):
-    """The emulator with products fused into sums, as a GPU's compiler does, and without."""
-    return build.load(request.param)
+pytestmark = ON_THE_EMULATOR
 
 
 def case(rng, batch=1, channels=5, height=13, width=21):

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 from support import sanitized
-from support.common import DEVICE
 from support.cuda_emulator import build
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 
-pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
-]
+pytestmark = ON_THE_EMULATOR
 
 SCRIPT = Path(build.__file__).with_name("under_sanitizers.py")
 

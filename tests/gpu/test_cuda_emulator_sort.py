@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.common import DEVICE
 from support.cuda_emulator import build
+from support.cuda_emulator.marks import ON_THE_EMULATOR
 
-pytestmark = [
-    pytest.mark.cuda_emulator,
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="the emulator reads the host's memory"),
-]
+pytestmark = ON_THE_EMULATOR
 POISON = 0xABABABAB
 
 
