@@ -15,9 +15,11 @@ from ..conventions import require
 from ..runtime.notices import notice
 
 MOST_BYTES = 3 * 2**29
-"""That the CRF of one photograph may take. With 21 classes 1.5 megapixels go through whole, with 81 0.6."""
+"""That the CRF of one photograph should take. With 21 classes 1.5 megapixels go through whole, with 81 0.6."""
 
-_PIXEL_BYTES, _VALUE_BYTES = 250, 24  # measured: of the lattices; of the distributions, with channels padded to 16
+# Of the lattices; of the distributions, with channels padded to 16. Photographs of VOC take half of it on the CPU, one
+# whose every pixel has grain of five grey levels, and so lattice points of its own, up to twice as much.
+_PIXEL_BYTES, _VALUE_BYTES = 250, 24
 
 
 @dataclass
