@@ -16,7 +16,8 @@ STOPPING = tuple(
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """The signals above wait for the end of the block, and processes and threads that are started in it never get any.
+    """This thread gets the signals above at the end of the block, and processes and threads that are started in it
+    never get any. Another thread that runs already may still take one.
 
     A signal to a whole process group would end the processes that load data, and with them the step that should still
     be done. :func:`end_with_parent` is for them.
