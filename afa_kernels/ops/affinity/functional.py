@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core import backends, taps
 from ...core.checks import FARTHEST, FLOATS, check_int, check_same_device, check_tensor, check_window
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from ...core.transforms import no_autocast
 from . import reference
@@ -142,7 +143,7 @@ def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tens
 # --- forward ----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("afa::window_affinity", mutates_args=())
+@operator("window_affinity")
 def _window_affinity(
     query: Tensor,
     key: Tensor,
@@ -162,7 +163,7 @@ def _(query, key, head_weight, head_bias, height, width, radius, backend):
     return query.new_empty(query.shape[0], (2 * radius + 1) ** 2, height, width)
 
 
-@torch.library.custom_op("afa::affinity_from_maps", mutates_args=())
+@operator("affinity_from_maps")
 def _affinity_from_maps(
     maps: Tensor,
     head_weight: Tensor,
@@ -196,7 +197,7 @@ def gradients(ctx, grads: tuple[Tensor, ...], arguments: int) -> tuple[Tensor | 
     return (*kept, *[None] * (arguments - len(kept)))
 
 
-@torch.library.custom_op("afa::window_affinity_backward", mutates_args=())
+@operator("window_affinity_backward")
 def _window_affinity_gradients(
     query: Tensor,
     key: Tensor,
@@ -228,7 +229,7 @@ def _window_affinity_backward(ctx, grad):
     return gradients(ctx, grads, 8)
 
 
-@torch.library.custom_op("afa::affinity_from_maps_backward", mutates_args=())
+@operator("affinity_from_maps_backward")
 def _affinity_from_maps_gradients(
     maps: Tensor,
     head_weight: Tensor,

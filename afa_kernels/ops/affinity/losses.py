@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core import backends
 from ...core.checks import FARTHEST, INTEGERS, check_int, check_same_device, check_tensor, check_window
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from ...core.transforms import no_autocast
 from . import reference
@@ -22,7 +23,7 @@ from .functional import HEAD, check_head, check_query_key, fake_gradients, gradi
 # --- checks -----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("afa::pair_labels", mutates_args=())
+@operator("pair_labels")
 def _pair_labels(labels: Tensor, ignore_index: int) -> Tensor:
     labels = labels.to(torch.int64)  # as uint8 -1 would be 255, as int8 255 would be -1
     ignored = labels == ignore_index
@@ -44,7 +45,7 @@ def _(labels, ignore_index):
 
 def check_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """Labels as the kernels take them: int32, contiguous, ignored ones -1."""
-    return _pair_labels(labels, check_int(ignore_index, "ignore_index", -(1 << 31), (1 << 31) - 1))
+    return torch.ops.afa.pair_labels(labels, check_int(ignore_index, "ignore_index", -(1 << 31), (1 << 31) - 1))
 
 
 def affinity_loss(
@@ -132,7 +133,7 @@ def _fake_loss(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tensor.new_empty((), dtype=torch.float32), *counts
 
 
-@torch.library.custom_op("afa::affinity_loss", mutates_args=())
+@operator("affinity_loss")
 def _affinity_loss(
     affinity: Tensor, labels: Tensor, radius: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +145,7 @@ def _(affinity, labels, radius, backend):
     return _fake_loss(affinity)
 
 
-@torch.library.custom_op("afa::attention_affinity_loss", mutates_args=())
+@operator("attention_affinity_loss")
 def _attention_affinity_loss(
     query: Tensor,
     key: Tensor,
@@ -166,7 +167,7 @@ def _(query, key, head_weight, head_bias, labels, radius, backend):
 # --- backward ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("afa::affinity_loss_backward", mutates_args=())
+@operator("affinity_loss_backward")
 def _affinity_loss_gradient(
     affinity: Tensor,
     labels: Tensor,
@@ -196,7 +197,7 @@ def _affinity_loss_backward(ctx, grad, *_):
     return gradient, None, None, None
 
 
-@torch.library.custom_op("afa::attention_affinity_loss_backward", mutates_args=())
+@operator("attention_affinity_loss_backward")
 def _attention_affinity_loss_gradients(
     query: Tensor,
     key: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core import backends
 from ...core.checks import FLOATS, check_float, check_same_device, check_tensor
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from . import reference
 
@@ -104,7 +105,7 @@ def bilateral_filter(
 # --- forward and its adjoint ---
 
 
-@torch.library.custom_op("afa::bilateral_filter", mutates_args=())
+@operator("bilateral_filter")
 def _bilateral_filter(
     images: Tensor,
     values: Tensor,

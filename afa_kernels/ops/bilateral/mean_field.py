@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core import backends
 from ...core.checks import FLOATS, check_float, check_int, check_same_device, check_tensor
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from . import reference
 from .functional import check_images, check_method, lattice_sigmas
@@ -193,7 +194,7 @@ class LatticeKernel:
 # --- forward ---
 
 
-@torch.library.custom_op("afa::dense_crf", mutates_args=())
+@operator("dense_crf")
 def _dense_crf(
     images: Tensor,
     unary: Tensor,
@@ -219,7 +220,7 @@ def _(images, unary, num_iter, kernels, compat, method, normalization, tolerance
 # --- backward ---
 
 
-@torch.library.custom_op("afa::dense_crf_gradient", mutates_args=())
+@operator("dense_crf_gradient")
 def _dense_crf_gradient(
     images: Tensor,
     unary: Tensor,

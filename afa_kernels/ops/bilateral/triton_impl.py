@@ -3,9 +3,11 @@
 PyTorch sorts the pixels by a key whose bits halve, one after the other, the widest axis of (x, y, r, g, b), each in
 sigmas: runs of 64 of them, tiles, are compact. A program has such a tile and a block of channels. From the boxes around
 tiles follows the most that a weight can be; tiles beyond a distance at which all pixels of the image together would
-weigh less than 1e-6 of what the tile's own weights add up to are passed over, 32 at a time where they can be. Products
-are float32 ("ieee", for TF32 has too few digits and its threefold no infinity). Floor: pairs * (an exponential and K
-fused multiply-adds). The Gaussian is a launch for each axis, over weights that end where 1e-8 of their
+weigh less than 1e-6 of what the tile's own weights add up to are passed over, 32 at a time where they can be. Distances
+are differences squared in float32; weights and values come to the tensor cores in two halves each, of whose products
+the three larger ones count: 22 bits (TF32 has 11). Values that are not finite are added in float32, for what a half
+leaves of infinity is no number. Floor: pairs * (10 float32 operations, an exponential, 3 to halve it),
+tensor cores 6 K operations a pair. The Gaussian is a launch for each axis, over weights that end where 1e-8 of their
 sum is left.
 """
 
@@ -25,6 +27,7 @@ TOGETHER = 32  # tiles whose boxes are looked at at once
 KEY_BITS, AXIS_BITS = 60, 16
 LARGEST_SCALE = 1e30  # of squares: 0 times infinity would be NaN for a pixel with itself
 BRIGHTEST = 255.0
+REST = tl.constexpr(2048.0)  # a half has 11 bits: what it leaves, times this, is a half again
 
 # --- exact ---
 
@@ -48,17 +51,19 @@ def _gap(boxes, tile, other, tiles, there, scale_xy, scale_rgb, TILES: tl.conste
 
 @triton.jit
 def _exact_sums(
-    features, boxes, values, out,
+    features, boxes, special, high, low, out,
     count, tiles, channels, farthest, scale_xy, scale_rgb,
     TILE: tl.constexpr, TOGETHER: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """features [B, 5, tiles * TILE], boxes [B, 10, tiles], values and out [B, tiles * TILE, channels]."""
+    """features [B, 5, tiles * TILE], boxes [B, 10, tiles], special, high, low, out [B, tiles * TILE, channels]."""
     tile = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     size = tiles * TILE
     features += image * 5 * size
     boxes += image * 10 * tiles
-    values += image * size * channels
+    special += image * size * channels
+    high += image * size * channels
+    low += image * size * channels
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     within = tl.arange(0, TILE)
     several = tl.arange(0, TOGETHER)
@@ -72,6 +77,7 @@ def _exact_sums(
         least += tl.where(other < tiles, held * tl.exp(-far), 0.0)
     reach = farthest - tl.log(tl.maximum(tl.sum(least, axis=0), 1.0))
     total = tl.zeros((TILE, CHANNELS), dtype=tl.float32)
+    rest = tl.zeros((TILE, CHANNELS), dtype=tl.float32)
     for first in range(0, tiles, TOGETHER):
         other = first + several
         near = _gap(boxes, tile, other, tiles, other < tiles, scale_xy, scale_rgb, TOGETHER, False)
@@ -86,11 +92,23 @@ def _exact_sums(
                         b = tl.load(features + k * size + theirs)
                         apart = a[:, None] - b[None, :]
                         distance += apart * apart * (scale_xy if k < 2 else scale_rgb)
-                    at = theirs.to(tl.int64)[:, None] * channels + channel[None, :]
-                    value = tl.load(values + at, mask=(channel < channels)[None, :], other=0.0)
-                    total += tl.dot(tl.exp(-distance), value, input_precision="ieee")
+                    weight = tl.exp(-distance)
+                    row = theirs.to(tl.int64) * channels
+                    at, mask = row[:, None] + channel[None, :], (channel < channels)[None, :]
+                    value_high = tl.load(high + at, mask=mask, other=0.0)
+                    value_low = tl.load(low + at, mask=mask, other=0.0)
+                    weight_high = weight.to(tl.float16)
+                    weight_low = ((weight - weight_high.to(tl.float32)) * REST).to(tl.float16)
+                    total = tl.dot(weight_high, value_high, total)
+                    rest = tl.dot(weight_high, value_low, rest)
+                    rest = tl.dot(weight_low, value_high, rest)
+                    if tl.load(boxes + first + step) == float("-inf"):
+                        last = tl.minimum(channels, (tl.program_id(1) + 1) * CHANNELS)
+                        for one in range(tl.program_id(1) * CHANNELS, last):
+                            added = tl.sum(weight * tl.load(special + row + one)[None, :], axis=1)
+                            total += tl.where((channel == one)[None, :], added[:, None], 0.0)
     at = (image * size + own)[:, None] * channels + channel[None, :]
-    tl.store(out + at, total, mask=(channel < channels)[None, :])
+    tl.store(out + at, total + rest * (1.0 / REST), mask=(channel < channels)[None, :])
 
 
 def _key(points: list[Tensor], sides: list[float]) -> Tensor:
@@ -135,18 +153,25 @@ def _exact(images: Tensor, values: Tensor, sigma_rgb: float, sigma_xy: float) ->
     odd = ~(by_tile.isfinite().all(3).all(1) & held.isfinite().all(3).all(1))[:, None]
     low, high = by_tile.amin(3), by_tile.amax(3)
     boxes = torch.cat([low.masked_fill(odd, -math.inf), high.masked_fill(odd, math.inf)], 1)
-    rows = rows.transpose(1, 2).contiguous()
+    # Each channel by a power of two that brings its largest number to 1..2: a half ends at 65,504.
+    most = rows.abs().nan_to_num(0, 0).amax(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.exp2(torch.frexp(most)[1].float() - 1)
+    rows = (rows / scale).transpose(1, 2).contiguous()
+    finite = rows.isfinite()
+    special, rows = rows.masked_fill(finite, 0), rows.masked_fill(~finite, 0)
+    high = rows.half()
+    low = ((rows - high.float()) * REST.value).half()
     out = torch.empty_like(rows)
     block = max(16, min(64, triton.next_power_of_2(channels)))
     scales = [min(0.5 / sigma / sigma, LARGEST_SCALE) for sigma in (sigma_xy, sigma_rgb)]
     _exact_sums[(tiles, triton.cdiv(channels, block), batch)](
-        features, boxes, rows, out,
+        features, boxes, special, high, low, out,
         count, tiles, channels, math.log(count / 1e-6), *scales,
         TILE=TILE, TOGETHER=TOGETHER, CHANNELS=block,
-        num_warps=8,  # with 4 the products do not fit into Ampere's registers
+        num_warps=4,  # three of them on a multiprocessor of Hopper; with 8 one
     )  # fmt: skip
     places = torch.argsort(order, dim=1)
-    filtered = out.transpose(1, 2).gather(2, places[:, None].expand(batch, channels, count))
+    filtered = (out.transpose(1, 2) * scale).gather(2, places[:, None].expand(batch, channels, count))
     return filtered.reshape(values.shape).to(values.dtype)
 
 

@@ -26,6 +26,7 @@ from ...core.checks import (
     check_tensor,
 )
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from ...core.taps import clipped
 from . import reference
@@ -103,7 +104,7 @@ def diffuse(
 # --- forward and its adjoint ---
 
 
-@torch.library.custom_op("afa::diffuse", mutates_args=())
+@operator("diffuse")
 def _diffuse(
     weights: Tensor,
     masks: Tensor,
@@ -169,7 +170,7 @@ def _weights_gradient(
     return torch.zeros_like(weights) if total is None else total.to(weights.dtype)
 
 
-@torch.library.custom_op("afa::diffuse_correlation", mutates_args=())
+@operator("diffuse_correlation")
 def _correlation(grad: Tensor, masks: Tensor, offsets: Tensor, border: str, class_mask: Tensor | None) -> Tensor:
     """[B, T, H, W]: sum over channels of grad * neighbour of masks, the gradient of one step's weights."""
     batch, _, height, width = grad.shape

@@ -30,6 +30,7 @@ from ...core.checks import (
     check_tensor,
 )
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample, odd_image
 from . import reference
 
@@ -178,7 +179,7 @@ def pamr_weights(images: Tensor, dilations: Sequence[int] = (1,), *, backend: st
 # --- forward and its adjoint ---
 
 
-@torch.library.custom_op("afa::par", mutates_args=())
+@operator("par")
 def _par(
     images: Tensor,
     masks: Tensor,
@@ -198,7 +199,7 @@ def _(images, masks, dilations, num_iter, factors, class_mask, transpose, backen
     return torch.empty(masks.shape, dtype=masks.dtype, device=masks.device)
 
 
-@torch.library.custom_op("afa::par_weights", mutates_args=())
+@operator("par_weights")
 def _par_weights(images: Tensor, dilations: list[int], factors: list[float], backend: str) -> Tensor:
     return implementation(__package__, backend).par_weights(images, dilations, factors)
 

@@ -29,6 +29,7 @@ from ...core.checks import (
     check_window,
 )
 from ...core.implementations import implementation
+from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from ...core.transforms import no_autocast
 from . import reference
@@ -169,7 +170,7 @@ def _with_background(
 # --- forward and its adjoint ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("afa::random_walk", mutates_args=())
+@operator("random_walk")
 def _random_walk(
     affinity: Tensor,
     cams: Tensor,
@@ -193,7 +194,7 @@ def _(affinity, cams, radius, power, num_steps, eps, class_mask, transpose, back
 # --- backward ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("afa::random_walk_affinity_gradient", mutates_args=())
+@operator("random_walk_affinity_gradient")
 def _affinity_gradient(
     affinity: Tensor,
     start: Tensor,
@@ -241,7 +242,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         # <grad, T cams> is also <T' grad, cams>: the adjoint's affinity has the same gradient, both exchanged.
         sides = (grad, cams) if transpose else (cams, grad)
-        grad_affinity = _affinity_gradient(affinity, *sides, *options, class_mask, backend)
+        grad_affinity = torch.ops.afa.random_walk_affinity_gradient(affinity, *sides, *options, class_mask, backend)
     return grad_affinity, grad_cams, *[None] * 7
 
 

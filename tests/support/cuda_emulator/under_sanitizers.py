@@ -115,7 +115,7 @@ def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
     native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
 
 
-CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (24, 5, 2, 130)]  # points, dims, images, channels
+CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (6, 5, 2, 130)]  # points, dims, images, channels
 
 
 def run_lattice(native, cloud: tuple, transpose: bool) -> None:
@@ -197,7 +197,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
             for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
-        for turn, cloud in enumerate(CLOUDS[2:] if races else CLOUDS):
+        for turn, cloud in enumerate(CLOUDS[3:] if races else CLOUDS):
             run_lattice(emulator.native, cloud, transpose=bool(order + turn & 1))
         for count, bits in ((9001, 9),) if races else ((1, 1), (4097, 32), (9001, 9)):
             run_sort(emulator.native, count, bits)

@@ -1,0 +1,55 @@
+"""Operators of PyTorch's dispatcher, ``torch.ops.afa``: opaque to torch.compile, with fakes and gradients in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "afa"
+_libraries: dict[str, torch.library.Library] = {}
+
+
+class Operator:
+    """An operator that writes into none of its inputs; what ``operator`` makes of its implementation.
+
+    As ``torch.library.custom_op``, whose operators import the whole of torch._dynamo when one is first called: three
+    seconds of every process, also of those that compile nothing.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]):
+        self.name = f"{NAMESPACE}::{name}"
+        self._backward: Callable[..., Any] | None = None
+        self._setup_context: Callable[..., None] | None = None
+        if name in _libraries:  # its module was loaded again
+            _libraries.pop(name)._destroy()
+        self._library = _libraries[name] = torch.library.Library(NAMESPACE, "FRAGMENT")
+        schema = torch.library.infer_schema(function, mutates_args=())
+        self._library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        self._library.impl(name, function, "CompositeExplicitAutograd")
+        # Also without a formula: to go on without a gradient in silence would be wrong.
+        torch.library.register_autograd(self.name, self._gradient, setup_context=self._save, lib=self._library)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Shapes, dtypes and devices of what is returned, for tensors without data."""
+        torch.library.register_fake(self.name, function, lib=self._library)
+        return function
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """See torch.library.register_autograd."""
+        self._backward, self._setup_context = backward, setup_context
+
+    def _save(self, ctx, inputs, output) -> None:
+        if self._setup_context is not None:
+            self._setup_context(ctx, inputs, output)
+
+    def _gradient(self, ctx, *gradients):
+        if self._backward is None:
+            raise RuntimeError(f"{self.name} has no autograd formula: the kernels have no gradient of a gradient")
+        return self._backward(ctx, *gradients)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: the function is ``torch.ops.afa.<name>``, by its annotations, for tensors of every device."""
+    return lambda function: Operator(name, function)
