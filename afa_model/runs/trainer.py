@@ -15,7 +15,7 @@ from ..data.order import Batches, training_loader
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import evaluate
 from ..labels.kinds import kinds_of
-from ..runtime.collectives import agreeing, gather_from_all
+from ..runtime.collectives import agreeing, gather_from_all, same_as_first
 from ..runtime.machine import threads_beside
 from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
@@ -195,6 +195,8 @@ class Trainer:
         """On the validation images mIoU of every kind of label map; F1 and mAP of the classifier; all in percent.
         None if in some process ``stop`` said so before the end.
         """
+        # Where batch norm is not synchronised each process has statistics of its own; a checkpoint has the first one's.
+        same_as_first(self.model.buffers())
         with checkpoint.kept_random_state():
             settings = self.config.eval.by("training")
             result = evaluate(self.model, self.validation, settings, self.config.labels, stop)

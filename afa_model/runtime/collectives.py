@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if process_count() > 1:
         dist.all_reduce(values)
     return values
+
+
+def same_as_first(tensors: Iterable[Tensor]) -> None:
+    """Give each of ``tensors`` the values that it has in process 0, in place. Every process must call this."""
+    if process_count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def shown_as_mean(*values: Tensor) -> tuple[Tensor, ...]:

@@ -192,3 +192,44 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
 def test_sizes_are_rounded_down(size, want):
     got = tuple(module._resize_long_side(torch.zeros(1, 3, *size), 512).shape[2:])
     assert got == want
+
+
+def test_published_resizing_is_bilinear_without_antialiasing():
+    """To the longer side by size, to another scale by its factor: the grid is then the factor's, not the size's."""
+    image, seen = torch.rand(1, 3, 33, 50), []
+    got = module._resize_long_side(image, 40)
+    assert torch.equal(got, torch.nn.functional.interpolate(image, (26, 40), mode="bilinear", align_corners=False))
+
+    class Seeing(Constant):
+        def forward(self, images, decode=True):
+            seen.append(images)
+            return super().forward(images)
+
+    module._segment(Seeing(), image, MapSettings(0, (1.0, 0.75), flips=False))
+    want = torch.nn.functional.interpolate(image, scale_factor=0.75, mode="bilinear", align_corners=False)
+    assert torch.equal(seen[0], image) and torch.equal(seen[1], want)
+    best, _ = module._segment(Constant(), image[:, :, :1], MapSettings(0, (1.0, 0.5)))
+    assert best.shape == (1, 3, 1, 13), "no scale makes nothing of a photograph"
+
+
+def test_each_label_has_its_own_background_score():
+    """The CAM's and the random walk's, as the published validation has 0.45 and 0.35."""
+    slots, how = ClassSlots.of(torch.ones(1, 1)), LabelSettings(radius=1, walk_score=0.35)
+    cam, itself = torch.full((1, 1, 4, 4), 0.4), torch.zeros(1, 9, 4, 4)
+    itself[:, 4] = 1  # each pixel's affinity with itself alone
+    images01 = torch.rand(1, 3, 4, 4)
+    for kind, found in (("cam", 0), ("refined_cam", 0), ("random_walk", 1), ("refined_random_walk", 1)):
+        assert (module.pseudo_label(kind, images01, cam, itself, slots, how) == found).all(), kind
+
+
+def test_a_class_is_found_above_a_half():
+    assert module.found_classes(torch.tensor([0.5, 0.51, 0.2])).tolist() == [0, 1, 0]
+    assert module.found_classes(torch.tensor([0.3, 0.5, 0.2])).tolist() == [0, 1, 0], "or the likeliest"
+    assert module.found_classes(torch.tensor([0.5, 0.5, 0.2])).tolist() == [1, 0, 0]
+
+
+def test_the_dense_crf_sees_the_photographs_own_bytes(monkeypatch):
+    photo, seen = torch.arange(252).view(3, 12, 7).to(torch.uint8), []
+    monkeypatch.setattr(module, "crf", lambda images01, probs, *_: seen.append(images01) or probs)
+    module.crf_label(normalize(photo)[None], torch.rand(1, 4, 3, 2), LabelSettings().dense_crf)
+    assert torch.equal(seen[0][0], photo.float() / 255)

@@ -40,6 +40,13 @@ def test_each_channel_spans_zero_to_one(model):
     assert ((top == 0) | ((top > 0.9) & (top < 1))).all()
 
 
+def test_published_sizes_of_the_scales_are_rounded_down(model, monkeypatch):
+    seen, real = [], model.cam_and_attention
+    monkeypatch.setattr(model, "cam_and_attention", lambda x, **how: seen.append(tuple(x.shape)) or real(x, **how))
+    multi_scale_cam(model, torch.randn(1, 3, 65, 67), (1.0, 0.5, 1.5))
+    assert seen == [(2, 3, 65, 67), (2, 3, 32, 33), (2, 3, 97, 100)]
+
+
 def test_mirrored_image_gives_the_mirrored_cam(model):
     images = torch.randn(1, 3, 64, 64)
     plain = multi_scale_cam(model, images).cam

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.common import DEVICE
 
-from afa_kernels import par
+from afa_kernels import par, random_walk_with_background
 from afa_model.conventions import IGNORE
 from afa_model.labels.pseudo_labels import cam_to_label, random_walk_label, refine_label
 from afa_model.labels.settings import LabelSettings
@@ -116,6 +116,20 @@ def test_labels_of_a_batch_are_labels_of_its_images(case):
         alone = labels_of((images[one], cam[one], cls_labels[one], affinity[one]), BOX[one])
         for kind, label in alone.items():
             assert disagreement(whole[kind][one], label) < 1e-3
+
+
+def test_the_walk_is_refined_inside_the_box_at_half_its_size(case):
+    """The published way, step by step: from full resolution, no antialiasing anywhere."""
+    images, cam, cls_labels, affinity = case
+    small = F.interpolate(cam, (5, 7), mode="bilinear")
+    walked = random_walk_with_background(affinity, small, cls_labels, 0.4, 2, 2.0, 0.1)
+    walked = F.interpolate(walked, (40, 56), mode="bilinear")
+    got = walked_label(images, affinity, cam, cls_labels, BOX, (0.4,))
+    for i, (y0, y1, x0, x1) in enumerate(BOX.tolist()):
+        inside, size = (slice(i, i + 1), ..., slice(y0, y1), slice(x0, x1)), (y1 - y0, x1 - x0)
+        half = F.interpolate(images[inside], (size[0] // 2, size[1] // 2), mode="bilinear")
+        refined = F.interpolate(par(half, walked[inside]), size, mode="bilinear")
+        assert disagreement(got[inside], refined.argmax(1)) < 1e-3
 
 
 def test_padding_has_no_say_in_the_random_walk_refinement(case):

@@ -60,7 +60,39 @@ def test_published_initialisation():
     # Kaiming, fan out: 1 for the affinity's head with a gain of sqrt(2 / 6), 256 for the fusion with sqrt(2)
     assert torch.cat(heads).std().item() == pytest.approx(0.577, rel=0.06)
     assert torch.cat(fuses).std().item() == pytest.approx(0.0884, rel=0.005)
-    assert model.attn_proj.bias.abs().item() <= 0.25 and model.decoder.linear_fuse.conv.bias is None
+    assert 0 < model.attn_proj.bias.abs().item() <= 0.25 and model.decoder.linear_fuse.conv.bias is None
+
+
+def test_published_initialisation_of_all_else():
+    """In the heads torch's own: uniform up to 1 / sqrt(fan in). In the backbone normal, of 0.02 in linear layers and by
+    the fan out in convolutions, with biases of 0.
+    """
+    torch.manual_seed(0)
+    model, head = AFA("mit_b0", 21), AFA("mit_b0", 21).decoder
+    for layer in (model.classifier, head.linear_pred, head.linear_c4.proj, head.linear_c1.proj):
+        bound = layer.weight.shape[1] ** -0.5
+        assert 0.98 * bound < layer.weight.abs().max().item() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    seen = set()
+    for module in model.encoder.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            want = 0.02
+            if isinstance(module, torch.nn.Conv2d):
+                want = (2 / (module.kernel_size[0] ** 2 * module.out_channels / module.groups)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(want, rel=0.1)
+            assert not module.bias.any()
+            seen.add(type(module))
+    assert len(seen) >= 2
+
+
+def test_published_norms():
+    model = AFA("mit_b0", 21)
+    for name, module in model.encoder.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            usual = name.startswith("patch_embed") or "attn" in name
+            assert module.eps == (1e-5 if usual else 1e-6), name
+    norm = model.decoder.linear_fuse.bn
+    assert (norm.eps, norm.momentum, norm.affine, norm.track_running_stats) == (1e-5, 0.1, True, True)
 
 
 def test_published_noise():

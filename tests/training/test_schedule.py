@@ -68,6 +68,18 @@ def test_heads_learn_faster_and_backbone_norms_stay(model):
         assert torch.equal(value, before[name]) == is_norm, name
 
 
+def test_every_group_decays_but_the_backbones_norms(model):
+    """Biases and the decoder's norm decay too, as published; the settings reach the optimizer."""
+    optimizer = build_optimizer(model, 1e-3, weight_decay=0.03, betas=(0.8, 0.95))
+    assert type(optimizer) is torch.optim.AdamW
+    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"backbone": 0.03, "backbone_norms": 0.0, "heads": 0.03, "decoder": 0.03}
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.8, 0.95), 1e-8, False), group["name"]
+    usual = build_optimizer(model, 1e-3).param_groups[0]
+    assert (usual["betas"], usual["weight_decay"]) == ((0.9, 0.999), 0.01)
+
+
 def test_cnn_and_frozen_parameters():
     model = AFA("resnet18", 5)
     model.encoder.conv1.weight.requires_grad_(False)

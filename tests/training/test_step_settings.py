@@ -10,6 +10,7 @@ from support.tiny_step import ALL, batch, tiny
 
 from afa_model.labels.crf import CrfSettings
 from afa_model.training import step as module
+from afa_model.training.losses import LossSettings
 from afa_model.training.step import StepSettings, TrainingStep
 
 
@@ -51,6 +52,22 @@ def test_looking_at_a_step_changes_nothing(cam_mode):
     assert looked.seg_logits is not None and torch.equal(plain.loss, looked.loss) and torch.equal(before[0], after[0])
     assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
     assert all(torch.equal(got, want) for got, want in zip(before[2], after[2]))
+
+
+@pytest.mark.parametrize("target", ["refined_cam", "segmentation"])
+def test_looking_at_a_step_leaves_its_targets(target):
+    """The last one that learns from the refined CAM, when the random-walk label is there to be seen as well."""
+    how = StepSettings(0, 1, affinity_target=target), ALL[1]
+    plain, looked = (TrainingStep(tiny(), *how)(batch(), 1, everything) for everything in (None, True))
+    assert plain.aff_label is None and not torch.equal(looked.aff_label, looked.refined_label)
+    torch.testing.assert_close(looked.loss, plain.loss)
+
+
+def test_each_loss_has_a_weight_of_its_own():
+    how = StepSettings(0, 1, seg_weight=0.3, aff_weight=0.7), ALL[1]
+    result = TrainingStep(tiny(), *how, loss=LossSettings(50.0))(batch(), 2)
+    want = result.cls_loss + 0.3 * result.seg_loss + 0.7 * result.aff_loss + 50 * result.reg_loss
+    torch.testing.assert_close(result.loss.detach(), want)
 
 
 def test_cam_mode_train_has_the_noise_of_training():
