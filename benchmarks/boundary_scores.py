@@ -1,12 +1,12 @@
 """How well labels follow the boundaries of objects, where mIoU counts their insides: trimap mIoU and boundary F-score.
 
-Trimap (Kohli, Ladický and Torr, *Robust higher order potentials for enforcing label consistency*, IJCV 2009): IoU over the
-pixels of a narrow band around the boundaries alone. Boundary F-score (Csurka, Larlus and Perronnin, *What is a good
-evaluation measure for semantic segmentation?*, BMVC 2013): precision and recall of contours, class by class, a contour's
-pixel being right where one of the other's is at most so many pixels away.
+Trimap (Kohli, Ladický and Torr, *Robust higher order potentials for enforcing label consistency*, IJCV 2009): IoU over
+the pixels of a narrow band around the boundaries alone. Boundary F-score (Csurka, Larlus and Perronnin, *What is a good
+evaluation measure for semantic segmentation?*, BMVC 2013): precision and recall of contours, class by class, a
+contour's pixel being right where one of the other's is at most so many pixels away.
 
-Distances are counted in rows or columns, whichever are more (a square around each pixel). VOC's masks have a band of void
-(255) on the boundaries, whose edges are boundaries here; void pixels themselves take no part.
+Distances are counted in rows or columns, whichever are more (a square around each pixel). VOC's masks have a band of
+void (255) on the boundaries, whose edges are boundaries here; void pixels themselves take no part.
 """
 
 from __future__ import annotations

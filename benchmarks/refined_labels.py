@@ -1,7 +1,7 @@
 """Labels that a refinement makes of CAMs whose image-level labels are known, and their mIoU over background scores.
 
-CAMs stay what they are; the background is a channel of one score everywhere. Which score is best differs from refinement
-to refinement, so all are tried, and counts are kept for each photograph.
+CAMs stay what they are; the background is a channel of one score everywhere. Which score is best differs from
+refinement to refinement, so all are tried, and counts are kept for each photograph.
 """
 
 from __future__ import annotations
