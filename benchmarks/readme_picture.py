@@ -33,7 +33,7 @@ from afa_model.pictures.overlays import heat_overlay, label_overlay, photo_of
 from afa_model.runtime.progress import progress
 from afa_model.runtime.writing import whole, writable_file
 
-BACKGROUND = 0.25  # what is best for these CAMs on photographs of VOC, by docs/real_cams.md
+BACKGROUND = 0.2  # what is best for PAR and the CRF on photographs of VOC, by docs/real_cams.md
 COLOR = 6  # of VOC's palette: teal, which neither photograph has
 
 COLUMNS: tuple[tuple[str, Refine], ...] = (
@@ -87,7 +87,7 @@ def draw(axes: Axes, picture: np.ndarray, title: str = "", label: Tensor | None 
     axes.imshow(picture, interpolation="antialiased", aspect="auto")
     axes.set_axis_off()
     if title:
-        axes.set_title(title, fontsize=17, pad=6)
+        axes.set_title(title, fontsize=20, pad=6)
     if label is not None:
         line = axes.contour(label.numpy() > 0, [0.5], colors="white", linewidths=1.4)
         line.set_path_effects([withStroke(linewidth=2.6, foreground="black", alpha=0.5)])
@@ -95,7 +95,7 @@ def draw(axes: Axes, picture: np.ndarray, title: str = "", label: Tensor | None 
 
 def picture(network: nn.Module, folder: Path, examples: Sequence[Example] = EXAMPLES) -> Figure:
     """A row for each example."""
-    figure = Figure(figsize=(16.6, 2.24 * len(examples) + 0.36))
+    figure = Figure(figsize=(16.6, 2.24 * len(examples) + 0.42))
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(examples), 1 + len(COLUMNS), squeeze=False)
     for first, row, example in zip((True, *[False] * len(examples)), grid, progress(examples, "photographs")):
@@ -107,7 +107,7 @@ def picture(network: nn.Module, folder: Path, examples: Sequence[Example] = EXAM
         draw(row[1], heat_overlay(photo, cam), titles[1], labels[0])
         for axes, title, label in zip(row[2:], titles[2:], labels[1:]):
             draw(axes, label_overlay(photo, label), title, label)
-    top = 1 - 0.38 / figure.get_figheight()
+    top = 1 - 0.44 / figure.get_figheight()
     figure.subplots_adjust(left=0, right=1, bottom=0, top=top, wspace=0.02, hspace=0.03)
     return figure
 

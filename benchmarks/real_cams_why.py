@@ -32,7 +32,7 @@ from afa_model.conventions import IGNORE, resize
 from afa_model.runtime.progress import progress
 from afa_model.runtime.writing import whole, writable_folder
 
-BACKGROUNDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+BACKGROUNDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 BLUR = 4.5  # of quality_refinement.py's coarse masks
 CORE = 16  # pixels that a mask is eroded by
 DISTANCES = (5, 10, 20, 40, 80)
@@ -160,7 +160,7 @@ def coverage(photos: Sequence[Photo], background: float) -> Row:
 
 def settings(photos: Sequence[Photo], pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Row]:
     for name, refine, how, power in [
-        *((f"PAR, {number} iterations", par(num_iter=number), {}, 1.0) for number in (5, 10, 15, 30, 60)),
+        *((f"PAR, {number} iterations", par(num_iter=number), {}, 1.0) for number in (5, 10, 15, 20, 30, 60)),
         ("PAR at full resolution", par(), {"scale": 1.0}, 1.0),
         ("PAR at full resolution, dilations doubled", par([2 * d for d in DILATIONS]), {"scale": 1.0}, 1.0),
         ("PAR, square root of the CAM", par(), {}, 0.5),
