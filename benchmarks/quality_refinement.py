@@ -57,8 +57,8 @@ TABLE_2: list[tuple[str, Refine, float]] = [
     ("PAR, six, 15 iterations", par(), 52.9),
     ("PAR, six, 20 iterations", par(num_iter=20), 52.9),
 ]
-# For real CAMs: those that differ. Labels without the position kernel are the same (docs/refinement.md), and 20 iterations
-# are among real_cams_why.py's.
+# For real CAMs: those that differ. Labels without the position kernel are the same (docs/refinement.md), and 20
+# iterations are among real_cams_why.py's.
 REAL_ROWS = [("CAM", *TABLE_2[0][1:]), *TABLE_2[1:6], TABLE_2[7]]
 # Table 3: w1 = w2 down, w3 across; None where the paper has no number.
 W12, W3 = (0.1, 0.3, 0.5, 0.7), (0.005, 0.01, 0.02, 0.03)

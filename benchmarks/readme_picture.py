@@ -115,7 +115,7 @@ def picture(network: nn.Module, folder: Path, examples: Sequence[Example] = EXAM
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a file to write, .jpg or .png")
-    parser.add_argument("--photographs", type=Path, help="folder of coffee.png and chelsea.png; default: scikit-image's")
+    parser.add_argument("--photographs", type=Path, help="folder of coffee.png, chelsea.png; default: scikit-image's")
     options = parser.parse_args(arguments)
     out = writable_file(options.out, "out")
     figure = picture(imagenet_network(), options.photographs or samples_folder())
