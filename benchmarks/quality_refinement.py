@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from real_cams import SPLITS, report
-from refined_labels import CLASSES, Refine, confusion_of, miou, refined_label
+from refined_labels import CLASSES, Refine, confusion_of, miou, refined_labels
 from torchvision.transforms.functional import gaussian_blur
 
 import afa_kernels
@@ -38,11 +38,20 @@ STRIDE = 16
 def by_name(name: str, num_iter=15) -> Refine:
     """One of the refinements that training chooses from."""
     how = LabelSettings(refinement=name, num_iter=num_iter)
-    return lambda image, scores: refinement.refine(image, scores, torch.ones(scores.shape[:2], dtype=torch.bool), how)
+
+    def refine(image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shown = torch.ones(1, scores.shape[1], dtype=torch.bool)
+        return refinement.refine(image, scores.flatten(0, 1)[None], shown, how)[0].unflatten(0, scores.shape[:2])
+
+    return refine
 
 
 def par(dilations=DILATIONS, num_iter=15, w=0.3, w3=0.01) -> Refine:
-    return lambda image, scores: afa_kernels.par(image, scores, dilations, num_iter, w, w, w3)
+    def refine(image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        refined = afa_kernels.par(image, scores.flatten(0, 1)[None], dilations, num_iter, w, w, w3)
+        return refined[0].unflatten(0, scores.shape[:2])
+
+    return refine
 
 
 # Row of the paper's Table 2: (name, refinement, its mIoU on VOC train).
@@ -103,7 +112,7 @@ def score(pairs: list[tuple[torch.Tensor, torch.Tensor]], refine: Refine, backgr
     for image, mask in pairs:
         scores = coarse_scores(mask, background, blur)
         present = (scores[0].amax((1, 2)) > 0).nonzero()[:, 0]  # absent classes cost nothing
-        confusion += confusion_of(refined_label(image, scores[:, present], present[1:], refine), mask)
+        confusion += confusion_of(refined_labels(image, scores[:, present], present[1:], refine)[0], mask)
     return miou(confusion)
 
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from quality_refinement import by_name, par
-from refined_labels import Photo, Refine, refined_label
+from refined_labels import Photo, Refine, refined_labels
 from torch import Tensor, nn
 
 from afa_model.errors import DataError
@@ -79,7 +79,7 @@ def labels_of(network: nn.Module, image: Tensor, classes: Sequence[int]) -> tupl
     cam = imagenet_cam(network, image, [classes])
     photo = Photo(image, torch.zeros(image.shape[2:]), torch.tensor([COLOR]), cam)
     scores = photo.scores(BACKGROUND)
-    return cam[0, 0], [refined_label(image, scores, photo.classes, refine) for _, refine in COLUMNS]
+    return cam[0, 0], [refined_labels(image, scores, photo.classes, refine)[0] for _, refine in COLUMNS]
 
 
 def draw(axes: Axes, picture: np.ndarray, title: str = "", label: Tensor | None = None) -> None:

@@ -22,7 +22,7 @@ from boundary_scores import boundary_f, trimap
 from imagenet_cams import BEST, SCALES, imagenet_cam, imagenet_network, voc_groups
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from refined_labels import BACKGROUNDS, Photo, Refine, Sweep, confusion_of, gain_interval, miou, refined_label, sweep
+from refined_labels import BACKGROUNDS, Photo, Refine, Sweep, confusion_of, gain_interval, miou, refined_labels, sweep
 from torch import Tensor, nn
 
 from afa_model.data.classes import VOC_CLASSES
@@ -55,7 +55,7 @@ def at_boundaries(photos: Sequence[Photo], refine: Refine, background: float) ->
     bands = dict.fromkeys(PIXELS, torch.zeros((), dtype=torch.int64))
     contours: dict[int, list[float]] = {pixels: [] for pixels in PIXELS}
     for photo in photos:
-        label = refined_label(photo.image, photo.scores(background), photo.classes, refine)
+        label = refined_labels(photo.image, photo.scores(background), photo.classes, refine)[0]
         for pixels in PIXELS:
             bands[pixels] = bands[pixels] + confusion_of(label, photo.mask, trimap(photo.mask, pixels))
             contours[pixels].append(100 * boundary_f(label, photo.mask, pixels))

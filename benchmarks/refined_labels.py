@@ -21,6 +21,7 @@ CLASSES = 21
 BACKGROUNDS = tuple(round(0.05 * step, 2) for step in range(1, 13))  # 0.05 to 0.6
 
 Refine = Callable[[Tensor, Tensor], Tensor]
+"""image [1, 3, h, w] in 0..1, n kinds of scores for it [n, C, h, w] -> [n, C, h, w]; PAR's weights are made once."""
 
 
 class Photo(NamedTuple):
@@ -35,32 +36,33 @@ class Photo(NamedTuple):
     classes: Tensor
     cam: Tensor
 
-    def scores(self, background: float) -> Tensor:
-        """[1, 1 + S, H, W]: a background of one score everywhere, and the CAMs."""
-        return torch.cat([torch.full_like(self.cam[:, :1], background), self.cam], dim=1)
+    def scores(self, *backgrounds: float) -> Tensor:
+        """[backgrounds, 1 + S, H, W]: a background of one score everywhere, and the CAMs."""
+        ground = torch.tensor(backgrounds)[:, None, None, None].expand(-1, 1, *self.cam.shape[2:])
+        return torch.cat([ground, self.cam.expand(len(backgrounds), -1, -1, -1)], dim=1)
 
 
-def refined_label(
+def refined_labels(
     image: Tensor, scores: Tensor, classes: Tensor, refine: Refine, scale: float = 0.5, sharpness: float = 1.0
 ) -> Tensor:
-    """The label of each pixel: the highest channel after refinement.
+    """The label of each pixel, the highest channel after refinement, for several scores of one image at a time.
 
     As pseudo-labels are made: resized, softmax over background and present classes, refined, resized back.
 
     Args:
         image: [1, 3, H, W] in 0..1.
-        scores: [1, 1 + S, h, w], the background first.
+        scores: [n, 1 + S, h, w], the background first.
         classes: int64 [S], the labels of the others.
         scale: of the image that is refined on; half resolution is training's.
         sharpness: what the scores are multiplied with before the softmax; 1 in training.
 
     Returns:
-        int64 [H, W].
+        int64 [n, H, W].
     """
     size = [max(int(side * scale), 1) for side in image.shape[2:]]
     small = image if scale == 1 else resize(image, size)
     probs = resize(scores, size).mul(sharpness).softmax(dim=1)
-    highest = resize(refine(small, probs), image.shape[2:])[0].max(0).indices  # ten times as fast as argmax
+    highest = resize(refine(small, probs), image.shape[2:]).max(1).indices  # ten times as fast as argmax
     return F.pad(classes, (1, 0))[highest]
 
 
@@ -125,8 +127,8 @@ def sweep(
     """
     counts = torch.zeros(len(backgrounds), len(photos), CLASSES, CLASSES, dtype=torch.int64)
     for column, photo in enumerate(watch(photos)):
-        for row, background in enumerate(backgrounds):
-            label = refined_label(photo.image, photo.scores(background), photo.classes, refine, scale, sharpness)
+        labels = refined_labels(photo.image, photo.scores(*backgrounds), photo.classes, refine, scale, sharpness)
+        for row, label in enumerate(labels):
             counts[row, column] = confusion_of(label, photo.mask)
     return Sweep(counts, tuple(backgrounds))
 

@@ -209,11 +209,11 @@ def test_labels_are_the_highest_channels(real):
     photo = a_photo(real, cam, torch.zeros(8, 8, dtype=torch.int64), (3, 7))
     none = real.quality_refinement.by_name("none")
     for background, want in {0.2: (3, 7), 0.4: (3, 0), 0.6: (0, 0)}.items():
-        label = real.refined_labels.refined_label(photo.image, photo.scores(background), photo.classes, none, scale=1)
+        (label,) = real.refined_labels.refined_labels(photo.image, photo.scores(background), photo.classes, none, 1)
         assert (label[:, :4] == want[0]).all() and (label[:, 4:] == want[1]).all()
     seen = []
     refine = lambda image, scores: seen.append((image.shape, scores)) or scores
-    real.refined_labels.refined_label(photo.image, photo.scores(0.2), photo.classes, refine, sharpness=10)
+    real.refined_labels.refined_labels(photo.image, photo.scores(0.2), photo.classes, refine, sharpness=10)
     (size, scores), want = seen[0], torch.tensor([2.0, 5.0, 0.0]).softmax(0)
     assert size == (1, 3, 4, 4), "half resolution"
     torch.testing.assert_close(scores[0, :, 0, 0], want)
