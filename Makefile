@@ -21,7 +21,7 @@ $(VENV)/installed: $(NATIVE)
 	$(BIN)/python -m pip install --no-compile --no-deps -e . & kernels=$$!; \
 	  $(BIN)/python -m pip install --quiet --no-compile -r $(VENV)/requirements.txt; others=$$?; \
 	  wait $$kernels && exit $$others
-	$(BIN)/python -m pip install --quiet --no-compile 'afa[test]'
+	$(BIN)/python -m pip install --quiet --no-compile 'afa[test,real]'
 	touch $@
 
 demo: $(VENV)/installed

@@ -5,7 +5,10 @@ The ground-truth masks of a folder in VOC layout are coarsened to what a CAM giv
 scored in mIoU against the masks. The default blur makes the coarse masks about as bad as the paper's CAMs (48 %). It
 refines real CAMs of a trained network, so its column is another experiment: only the order of settings compares.
 
+With `--cams imagenet` the CAMs are real instead: of an ImageNet network that has never seen VOC (real_cams.py).
+
 python benchmarks/quality_refinement.py VOC_FOLDER [--split train_aug] [--out docs/refinement.md]
+python benchmarks/quality_refinement.py VOC_FOLDER --cams imagenet [--split train_aug val] [--out-folder FOLDER]
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import as_the_command  # noqa: F401
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from real_cams import SPLITS, report
+from refined_labels import CLASSES, Refine, confusion_of, miou, refined_labels
 from torchvision.transforms.functional import gaussian_blur
 
 import afa_kernels
@@ -30,19 +33,25 @@ from afa_model.labels import refinement
 from afa_model.labels.settings import LabelSettings
 
 STRIDE = 16
-CLASSES = 21
-
-Refine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def by_name(name: str, num_iter=15) -> Refine:
     """One of the refinements that training chooses from."""
     how = LabelSettings(refinement=name, num_iter=num_iter)
-    return lambda image, scores: refinement.refine(image, scores, torch.ones(scores.shape[:2], dtype=torch.bool), how)
+
+    def refine(image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shown = torch.ones(1, scores.shape[1], dtype=torch.bool)
+        return refinement.refine(image, scores.flatten(0, 1)[None], shown, how)[0].unflatten(0, scores.shape[:2])
+
+    return refine
 
 
 def par(dilations=DILATIONS, num_iter=15, w=0.3, w3=0.01) -> Refine:
-    return lambda image, scores: afa_kernels.par(image, scores, dilations, num_iter, w, w, w3)
+    def refine(image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        refined = afa_kernels.par(image, scores.flatten(0, 1)[None], dilations, num_iter, w, w, w3)
+        return refined[0].unflatten(0, scores.shape[:2])
+
+    return refine
 
 
 # Row of the paper's Table 2: (name, refinement, its mIoU on VOC train).
@@ -57,6 +66,9 @@ TABLE_2: list[tuple[str, Refine, float]] = [
     ("PAR, six, 15 iterations", par(), 52.9),
     ("PAR, six, 20 iterations", par(num_iter=20), 52.9),
 ]
+# For real CAMs: those that differ. Labels without the position kernel are the same (docs/refinement.md), and 20
+# iterations are among real_cams_why.py's.
+REAL_ROWS = [("CAM", *TABLE_2[0][1:]), *TABLE_2[1:6], TABLE_2[7]]
 # Table 3: w1 = w2 down, w3 across; None where the paper has no number.
 W12, W3 = (0.1, 0.3, 0.5, 0.7), (0.005, 0.01, 0.02, 0.03)
 TABLE_3 = [
@@ -96,20 +108,12 @@ def load(root: Path, split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def score(pairs: list[tuple[torch.Tensor, torch.Tensor]], refine: Refine, background: float, blur: float) -> float:
     """Mean IoU in per cent over the classes that occur."""
-    confusion = torch.zeros(CLASSES, CLASSES)
+    confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
     for image, mask in pairs:
         scores = coarse_scores(mask, background, blur)
-        present = scores[0].amax((1, 2)) > 0
-        # Half resolution, as in training; absent classes cost nothing.
-        half = F.interpolate(image, scale_factor=0.5, mode="bilinear", align_corners=False)
-        scores = F.interpolate(scores[:, present], size=half.shape[-2:], mode="bilinear", align_corners=False)
-        scores = scores.softmax(dim=1)  # over background and present classes, as the pseudo-labels do
-        refined = F.interpolate(refine(half, scores), size=mask.shape, mode="bilinear", align_corners=False)
-        label = present.nonzero()[:, 0][refined[0].argmax(0)]
-        confusion += multiclass_confusion_matrix(label[None], mask[None], CLASSES, ignore_index=255)
-    true = confusion.diag()
-    union = confusion.sum(0) + confusion.sum(1) - true
-    return 100 * float((true[union > 0] / union[union > 0]).mean())
+        present = (scores[0].amax((1, 2)) > 0).nonzero()[:, 0]  # absent classes cost nothing
+        confusion += confusion_of(refined_labels(image, scores[:, present], present[1:], refine)[0], mask)
+    return miou(confusion)
 
 
 def tables(pairs: list[tuple[torch.Tensor, torch.Tensor]], background: float, blur: float) -> str:
@@ -129,15 +133,23 @@ def tables(pairs: list[tuple[torch.Tensor, torch.Tensor]], background: float, bl
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder in VOC layout")
-    parser.add_argument("--split", default="train_aug")
+    parser.add_argument("--cams", choices=("coarse", "imagenet"), default="coarse", help="of masks, or of a network")
+    parser.add_argument("--split", nargs="+", help=f"default: train_aug; of --cams imagenet {' '.join(SPLITS)}")
     parser.add_argument("--background", type=float, default=0.45, help="score of the background channel")
     parser.add_argument("--blur", type=float, default=4.5, help="deviation in cells of the 1/16 grid")
     parser.add_argument("--out", type=Path, help="write the tables to this Markdown file as well")
-    options = parser.parse_args()
-    text = tables(load(options.root, options.split), options.background, options.blur)
+    parser.add_argument("--out-folder", type=Path, help="of --cams imagenet: for real_cams.json, .csv, .png")
+    options = parser.parse_args(arguments)
+    real = options.cams == "imagenet"
+    splits = options.split or (SPLITS if real else ("train_aug",))
+    pairs = [pair for split in splits for pair in load(options.root, split)]
+    if real:
+        text = report(pairs, REAL_ROWS, options.out_folder)
+    else:
+        text = tables(pairs, options.background, options.blur)
     print(text)
     if options.out:
         options.out.write_text(text)

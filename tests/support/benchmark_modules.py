@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,15 @@ import pytest
 from support.common import ROOT
 
 TABLES = ("bench_par", "bench_affinity", "bench_random_walk", "bench_bilateral")
+REAL = (
+    "boundary_scores",
+    "imagenet_cams",
+    "quality_refinement",
+    "readme_picture",
+    "real_cams",
+    "real_cams_why",
+    "refined_labels",
+)
 MODULES = ("gpu", "harness", "machine", "reports", "run", "timing", "published_step", "readme_table", *TABLES)
 MACHINE = {
     "device": "a machine",
@@ -22,11 +32,22 @@ MACHINE = {
 }
 
 
-@pytest.fixture
-def bench(monkeypatch) -> SimpleNamespace:
+def _imported(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Imported for one test, and forgotten afterwards."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delenv("AFA_BACKEND", raising=False)
-    yield SimpleNamespace(MACHINE=MACHINE, **{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
+    yield SimpleNamespace(MACHINE=MACHINE, **{name: importlib.import_module(name) for name in names})
+    for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def bench(monkeypatch) -> Iterator[SimpleNamespace]:
+    """What measures time."""
+    yield from _imported(MODULES, monkeypatch)
+
+
+@pytest.fixture
+def real(monkeypatch) -> Iterator[SimpleNamespace]:
+    """What measures labels of real CAMs."""
+    yield from _imported(REAL, monkeypatch)

@@ -1,4 +1,4 @@
-"""Prints what `pip install '.[test]'` brings besides the package itself, so that `make` can fetch it meanwhile."""
+"""Prints what `pip install '.[test,real]'` brings besides the package itself, so that `make` can fetch it meanwhile."""
 
 from pathlib import Path
 
@@ -8,4 +8,5 @@ except ImportError:  # before Python 3.11
     from pip._vendor import tomli as tomllib
 
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["test"], sep="\n")
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *extras["test"], *extras["real"], sep="\n")
