@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> int:
         "afa figures",
         "Draw the figures of the paper's supplement, for print, as PNG and PDF: CAM of a CNN, of the transformer, and"
         " refined with raw attention and learned affinity (3); pseudo-labels before and after PAR (4); attention,"
-        " affinity and pseudo-labels of a point without and with AFA (5); results beside the ground truth (6); attention"
-        " without and with AFA (7); weights of the heads (8). Settings that are not given are those of the run.",
+        " affinity and pseudo-labels of a point without and with AFA (5); results beside the ground truth (6);"
+        " attention without and with AFA (7); weights of the heads (8). Settings that are not given are those of the"
+        " run.",
     )
     parser.add_argument("figure", type=str, metavar="FIGURE", help="3, 4, 5, 6, 7, 8 or all")
     parser.add_argument(

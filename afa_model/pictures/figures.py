@@ -22,7 +22,8 @@ from ..labels.settings import LabelSettings
 from .overlays import AFFINITY_COLORS, CAM_COLORS, cell_of, heat_overlay, label_overlay
 from .panels import Tile, affinity_tile, cam_tile, head_weights_figure
 from .seen import CLASSIFIER, Models, Photograph, Seen, View, Wanted, look
-from .sheets import WIDTH, Key, Row, class_keys, sheet, with_caption
+from .sheets import PAGE_WIDTH, Key, Row, class_keys, sheet, with_caption
+from .words import fitted
 
 SOURCES = {  # where classes are from, in a caption
     "mask": "from the masks",
@@ -166,7 +167,8 @@ def weights_figure(model: nn.Module, trained: str = "") -> Figure:
     """
     model.require_attention("figure 8")
     weights, bias = model.affinity_head()
-    figure = head_weights_figure(weights, bias, model.abilities.affinity_blocks, trained, WIDTH)
+    heading = fitted(trained, 12, PAGE_WIDTH - 2.6)
+    figure = head_weights_figure(weights, bias, model.abilities.affinity_blocks, heading, PAGE_WIDTH)
     against = int((weights < 0).sum())
     caption = (
         f"Figure 8. The learned weight of each attention head in the affinity. {against} of {len(weights)} (red) speak"

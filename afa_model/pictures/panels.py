@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,7 @@ def prediction_panel(
     present: Sequence[int] = (),
     mask: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Figure:
     """Photograph, CAM, affinity of a point, pseudo-label, prediction, mask if there is one, and the legend.
 
@@ -118,19 +119,22 @@ def prediction_panel(
         present: classes (1..K-1) taken as present in the image; bold in the legend.
         mask: [H, W], 0..K-1 and 255: the truth, where it is known.
         size: (height, width) of the photograph that ``point`` is a pixel of, if all is drawn smaller.
+        more: title -> a label [H, W] that is shown too, before the ground truth.
     """
+    more = more or {}
     tiles = [Tile(photo, "photograph"), cam_tile(photo, cam, list(present), class_names)]
     if affinity is not None:
         tiles.append(affinity_tile(photo, affinity, point, size))
     tiles.append(Tile(label_overlay(photo, pseudo_label), "pseudo-label"))
     if prediction is not None:
         tiles.append(Tile(label_overlay(photo, prediction), "prediction"))
+    tiles += [Tile(label_overlay(photo, label), name) for name, label in more.items()]
     if mask is not None:
         tiles.append(Tile(label_overlay(photo, mask), "ground truth"))
 
     columns = min(3, len(tiles))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    used = _classes_in(pseudo_label, prediction, mask)
+    used = _classes_in(pseudo_label, prediction, mask, *more.values())
     return _draw(rows, columns, sorted({*used, *present}), class_names, title, probabilities, present)
 
 

@@ -159,7 +159,7 @@ def look(
         source=photograph.source if photograph.cls_labels is not None else CLASSIFIER,
         photo=thumbnail(photograph.pixels, SIDE),
         size=size,
-        mask=None if photograph.mask is None else thumbnail(torch.as_tensor(photograph.mask), SIDE),
+        mask=None if photograph.mask is None else thumbnail(torch.tensor(np.asarray(photograph.mask)), SIDE),
         present=present,
         point=photograph.point or peak_of(full.cam, present, size),
         full=full,

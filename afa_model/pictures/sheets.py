@@ -16,11 +16,13 @@ from ..data.classes import voc_palette
 from .panels import Tile, draw_picture
 from .words import fitted, width_of, wrapped, write
 
-WIDTH = 6.875  # inches: both columns of a conference paper
+PAGE_WIDTH = 6.875  # inches: both columns of a conference paper
 DPI = 300
 CAPTION = "caption"  # gid of the texts it is made of
 
 # inches
+_MARGIN = 0.03
+_WIDTH = PAGE_WIDTH - 2 * _MARGIN
 _HEIGHT = 9.0
 _GAP = 0.05
 _BETWEEN = 0.16  # groups of columns
@@ -72,17 +74,17 @@ def sheet(titles: Sequence[str], rows: Sequence[Row], caption: str, keys: Sequen
     """
     groups = 2 if len(titles) <= 3 and len(rows) > 1 else 1
     columns = len(titles)
-    tile = (WIDTH - (groups - 1) * _BETWEEN - (columns - 1) * groups * _GAP) / (groups * columns)
+    tile = (_WIDTH - (groups - 1) * _BETWEEN - (columns - 1) * groups * _GAP) / (groups * columns)
     bands = [rows[start : start + groups] for start in range(0, len(rows), groups)]
     heads = [wrapped(title, _TITLE_SIZE, tile) for title in titles]
     lines = _flowed(keys)
-    caption_lines = wrapped(caption, _TITLE_SIZE, WIDTH)
+    caption_lines = wrapped(caption, _TITLE_SIZE, _WIDTH)
     head = _LINE * max(map(len, heads)) + 0.04
     foot = 0.06 + (len(lines) * 0.17 + 0.05 if lines else 0) + _LINE * len(caption_lines) + 0.05
     heights = _heights(bands, tile, _HEIGHT - head - foot - len(bands) * _STRIP)
     height = head + sum(heights) + len(bands) * _STRIP + foot
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(PAGE_WIDTH, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     paper = _Paper(figure, height)
     for group in range(groups):
@@ -123,7 +125,7 @@ def with_caption(figure: Figure, caption: str) -> Figure:
     figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
     paper = _Paper(figure, height + foot, width)
     for number, line in enumerate(lines):
-        paper.text(0.05, height + (number + 1) * _LINE, line, _TITLE_SIZE, gid=CAPTION)
+        paper.text(0.02, height + (number + 1) * _LINE, line, _TITLE_SIZE, gid=CAPTION)
     return figure
 
 
@@ -134,20 +136,20 @@ def caption_of(figure: Figure) -> str:
 
 @dataclass
 class _Paper:
-    """A figure in inches from its upper left corner."""
+    """A figure in inches from its upper left corner, but for a margin."""
 
     figure: Figure
     height: float
-    width: float = WIDTH
+    width: float = PAGE_WIDTH
 
     def axes(self, left: float, top: float, wide: float, high: float) -> Axes:
         bottom = self.height - top - high
         return self.figure.add_axes(
-            (left / self.width, bottom / self.height, wide / self.width, high / self.height), anchor="N"
+            ((_MARGIN + left) / self.width, bottom / self.height, wide / self.width, high / self.height), anchor="N"
         )
 
     def text(self, left: float, base: float, words: str, size: float, **how: object) -> None:
-        place = left / self.width, 1 - base / self.height
+        place = (_MARGIN + left) / self.width, 1 - base / self.height
         write(self.figure.text(*place, "", fontsize=size, va="baseline", **how), words)
 
 
@@ -183,10 +185,10 @@ def _room_of(key: Key) -> float:
 def _flowed(keys: Sequence[Key]) -> list[list[Key]]:
     """Keys in lines that fit the sheet; what one says is cut where it alone would be too wide."""
     lines: list[list[Key]] = []
-    left = WIDTH
+    left = _WIDTH
     for key in keys:
-        key = Key(fitted(key.words, _TEXT_SIZE, WIDTH - 1.2), key.color, key.bar)
-        if not lines or left + _room_of(key) > WIDTH + 0.16:
+        key = Key(fitted(key.words, _TEXT_SIZE, _WIDTH - 1.2), key.color, key.bar)
+        if not lines or left + _room_of(key) > _WIDTH + 0.16:
             lines.append([])
             left = 0.0
         lines[-1].append(key)
