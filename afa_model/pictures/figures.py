@@ -101,7 +101,7 @@ def affinity_figure(views: Sequence[View], style: Style) -> Figure:
     """
     with_other, with_mask = any(view.without is not None for view in views), _has_masks(views)
     titles = ["photograph", "raw attention", "learned affinity", *["label without AFA"] * with_other,
-              "label, AFA without propagation", "label with AFA", *["ground truth"] * with_mask]  # fmt: skip
+              "label without propagation", "label with AFA", *["ground truth"] * with_mask]  # fmt: skip
     rows, labels = [], []
     for view in views:
         shown = [view.without and view.without.labels["refined_cam"]] if with_other else []
@@ -275,7 +275,7 @@ def _has_masks(views: Sequence[View]) -> bool:
 
 
 def _truth_is_missing(views: Sequence[View]) -> str:
-    missing = [view.name for view in views if view.mask is None]
+    missing = [_called(view) for view in views if view.mask is None]
     if not missing:
         return ""
     if len(missing) == len(views):
@@ -283,11 +283,16 @@ def _truth_is_missing(views: Sequence[View]) -> str:
     return f" There is no mask of {', '.join(missing)}."
 
 
+def _called(view: View, most: int = 32) -> str:
+    """A photograph's name in a caption."""
+    return view.name if len(view.name) <= most else f"{view.name[: most - 1]}…"
+
+
 def _classes(views: Sequence[View]) -> str:
     """Where the classes are from that the models were asked for, for a caption."""
     by_source: dict[str, list[str]] = {}
     for view in views:
-        by_source.setdefault(view.source, []).append(view.name)
+        by_source.setdefault(view.source, []).append(_called(view))
     alone = len(by_source) == 1
     parts = [SOURCES.get(source, source) + ("" if alone else f" ({', '.join(of)})") for source, of in by_source.items()]
     return f"Classes: {', '.join(parts)}."

@@ -29,6 +29,7 @@ _BETWEEN = 0.16  # groups of columns
 _STRIP = 0.16  # the line above a row
 _LINE = 0.128
 _LEAST = 0.3  # of a row of tiles
+_TALLEST = 1.5  # times as tall as wide a tile may be; a taller picture becomes narrower
 
 # points
 _TITLE_SIZE = 7.5
@@ -102,7 +103,7 @@ def sheet(titles: Sequence[str], rows: Sequence[Row], caption: str, keys: Sequen
                 for column, picture in enumerate(row.tiles):
                     if picture is not None:
                         axis = paper.axes(left + column * (tile + _GAP), top + _STRIP, tile, tall - _GAP)
-                        draw_picture(axis, picture, star=min(9.0, 4 + 3 * tile))
+                        draw_picture(axis, picture, _star(picture, tile, tall - _GAP))
             top += _STRIP + tall
     top += 0.06
     for line in lines:
@@ -153,6 +154,13 @@ class _Paper:
         write(self.figure.text(*place, "", fontsize=size, va="baseline", **how), words)
 
 
+def _star(tile: Tile, wide: float, high: float) -> float:
+    """Points that a star may have: less in a picture that is narrow or flat, beside which other things stand."""
+    height, width, _ = tile.picture.shape
+    scale = min(wide / width, high / height)
+    return max(3.5, min(4 + 3 * wide, 72 * 0.4 * scale * min(height, width), 9))
+
+
 def _heights(bands: Sequence[Sequence[Row]], tile: float, room: float) -> list[float]:
     """How tall each band of tiles is: as its tallest picture wants at this width, but all no more than there is room
     for; where there is not enough, the tallest are made less.
@@ -161,7 +169,7 @@ def _heights(bands: Sequence[Sequence[Row]], tile: float, room: float) -> list[f
     for band in bands:
         shapes = [picture.picture.shape for row in band for picture in row.tiles if picture is not None]
         share = max((height / width for height, width, _ in shapes), default=1)
-        wanted.append(max(tile * share + _GAP, _LEAST))
+        wanted.append(max(tile * min(share, _TALLEST) + _GAP, _LEAST))
     room = max(room, _LEAST * len(bands))
     low, high = _LEAST, max(wanted)
     if sum(wanted) <= room:
