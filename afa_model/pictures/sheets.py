@@ -149,6 +149,11 @@ class _Paper:
             ((_MARGIN + left) / self.width, bottom / self.height, wide / self.width, high / self.height), anchor="N"
         )
 
+    def patch(self, left: float, top: float, wide: float, high: float, color: tuple[float, ...]) -> None:
+        corner = (_MARGIN + left) / self.width, 1 - (top + high) / self.height
+        size = wide / self.width, high / self.height
+        self.figure.add_artist(Rectangle(corner, *size, facecolor=color, edgecolor="0.3", linewidth=0.5))
+
     def text(self, left: float, base: float, words: str, size: float, **how: object) -> None:
         place = (_MARGIN + left) / self.width, 1 - base / self.height
         write(self.figure.text(*place, "", fontsize=size, va="baseline", **how), words)
@@ -208,15 +213,14 @@ def _draw_keys(paper: _Paper, top: float, line: Sequence[Key]) -> None:
     left = 0.0
     for key in line:
         if key.bar is None:
-            axis = paper.axes(left, top, _PATCH, 0.11)
-            axis.add_patch(Rectangle((0, 0), 1, 1, facecolor=key.color, edgecolor="0.3", linewidth=0.8))
+            paper.patch(left, top, _PATCH, 0.1, key.color)
             before = _PATCH
         else:
             paper.text(left, top + 0.095, "0", _TEXT_SIZE)
             axis = paper.axes(left + 0.09, top, _BAR, 0.11)
             axis.imshow([[i / 127 for i in range(128)]], aspect="auto", cmap=colormaps[key.bar], vmin=0, vmax=1)
+            axis.set_axis_off()
             paper.text(left + 0.12 + _BAR, top + 0.095, "1", _TEXT_SIZE)
             before = _BAR + 0.24
-        axis.set_axis_off()
         paper.text(left + before + 0.05, top + 0.095, key.words, _TEXT_SIZE)
         left += _room_of(key)

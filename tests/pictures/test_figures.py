@@ -331,7 +331,8 @@ def test_nothing_on_a_sheet_overlaps_or_leaves_it(columns, count):
     assert width == PAGE_WIDTH and height < 9.6
     page = figure.bbox
     texts = [text.get_window_extent() for text in figure.texts]
-    tiles = [axis.get_window_extent() for axis in figure.axes if axis.images or axis.patches]
+    tiles = [drawn.get_window_extent() for drawn in (*figure.axes, *figure.artists)]
+    assert len(figure.artists) == len(VOC_CLASSES) + 1
     assert len(pictures(figure)) == columns * count
     for box in (*texts, *tiles):
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1
