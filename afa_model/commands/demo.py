@@ -42,7 +42,8 @@ from ..runtime.processes import processes
 from ..runtime.progress import progress
 
 # Rows of the table, in the order in which they build on each other.
-ROWS = {"cam": KINDS["cam"], "pamr": "CAM + PAMR", **KINDS}
+OF_THE_CAM = {"pamr": "CAM + PAMR", "crf": "CAM + CRF"}  # refinements beside PAR
+ROWS = {"cam": KINDS["cam"], **OF_THE_CAM, **KINDS}
 WITHOUT_ENERGY = "segmentation_without_energy"  # of a second run, where the first has the energy loss
 TITLES = {**ROWS, WITHOUT_ENERGY: "segmentation, no L_reg"}
 PANELS = 6  # pictures with a panel of their own
@@ -109,14 +110,10 @@ def demo(config: Config, data: SyntheticSettings | None = None) -> DemoResult:
     print(f"scoring {len(dataset)} pictures that {restored.path} was not trained on", flush=True)
     with processes(config.device) as here:
         model = restored.model.to(here.device)
+        without = None if other is None else other.model.to(here.device)
         keeper = ScoreKeeper((*ROWS, *([WITHOUT_ENERGY] if other else [])), dataset.num_classes, here.device)
         how = config.eval.labels(config.labels)
-        pictures = _score_and_draw(model, dataset, config.eval.maps(), how, keeper, folder)
-        if other is not None:
-            for sample in progress(dataset, "scoring", len(dataset)):
-                inputs = other.model.to(here.device), sample["image"], config.eval.maps(), how, sample["cls_labels"]
-                labels = label_maps(*inputs, kinds=("segmentation",)).labels
-                keeper.add(WITHOUT_ENERGY, labels["segmentation"], sample["mask"])
+        pictures = _score_and_draw(model, without, dataset, config.eval.maps(), how, keeper, folder)
     scores = keeper.scores()
     result = DemoResult(scores, folder, tuple(pictures), len(dataset))
     report = {kind: scores[kind].as_dict(dataset.class_names) for kind in scores}
@@ -140,6 +137,7 @@ def _without_energy(config: Config) -> Config:
 @torch.no_grad()
 def _score_and_draw(
     model: nn.Module,
+    without_energy: nn.Module | None,
     dataset: EvaluationSet,
     settings: MapSettings,
     how: LabelSettings,
@@ -151,9 +149,13 @@ def _score_and_draw(
     for sample in progress(dataset, "scoring", len(dataset)):
         image, present = sample["image"], sample["cls_labels"]
         maps = label_maps(model, image, settings, how, present)
-        labels = {"pamr": pamr_label(image, maps.cam, present, how), **maps.labels}
-        for kind in ROWS:
-            keeper.add(kind, labels[kind], sample["mask"])
+        labels = {"cam": maps.labels["cam"]}
+        labels |= {kind: cam_label(image, maps.cam, present, how, kind) for kind in OF_THE_CAM} | maps.labels
+        if without_energy is not None:
+            other = label_maps(without_energy, image, settings, how, present, ("segmentation",))
+            labels[WITHOUT_ENERGY] = other.labels["segmentation"]
+        for kind, label in labels.items():
+            keeper.add(kind, label, sample["mask"])
         if present.sum() < 2 or len(panels) == PANELS:
             continue
         photo, cam = photo_of(denormalize(image)), maps.cam.cpu()
@@ -166,6 +168,7 @@ def _score_and_draw(
             point=peak_of(cam, maps.present),
             pseudo_label=labels["refined_random_walk"],
             prediction=labels["segmentation"],
+            more={TITLES[kind]: labels[kind] for kind in ("crf", WITHOUT_ENERGY) if kind in labels},
             class_names=dataset.class_names,
             probabilities=maps.probabilities.cpu(),
             present=maps.present,
@@ -173,24 +176,26 @@ def _score_and_draw(
         )
         panels.append(save(figure, folder / "panels" / f"{sample['name']}.png"))
         heat = cam_tile(photo, cam, maps.present, dataset.class_names).picture
-        overlays = [label_overlay(photo, label) for label in (*(labels[k] for k in ROWS), sample["mask"])]
+        overlays = [label_overlay(photo, label) for label in (*labels.values(), sample["mask"])]
         if len(shown) < OVERVIEW_ROWS:
             shown.append([photo, heat, *overlays])
     if not shown:
         return panels
-    titles = ["picture", "CAM", "CAM label", *list(ROWS.values())[1:], "ground truth"]
+    kinds = [TITLES[kind] for kind in labels]
+    titles = ["picture", "CAM", "CAM label", *kinds[1:], "ground truth"]
     overview = save(_overview(shown, titles, dataset.class_names), folder / "overview.png")
     return [overview, *panels]
 
 
-def pamr_label(image: Tensor, cam: Tensor, cls_labels: Tensor, how: LabelSettings) -> Tensor:
-    """The label of a CAM refined by PAMR in the place of the refinement that ``how`` names.
+def cam_label(image: Tensor, cam: Tensor, cls_labels: Tensor, how: LabelSettings, refinement: str) -> Tensor:
+    """The label of a CAM after a refinement in the place of the one that ``how`` names.
 
-    image: [3, H, W] normalised. cam: [K - 1, h, w] in 0..1. cls_labels: [K - 1] multi-hot -> [H, W] int64.
+    image: [3, H, W] normalised. cam: [K - 1, h, w] in 0..1. cls_labels: [K - 1] multi-hot. refinement: pamr, crf, ...
+    -> [H, W] int64.
     """
     slots, images01 = ClassSlots.of(cls_labels[None].to(cam)), denormalize(image[None].to(cam))
     cam = slots.pick(resize(cam[None], image.shape[1:]))
-    return pseudo_label("refined_cam", images01, cam, None, slots, replace(how, refinement="pamr"))[0]
+    return pseudo_label("refined_cam", images01, cam, None, slots, replace(how, refinement=refinement))[0]
 
 
 def _overview(rows: Sequence[Sequence], titles: Sequence[str], names: Sequence[str]) -> Figure:
@@ -225,7 +230,7 @@ def main(argv: Sequence[str]) -> None:
         argv,
         "afa demo",
         "Train a small AFA from scratch on generated pictures (minutes on 2 CPU cores), print what CAM,"
-        " PAMR, PAR, random walk and segmentation reach, and draw them. --out takes the run and the"
+        " PAMR, CRF, PAR, random walk and segmentation reach, and draw them. --out takes the run and the"
         " pictures, --data.root the generated data (a folder in the cache if not given); all settings of"
         " afa train are accepted.",
         defaults=to_dict(parse(["--config", "demo"])),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from ..data.image_labels import multi_hot
 from ..data.photographs import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
+    Exif,
     PhotographError,
     is_image_name,
     opened,
@@ -132,7 +133,7 @@ def predict(
         raise ValueError(
             f"class_names: expected the model's {model.num_classes} names, got {len(class_names)}"
         )
-    cls_labels = None if settings.labels is None else _known(settings.labels, class_names)
+    cls_labels = None if settings.labels is None else labels_named(settings.labels, class_names)
     if settings.affinity_at is not None and not model.has_affinity:
         raise ValueError(
             f"affinity_at: the backbone {model.backbone} has no attention, so no affinity either"
@@ -265,17 +266,25 @@ def _photos_under(folder: Path, out: str | Path | None) -> list[Path]:
 
 def _check_point(paths: Iterable[Path], point: tuple[int, int], settings: PredictSettings) -> None:
     """Every photograph that can be opened holds the pixel ``point`` (y, x), before the first one is worked on."""
-    for path in paths:
-        try:
-            with opened(path, settings.max_pixels) as image:
-                width, height = sizes(image)[settings.exif == "apply"]
-        except PhotographError:
-            continue  # it will be named with the others
+    for path, (height, width) in sizes_of(paths, settings.exif, settings.max_pixels):
         if not (0 <= point[0] < height and 0 <= point[1] < width):
             raise ValueError(
                 f"affinity_at: expected a pixel Y,X inside {path.name} (0..{height - 1}, 0..{width - 1}),"
                 f" got {point[0]},{point[1]}"
             )
+
+
+def sizes_of(
+    paths: Iterable[Path], exif: Exif = "apply", max_pixels: int | None = MAX_PIXELS
+) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """(height, width) of each photograph that can be opened; the others will be named when they are read."""
+    for path in paths:
+        try:
+            with opened(path, max_pixels) as image:
+                width, height = sizes(image)[exif == "apply"]
+        except PhotographError:
+            continue
+        yield path, (height, width)
 
 
 def _targets(found: Mapping[Path, Path], out: Path, panels: bool) -> dict[Path, Path]:
@@ -307,7 +316,12 @@ def _panel_of(target: Path) -> Path:
     return target.with_name(f"{target.stem}_panel.png")
 
 
-def _known(labels: Sequence[str], class_names: Sequence[str]) -> Tensor:
+def labels_named(labels: Sequence[str], class_names: Sequence[str]) -> Tensor:
+    """Multi-hot [K - 1] of the classes named.
+
+    Raises:
+        ValueError: unknown names, or none.
+    """
     unknown = [name for name in labels if name not in class_names[1:]]
     if unknown or not labels:
         what = ", ".join(map(repr, unknown)) or "none given"

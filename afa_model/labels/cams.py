@@ -85,10 +85,7 @@ def multi_scale_cam(
     total, affinity = None, None
     with nullcontext() if as_trained else evaluating(model):
         for scale in scales:
-            x = images
-            if scale != 1:
-                size = (max(int(height * scale), 1), max(int(width * scale), 1))
-                x = resize(images, size)
+            x = at_scale(images, scale)
             wants_affinity = radius is not None and scale == max(scales)
             if scale == 1 and last_map is not None and not wants_affinity and not as_trained:
                 plain = F.conv2d(last_map.detach(), model.classifier.weight)
@@ -106,10 +103,17 @@ def multi_scale_cam(
             cam = resize(torch.cat([plain, mirrored.flip(3)]).float(), (height, width))
             cam = torch.maximum(*cam.chunk(2)).relu_()
             total = cam if total is None else total.add_(cam)
-    return MultiScaleCAM(_stretch(total), affinity)
+    return MultiScaleCAM(stretch(total), affinity)
 
 
-def _stretch(cam: Tensor) -> Tensor:
-    """Each channel minus its minimum, over the maximum of that plus 1e-5."""
+def at_scale(images: Tensor, scale: float) -> Tensor:
+    """Photographs [B, 3, H, W] at a scale, bilinear, with sizes rounded down but to at least a pixel."""
+    if scale == 1:
+        return images
+    return resize(images, [max(int(side * scale), 1) for side in images.shape[2:]])
+
+
+def stretch(cam: Tensor) -> Tensor:
+    """CAMs [B, C, h, w], each channel stretched to 0..1: minus its minimum, over the maximum of that plus 1e-5."""
     cam = cam - cam.amin((2, 3), keepdim=True)
     return cam / (cam.amax((2, 3), keepdim=True) + 1e-5)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conventions import denormalize, halve, require, resize
-from .cams import evaluating, multi_scale_cam
+from .cams import at_scale, evaluating, multi_scale_cam
 from .crf import CrfSettings, crf, crf_size, shrunk
 from .kinds import kinds_of
 from .large import is_large, large_label, strongest
@@ -183,6 +183,13 @@ def crf_label(image: Tensor, logits: Tensor, settings: CrfSettings) -> Tensor:
         # the photograph's own bytes: normalising and back moves them by a rounding, which may decide a simplex
         images01.mul_(255).round_().div_(255)
     return strongest(crf(images01, resize(logits, small).softmax(1), settings, size)[0], size)
+
+
+def affinity_image(image: Tensor, settings: MapSettings, how: LabelSettings) -> Tensor:
+    """A photograph [B, 3, H, W] as it goes through the model in the pass that gives :func:`label_maps`'s affinity."""
+    small = _resize_long_side(image, settings.long_side)
+    scale = 1 if settings.affinity_of == "plain" else max(how.cam_scales)
+    return at_scale(small, scale)
 
 
 def _resize_long_side(image: Tensor, long_side: int | None) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -101,6 +102,7 @@ def prediction_panel(
     present: Sequence[int] = (),
     mask: Tensor | None = None,
     size: tuple[int, int] | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Figure:
     """Photograph, CAM, affinity of a point, pseudo-label, prediction, mask if there is one, and the legend.
 
@@ -117,19 +119,22 @@ def prediction_panel(
         present: classes (1..K-1) taken as present in the image; bold in the legend.
         mask: [H, W], 0..K-1 and 255: the truth, where it is known.
         size: (height, width) of the photograph that ``point`` is a pixel of, if all is drawn smaller.
+        more: title -> a label [H, W] that is shown too, before the ground truth.
     """
+    more = more or {}
     tiles = [Tile(photo, "photograph"), cam_tile(photo, cam, list(present), class_names)]
     if affinity is not None:
         tiles.append(affinity_tile(photo, affinity, point, size))
     tiles.append(Tile(label_overlay(photo, pseudo_label), "pseudo-label"))
     if prediction is not None:
         tiles.append(Tile(label_overlay(photo, prediction), "prediction"))
+    tiles += [Tile(label_overlay(photo, label), name) for name, label in more.items()]
     if mask is not None:
         tiles.append(Tile(label_overlay(photo, mask), "ground truth"))
 
     columns = min(3, len(tiles))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    used = _classes_in(pseudo_label, prediction, mask)
+    used = _classes_in(pseudo_label, prediction, mask, *more.values())
     return _draw(rows, columns, sorted({*used, *present}), class_names, title, probabilities, present)
 
 
@@ -239,16 +244,20 @@ def _draw(
     return figure
 
 
-def _draw_tile(axis: Axes, tile: Tile) -> None:
+def draw_picture(axis: Axes, tile: Tile, star: float = 15) -> None:
+    """A tile's picture, as large as the axes hold, and its star, of so many points."""
     small = max(tile.picture.shape) < 200
     axis.imshow(tile.picture, interpolation="nearest" if small else "antialiased")
-    write(axis.set_title("", fontsize=10.5, loc="left", pad=4), tile.title)
     axis.set_axis_off()
     if tile.star is not None:
         y, x = tile.star
-        axis.plot(
-            x, y, marker="*", markersize=15, color="#ffd400", markeredgecolor="black", markeredgewidth=0.9
-        )
+        edge = {"markeredgecolor": "black", "markeredgewidth": 0.06 * star}
+        axis.plot(x, y, marker="*", markersize=star, color="#ffd400", clip_on=False, **edge)
+
+
+def _draw_tile(axis: Axes, tile: Tile) -> None:
+    draw_picture(axis, tile)
+    write(axis.set_title("", fontsize=10.5, loc="left", pad=4), tile.title)
     if tile.colors is not None:
         bar = axis.inset_axes((0.70, 0.935, 0.27, 0.03))
         bar.imshow(np.linspace(0, 1, 128)[None], aspect="auto", cmap=tile.colors, vmin=0, vmax=1)
@@ -295,7 +304,9 @@ def _draw_legend(
         text.set_fontweight("bold" if index in present else "normal")
 
 
-def head_weights_figure(weights: Tensor, bias: Tensor, blocks: int, title: str = "") -> Figure:
+def head_weights_figure(
+    weights: Tensor, bias: Tensor, blocks: int, title: str = "", width: float | None = None
+) -> Figure:
     """How much each attention head counts in the affinity, a bar for each (paper's supplement, Figure 8).
 
     Args:
@@ -303,17 +314,21 @@ def head_weights_figure(weights: Tensor, bias: Tensor, blocks: int, title: str =
         bias: [1].
         blocks: how many blocks the heads come from, the last blocks of the backbone.
         title: of the whole picture.
+        width: of the picture in inches; None: as many as make the bars wide.
     """
     heads = len(weights)
     if blocks < 1 or heads % blocks:
         raise ValueError(f"blocks: expected a divisor of the {heads} heads, got {blocks}")
     values = weights.detach().float().cpu().numpy()
     each = heads // blocks
-    figure = Figure(figsize=(max(5.0, 0.55 * heads + 1.2), 3.4), dpi=_DPI, facecolor="white", layout="constrained")
+    width = width or max(5.0, 0.55 * heads + 1.2)
+    figure = Figure(figsize=(width, 3.4), dpi=_DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     bars = axis.bar(range(heads), values, width=0.7, color=np.where(values < 0, "#c0392b", "#2c6fbb"))
-    axis.bar_label(bars, [f"{value:+.2g}" for value in values], fontsize=7.5, padding=2)
+    # a number is as wide as five digits, and may take its bar's place and no more
+    numbers = min(7.5, 72 * (width - 0.8) / heads / 3.2)
+    axis.bar_label(bars, [f"{value:+.2g}" for value in values], fontsize=numbers, padding=2)
     axis.axhline(0, color="black", linewidth=0.8)
     for block in range(1, blocks):
         axis.axvline(block * each - 0.5, color="0.6", linewidth=0.8, linestyle="dashed")
@@ -340,9 +355,16 @@ def to_array(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG; its folder is made if need be."""
+def save(figure: Figure, path: str | Path, dpi: float | None = None) -> Path:
+    """Write a figure as PNG, or as PDF if the path ends so; its folder is made if need be.
+
+    dpi: pixels in an inch, of a PDF those of its pictures; None: the figure's own.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", format="png", metadata={"Software": SOFTWARE})
+    kind, by = "png", {"Software": SOFTWARE}
+    if path.suffix.lower() == ".pdf":
+        kind, by = "pdf", {"Creator": SOFTWARE, "CreationDate": None}  # the same figure is the same file
+    with rc_context({"pdf.fonttype": 42}):  # letters that can be searched and edited
+        figure.savefig(path, facecolor="white", format=kind, metadata=by, dpi=dpi or "figure")
     return path

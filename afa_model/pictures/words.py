@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from matplotlib import font_manager
 from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 
 _USUAL = "DejaVu Sans"  # comes with matplotlib
 
@@ -54,3 +55,34 @@ def _family_with(letters: frozenset[str]) -> str | None:
         except (OSError, RuntimeError):  # gone, or a format that cannot be drawn
             continue
     return None
+
+
+def width_of(words: str, size: float) -> float:
+    """Inches that :func:`write` needs for these words in a font of ``size`` points."""
+    shown, families = readable(words)
+    properties = font_manager.FontProperties(family=families, size=size)
+    return text_to_path.get_text_width_height_descent(shown, properties, ismath=False)[0] / 72
+
+
+def fitted(words: str, size: float, inches: float) -> str:
+    """The words, or as many of their letters as there is room for, with an ellipsis in the place of the others."""
+    if width_of(words, size) <= inches:
+        return words
+    low, high = 0, len(words)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = width_of(words[:middle].rstrip() + "…", size) <= inches
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return words[:low].rstrip() + "…"
+
+
+def wrapped(words: str, size: float, inches: float) -> list[str]:
+    """The words in lines of at most so many inches; a word that is longer is cut."""
+    lines: list[str] = []
+    for word in words.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and width_of(longer, size) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(fitted(word, size, inches))
+    return lines or [""]

@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "refine", "demo", "doctor", "bench"):
+    for command in ("train", "evaluate", "predict", "refine", "figures", "demo", "doctor", "bench"):
         assert f"\n  {command} " in printed
     assert cli.main([]) == 2
     assert "usage: afa" in capsys.readouterr().err
@@ -182,7 +182,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "figures", "demo", "bench"])
 @pytest.mark.parametrize(("error", "code"), ENDS)
 def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):
     def broken(argv):

@@ -16,12 +16,15 @@ from afa_model import cli
 from afa_model.commands import demo
 from afa_model.config import parse
 from afa_model.conventions import denormalize
+from afa_model.data.datasets import EvaluationSet
 from afa_model.data.synthetic import SyntheticSettings, synthetic_data
 from afa_model.data.transforms import normalize
+from afa_model.evaluation.scores import ScoreKeeper
 from afa_model.labels.pseudo_labels import refine_label
 from afa_model.labels.refinement import REFINEMENTS
 from afa_model.labels.settings import LabelSettings
 from afa_model.labels.slots import ClassSlots
+from afa_model.runs.restore import load_model
 
 TINY = SyntheticSettings(train=8, val=4)
 SHORT = ["--schedule.max_iters", "4", "--schedule.warmup_iters", "1", "--step.cam_iters", "1", "--step.aff_iters", "2"]
@@ -94,6 +97,30 @@ def test_a_complete_run_is_scored_again_without_training(run):
         assert len(list(csv.DictReader(file))) == 4
 
 
+def test_panels_and_overview_show_every_row(run, tmp_path, monkeypatch):
+    """With the model itself in the place of the one without the energy loss."""
+    config, result = run
+    figures = {}
+    monkeypatch.setattr(demo, "save", lambda figure, path: figures.setdefault(path.name, figure) and path)
+    model, dataset = load_model(config.out).model, EvaluationSet(config.data)
+    kinds = [*demo.ROWS, demo.WITHOUT_ENERGY]
+    chosen = next(index for index, labels in enumerate(dataset.labels) if labels.sum() >= 2)
+    monkeypatch.setattr(demo, "progress", lambda *_: [dataset[chosen]])
+    keeper = ScoreKeeper(kinds, dataset.num_classes, torch.device("cpu"))
+    how = config.eval.labels(config.labels)
+    for other, missing in ((model, set()), (None, {"segmentation, no L_reg"})):
+        figures.clear()
+        demo._score_and_draw(model, other, dataset, config.eval.maps(), how, keeper, tmp_path)
+        overview = figures.pop("overview.png")
+        titles = [text.get_text() for text in overview.texts]
+        rows = [title for kind, title in demo.TITLES.items() if kind != "cam" and title not in missing]
+        assert titles == ["picture", "CAM", "CAM label", *rows, "ground truth"]
+        assert len(overview.axes) == len(titles)
+        (panel,) = figures.values()
+        named = {axis.get_title(loc="left") for axis in panel.axes}
+        assert {"CAM + CRF", "segmentation, no L_reg"} - missing <= named and not missing & named
+
+
 def test_the_energy_loss_is_shown_beside_a_run_without_it(run, tmp_path):
     plain, without = run
     line = ["--config", "demo", "--out", str(tmp_path / "run"), "--data.root", plain.data.root, *SHORT]
@@ -131,8 +158,9 @@ def test_data_root_that_holds_something_else(tmp_path, capsys):
     assert "holds something else" in capsys.readouterr().err
 
 
-def test_pamr_label_differs_from_the_par_label_by_the_operator_alone(monkeypatch):
-    """With PAR put in PAMR's place the label is the one of CAM + PAR."""
+@pytest.mark.parametrize("name", demo.OF_THE_CAM)
+def test_labels_of_other_refinements_differ_from_the_par_label_by_the_operator_alone(name, monkeypatch):
+    """With PAR put in the place of PAMR or CRF the label is the one of CAM + PAR."""
     photo = (torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
     image = normalize(photo)
     cam = torch.rand(5, 48, 64, generator=torch.Generator().manual_seed(2))
@@ -140,9 +168,9 @@ def test_pamr_label_differs_from_the_par_label_by_the_operator_alone(monkeypatch
     settings = LabelSettings(bkg_score=0.6, dilations=(1, 2, 4), num_iter=5)
     slots = ClassSlots.of(present[None])
     refined = refine_label(denormalize(image)[None], slots.pick(cam[None]), slots, settings, (0.6,))[0]
-    assert (demo.pamr_label(image, cam, present, settings) != refined).any()
-    monkeypatch.setitem(REFINEMENTS, "pamr", REFINEMENTS["par"])
-    assert torch.equal(demo.pamr_label(image, cam, present, settings), refined)
+    assert (demo.cam_label(image, cam, present, settings, name) != refined).any()
+    monkeypatch.setitem(REFINEMENTS, name, REFINEMENTS["par"])
+    assert torch.equal(demo.cam_label(image, cam, present, settings, name), refined)
 
 
 @pytest.mark.slow
