@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def _parsed(argv: Sequence[str]) -> tuple[Namespace, bool]:
     """All options, and whether they ask for a quick run, whose configuration they then start from."""
     argv = positionals_first(switched_on(argv, "--quick"))
     argv = [_own_checkpoint(word) for word in argv]
-    quick = "--quick=true" in argv or ("--quick", "true") in zip(argv, argv[1:])
+    quick = "--quick=true" in argv or ("--quick", "true") in itertools.pairwise(argv)
     defaults = to_dict(parse(["--config", "quick" if quick else "voc"]))
     for key, value in {} if quick else FULL.items():
         defaults[key] = {**defaults[key], **value} if isinstance(value, dict) else value

@@ -36,7 +36,7 @@ class SweepSettings:
             reproduction on VOC.
         seeds: number of runs of each row, with seeds from seed on.
         shard: I/N: do only the I-th of N shares of the rows, I in 1..N; under torchrun each process takes its own.
-        cam_checkpoint: network whose CAM tables 2 and 3 refine, a run's folder or a checkpoint (--checkpoint does, too);
+        cam_checkpoint: --checkpoint for short: network whose CAM tables 2 and 3 refine, a run's folder or a checkpoint;
             null: the full method's of each seed.
         report: write tables, plots and what holds of the paper's order into this Markdown file; what is between its
             marks is replaced, all else stays.
@@ -118,14 +118,10 @@ class Sweep:
     tables: list[PaperTable]
     seeds: list[int]
     checkpoint: Path | None = None
-    _refined: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
             self.checkpoint = checkpoint_of(self.checkpoint)
-            said = f"{self.checkpoint.resolve()} {Path(self.base.data.root).resolve()}"
-            name = f"cams-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
-            self._refined = Path(self.base.out, name)
 
     def run(self, row: Row, seed: int) -> Run:
         """The network of a row."""
@@ -141,15 +137,18 @@ class Sweep:
 
     def scored(self, table: PaperTable, row: Row, seed: int) -> tuple[Path, Mapping[str, Any]]:
         """The file of scores that a row of a table is in, and what decides them."""
-        if table.refines:
-            config = self.full(seed).config
-            return (self._refined or Path(config.out)) / f"scores-{table.name}.json", about(config, table)
-        config = self.run(row, seed).config
-        return Path(config.out) / f"scores-{table.protocol}.json", about(config, table)
+        run = self.full(seed) if table.refines else self.run(row, seed)
+        folder = self._folder_of_cam() if table.refines and self.checkpoint is not None else run.folder
+        return folder / f"scores-{table.protocol or table.name}.json", about(run.config, table)
+
+    def _folder_of_cam(self) -> Path:
+        """For the scores of a network that is given, of which there is no folder here."""
+        said = f"{self.checkpoint.resolve()} {Path(self.base.data.root).resolve()}"
+        return Path(self.base.out, f"cam-{hashlib.sha256(said.encode()).hexdigest()[:8]}")
 
     def pieces(self) -> list[Piece]:
         """All there is to do, networks first, those of one row beside each other; what several tables ask for once."""
-        networks: dict[Path, Piece] = {self.full(seed).folder: Piece(f"full method, seed {seed}") for seed in self.seeds}
+        networks = {self.full(seed).folder: Piece(f"full method, seed {seed}") for seed in self.seeds}
         for table in [table for table in self.tables if not table.refines]:
             for row in table.rows:
                 for seed in self.seeds:
