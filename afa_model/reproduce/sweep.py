@@ -170,7 +170,7 @@ class Sweep:
         Raises:
             ConfigError: a table asks for VOC's classes, and the data have others.
         """
-        names = class_names(self.base.data.root, self.base.data.num_classes)
+        names = class_names(self.base.data.root)
         for table in self.tables:
             if table.per_class is not None and names != VOC_CLASSES:
                 raise ConfigError(
