@@ -101,8 +101,9 @@ def run_of(base: Config, settings: Mapping[str, Any], seed: int) -> Run:
     return _placed("_".join(words) or "default", config, base)
 
 
-def with_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """A copy of a settings dataclass with some values changed, by dotted names; it checks itself.
+def with_settings(settings: Settings, changes: Mapping[str, Any], prefix: str = "") -> Settings:
+    """A copy of a settings dataclass with some values changed, by dotted names; it checks itself. ``prefix`` is put before
+    the names in errors.
 
     Raises:
         ConfigError: naming the key.
@@ -112,16 +113,17 @@ def with_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     for key, value in changes.items():
         first, _, rest = key.partition(".")
         if first not in {item.name for item in dataclasses.fields(settings)}:
-            raise ConfigError(f"{key}: unknown setting")
+            raise ConfigError(f"{prefix}{key}: unknown setting")
         if rest:
             inner.setdefault(first, {})[rest] = value
         else:
             own[first] = tuple(value) if isinstance(value, list) else value
-    own |= {name: with_settings(getattr(settings, name), values) for name, values in inner.items()}
+    for name, values in inner.items():
+        own[name] = with_settings(getattr(settings, name), values, f"{prefix}{name}.")
     try:
         return replace(settings, **own)
     except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def identity(config: Config) -> str:

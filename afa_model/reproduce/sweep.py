@@ -16,7 +16,7 @@ from typing import Any
 from ..config import Config
 from ..conventions import require
 from ..data.classes import VOC_CLASSES, class_names
-from ..errors import ConfigError, TrainingError
+from ..errors import CheckpointError, ConfigError, TrainingError
 from ..runs.folder import InUse
 from ..runs.logs import clock
 from ..runs.restore import checkpoint_of
@@ -122,6 +122,8 @@ class Sweep:
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
             self.checkpoint = checkpoint_of(self.checkpoint)
+            if not self.checkpoint.is_file():
+                raise CheckpointError(f"checkpoint: no file {self.checkpoint}")
 
     def run(self, row: Row, seed: int) -> Run:
         """The network of a row."""

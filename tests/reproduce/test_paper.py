@@ -85,7 +85,7 @@ def test_tables_by_name():
 
 
 def test_a_setting_that_is_unknown_or_wrong_is_named(configs):
-    with pytest.raises(ConfigError, match="labels.raduis|raduis: unknown setting"):
+    with pytest.raises(ConfigError, match=r"^labels\.raduis: unknown setting"):
         with_settings(configs[True], {"labels.raduis": 2})
-    with pytest.raises(ConfigError, match="radius: expected at least 0"):
+    with pytest.raises(ConfigError, match=r"^labels\.radius: expected at least 0"):
         with_settings(configs[True], {"labels.radius": -2})
