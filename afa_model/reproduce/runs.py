@@ -102,8 +102,8 @@ def run_of(base: Config, settings: Mapping[str, Any], seed: int) -> Run:
 
 
 def with_settings(settings: Settings, changes: Mapping[str, Any], prefix: str = "") -> Settings:
-    """A copy of a settings dataclass with some values changed, by dotted names; it checks itself. ``prefix`` is put before
-    the names in errors.
+    """A copy of a settings dataclass with some values changed, by dotted names; it checks itself. In errors ``prefix``
+    stands before the names.
 
     Raises:
         ConfigError: naming the key.

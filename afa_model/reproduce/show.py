@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..labels.kinds import title as kind_title
-from ..pictures.words import write
+from ..pictures.words import readable
 from .paper import PerClass
 from .results import Found, Results
 
@@ -21,9 +22,10 @@ OURS, PAPERS = "#1f5fa8", "#b2541a"
 def heading(results: Results) -> str:
     """What the numbers are."""
     table = results.table
+    measure = "IoU" if results.classes else "mIoU"
     what = kind_title(table.kinds[0]) if table.kinds else "label of the refined CAM"
     by = f", protocol {table.protocol}" if table.protocol else ", classes known"
-    return f"{table.number}. {table.title}: mIoU in percent, {what} on {table.split}{by}"
+    return f"{table.number}. {table.title}: {measure} in percent, {what} on {table.split}{by}"
 
 
 def notes(results: Results) -> list[str]:
@@ -101,49 +103,44 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def plot(results: Results) -> Figure:
     """Our numbers and the paper's side by side, a row each, either on a scale of its own: their order is compared.
 
-    The bar ends at the mean, a line shows the standard deviation, a dot each seed; the best is darker.
+    A diamond is the mean, a line the standard deviation, a dot each seed; the best diamond is filled.
     """
     rows = results.compared
     sides = [("here", [row.mean for row in rows], OURS)]
     if any(row.paper is not None for row in rows):
         sides.append(("paper", [row.paper for row in rows], PAPERS))
-    figure = Figure(figsize=(3.6 + 2.9 * len(sides), 1.1 + 0.28 * len(rows)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(3.2 + 2.9 * len(sides), 1.1 + 0.28 * len(rows)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for axis, (side, means, colour) in zip(axes, sides):
-        _bars(axis, side, means, colour, rows)
-    axes[0].set_yticks(range(len(rows)))
-    for label, row in zip(axes[0].set_yticklabels([" "] * len(rows), fontsize=8), rows):
-        write(label, _named(row))
+        _points(axis, means, colour, rows if side == "here" else [])
+        axis.set_xlabel(f"{side}, percent", fontsize=8)
+    names = [readable(_named(row)) for row in rows]
+    axes[0].set_yticks(range(len(rows)), [name for name, _ in names], fontsize=8)
+    for label, (_, families) in zip(axes[0].get_yticklabels(), names):
+        label.set_parse_math(False)
+        label.set_fontfamily(families)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.suptitle(heading(results), fontsize=9)
+    figure.suptitle(heading(results), fontsize=8.5, wrap=True)
     return figure
 
 
-def _bars(axis, side: str, means: Sequence[float | None], colour: str, rows: Sequence[Found]) -> None:
-    known = [mean for mean in means if mean is not None]
-    best = max(known, default=None)
-    ours = side == "here"
-    lowest, highest = min(known, default=0), max(known, default=1)
-    if ours:
-        every = [value for row in rows for value in (*row.values, (row.mean or lowest) - (row.spread or 0))]
-        lowest, highest = min(every, default=lowest), max(every, default=highest)
-    room = max(highest - lowest, 1.0)
-    left = max(0.0, lowest - 0.35 * room)
-    for place, (mean, row) in enumerate(zip(means, rows)):
+def _points(axis: Axes, means: Sequence[float | None], colour: str, seeds: Sequence[Found]) -> None:
+    """The numbers of one side; ``seeds``: the rows where each seed's is shown, too."""
+    best = max((mean for mean in means if mean is not None), default=None)
+    for place, mean in enumerate(means):
         if mean is None:
-            axis.text(left + 0.02 * room, place, "–", va="center", fontsize=8)
             continue
-        axis.barh(place, mean - left, left=left, height=0.62, color=colour, alpha=1.0 if mean == best else 0.45)
-        end = mean
-        if ours and row.spread is not None:
+        end, row = mean, seeds[place] if seeds else None
+        if row is not None and row.spread is not None:
             axis.plot([mean - row.spread, mean + row.spread], [place, place], color="black", linewidth=1)
             axis.plot(row.values, [place] * len(row.values), "o", color="black", markersize=2.5)
             end = max(mean + row.spread, *row.values)
-        axis.annotate(
-            f"{mean:.1f}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axis.set_xlim(left, highest + 0.45 * room)
-    axis.set_xlabel(f"{side}, mIoU in percent" if not rows or len(rows) else side, fontsize=8)
+        axis.plot(mean, place, "D", color=colour, markersize=6, markerfacecolor=colour if mean == best else "white")
+        axis.annotate(f"{mean:.1f}", (end, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.margins(x=0.22)
+    axis.grid(axis="both", alpha=0.3)
+    axis.set_axisbelow(True)
     axis.tick_params(axis="x", labelsize=7)
+    axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)

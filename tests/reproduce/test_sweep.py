@@ -157,7 +157,12 @@ def test_our_numbers_stand_beside_the_papers(sweep):
     head, rows = cells(found)
     assert head == ["", "here", "paper"] and rows[2] == ["r = 8 (default)", "53.0 ± 1.4", "63.8"]
     assert "| r = 16 | 55.0 ± 1.4 | 59.4 |" in markdown(found).splitlines()
-    assert len(plot(found).axes) == 2
+    figure = plot(found)
+    figure.canvas.draw()
+    here, there = figure.axes
+    assert [label.get_text() for label in here.get_yticklabels()][1:4] == ["r = 4", "r = 8 (default)", "r = 12"]
+    for axis, numbers in ((here, ["51.0", "52.0", "53.0", "54.0", "55.0"]), (there, [f"{value}" for value in TABLE_1])):
+        assert sorted(text.get_text() for text in axis.texts) == sorted(numbers)
 
 
 def test_a_table_that_is_not_done_says_so(sweep):
