@@ -24,5 +24,5 @@ def test_par_takes_its_weight_factors_from_the_settings(rng):
 
 @pytest.mark.parametrize("wrong", [(0.0, 0.3, 0.01), (0.3, -1.0, 0.01), (0.3, 0.3, -0.01), (float("inf"), 0.3, 0.01)])
 def test_factors_that_make_no_sense_are_named(wrong):
-    with pytest.raises(ValueError, match="^par_weights: expected w1 and w2 above 0"):
+    with pytest.raises(ValueError, match=r"^par_weights: expected w1 and w2 above 0"):
         LabelSettings(par_weights=wrong)
