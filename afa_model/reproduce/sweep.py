@@ -212,9 +212,9 @@ def work_off(pieces: list[Piece], told: Callable[[str], None]) -> list[str]:
                 told(f"[{number} of {len(pieces)}] {piece.title}; {clock(time.monotonic() - begin)} so far")
             try:
                 piece.work()
-            except InUse as error:
+            except InUse:
                 if number not in known:
-                    told(f"left for later: {error}")
+                    told("left for later: another process is at it, or at the start that it shares")
                 busy.append((number, piece))
                 known.add(number)
             except TrainingError as error:

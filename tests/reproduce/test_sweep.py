@@ -114,7 +114,7 @@ def test_a_network_that_another_process_is_at_waits_for_the_others(sweep, tmp_pa
     pieces.append(piece_of(sweep, tmp_path / "2.json", lambda: order.append("free") or {}))
     assert work_off(pieces, told.append) == []
     assert order == ["busy", "free", "busy", "busy"]
-    assert sum("in use" in line for line in told) == 1
+    assert sum("left for later" in line for line in told) == 1
 
 
 def test_one_failure_stops_no_others(sweep, tmp_path):
