@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +17,20 @@ if TYPE_CHECKING:
     from .settings import LabelSettings
 
 
-def _diffused(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _diffused(
+    operator: Callable[..., Tensor], weights: Callable[[LabelSettings], Mapping[str, float]] = lambda how: {}
+) -> Callable[..., Tensor]:
     """Channels that know nothing of each other, so all stacks are one."""
 
     def refined(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
         mask = shown.repeat(1, maps.shape[1] // shown.shape[1])
-        return operator(images01, maps, tuple(how.dilations), how.num_iter, class_mask=mask)
+        return operator(images01, maps, tuple(how.dilations), how.num_iter, **weights(how), class_mask=mask)
 
     return refined
+
+
+def _weights(how: LabelSettings) -> Mapping[str, float]:
+    return dict(zip(("w1", "w2", "w3"), how.par_weights))
 
 
 def _crf(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> Tensor:
@@ -48,7 +54,7 @@ def _none(images01: Tensor, maps: Tensor, shown: Tensor, how: LabelSettings) -> 
 
 
 # name -> function of what `refine` takes
-REFINEMENTS = {"par": _diffused(par), "pamr": _diffused(pamr), "crf": _crf, "none": _none}
+REFINEMENTS = {"par": _diffused(par, _weights), "pamr": _diffused(pamr), "crf": _crf, "none": _none}
 
 
 def check_refinement(name: str) -> str:

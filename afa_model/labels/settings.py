@@ -24,6 +24,8 @@ class LabelSettings:
         refinement: what mends the borders of labels, by its name in refinement.py: par, pamr, crf or none.
         dilations: distances of the neighbours of par and pamr in pixels.
         num_iter: their iterations.
+        par_weights: w1, w2 and w3 of par: how sharply it tells colours apart, and distances, and how much the distances
+            count beside the colours.
         dense_crf: what crf is like, here and after the segmentation.
         high_score: CAM value in 0..1 below which a pixel is background; training leaves open what lies between it and
             low_score.
@@ -39,6 +41,7 @@ class LabelSettings:
     refinement: str = "par"
     dilations: tuple[int, ...] = DILATIONS
     num_iter: int = 10
+    par_weights: tuple[float, float, float] = (0.3, 0.3, 0.01)
     dense_crf: CrfSettings = field(default_factory=CrfSettings)
     high_score: float = 0.55
     low_score: float = 0.35
@@ -52,6 +55,9 @@ class LabelSettings:
         sizes = bool(self.cam_scales) and all(0 < scale < math.inf for scale in self.cam_scales)
         require(sizes, "cam_scales", "positive numbers", self.cam_scales)
         require(bool(self.dilations) and min(self.dilations) >= 1, "dilations", "pixels of at least 1", self.dilations)
+        w1, w2, w3 = self.par_weights
+        weights = 0 < w1 < math.inf and 0 < w2 < math.inf and 0 <= w3 < math.inf
+        require(weights, "par_weights", "w1 and w2 above 0 and w3 of at least 0", self.par_weights)
         for name in ("radius", "num_iter", "walk_eps"):
             require(0 <= getattr(self, name) < math.inf, name, "at least 0", getattr(self, name))
         require(0 < self.walk_power < math.inf, "walk_power", "a positive number", self.walk_power)

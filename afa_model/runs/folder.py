@@ -22,6 +22,10 @@ except ImportError:  # no POSIX system
 LOCK = "run.lock"
 
 
+class InUse(ConfigError):
+    """Another run is at work in the folder."""
+
+
 class RunFolder:
     """Locks a run's folder from its making to :meth:`release`; all processes but the first only look into it.
 
@@ -32,8 +36,8 @@ class RunFolder:
         notes: what was found, for the log.
 
     Raises:
-        ConfigError: another run is at work in the folder, it holds a run that was not asked for, or it cannot be
-            written.
+        InUse: another run is at work in the folder.
+        ConfigError: it holds a run that was not asked for, or cannot be written.
     """
 
     def __init__(self, config: Config, first: bool = True):
@@ -66,7 +70,7 @@ class RunFolder:
                 break
             os.close(handle)
             if not free:
-                raise ConfigError(
+                raise InUse(
                     f"out: {self.path} is in use by process {before.get('process', '?')} on"
                     f" {before.get('host', 'another host')} ({path}): wait for it, or choose another folder"
                 )

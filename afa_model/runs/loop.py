@@ -45,11 +45,17 @@ class Summary:
     interrupted: bool = False
 
 
-def train(config: Config) -> Summary:
+def train(config: Config, until: int | None = None) -> Summary:
     """Train as ``config`` says, afresh or from a checkpoint; checkpoints, logs and pictures go to ``out``.
 
+    Args:
+        config: of the run.
+        until: end after so many steps of the schedule, with a checkpoint from which runs that differ only later
+            branch off; None: all of them.
+
     Raises:
-        ConfigError, DataError, CheckpointError: before the first step, naming all that is wrong.
+        ConfigError, DataError, CheckpointError: before the first step, naming all that is wrong (InUse: another run is
+            at work in ``out``).
         TrainingError: the loss became NaN or infinite; the batch is saved.
         ProcessError: another process ended, or did not answer in time.
     """
@@ -60,10 +66,10 @@ def train(config: Config) -> Summary:
         with agreeing():
             folder = RunFolder(config, here.first)
         with folder, death_told():
-            return _train_in(folder, here)
+            return _train_in(folder, here, until)
 
 
-def _train_in(folder: RunFolder, here: Here) -> Summary:
+def _train_in(folder: RunFolder, here: Here, until: int | None) -> Summary:
     config = folder.config
     with agreeing():
         found = checkpoint.find(folder.path, config.resume)
@@ -78,14 +84,12 @@ def _train_in(folder: RunFolder, here: Here) -> Summary:
         trainer.start()
         if here.device.type == "cuda":
             _prove_kernels(config, here)
-        begins = trainer.progress.iteration < config.schedule.max_iters or found is None
+        total = config.schedule.max_iters if until is None else min(until, config.schedule.max_iters)
+        begins = trainer.progress.iteration < total or found is None
         with agreeing():
             folder.accept(writes=here.first and begins)
-        log = RunLog(
-            config.out, config.schedule.max_iters, trainer.progress.iteration, here.first, config.log.tensorboard
-        )
-        with log:
-            return _Loop(trainer, log, interrupt, found).run()
+        with RunLog(config.out, total, trainer.progress.iteration, here.first, config.log.tensorboard) as log:
+            return _Loop(trainer, log, interrupt, found, total).run()
 
 
 def _prove_kernels(config: Config, here: Here) -> None:
@@ -99,11 +103,13 @@ def _prove_kernels(config: Config, here: Here) -> None:
 class _Loop:
     """What happens around the steps of a run."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, interrupt: Interrupt, found: checkpoint.Found | None):
+    def __init__(
+        self, trainer: Trainer, log: RunLog, interrupt: Interrupt, found: checkpoint.Found | None, total: int
+    ):
         config = trainer.config
         self.trainer, self.log, self.interrupt = trainer, log, interrupt
         self.newest = found.path if found else None
-        self.folder, self.total = Path(config.out), config.schedule.max_iters
+        self.folder, self.total = Path(config.out), total
         self.begun, self.saved = trainer.progress.iteration, trainer.progress.iteration
         unreadable = found.unreadable if found else ()
         self.keeper = checkpoint.CheckpointKeeper(self.folder, config.checkpoint.keep_last, unreadable)
@@ -154,7 +160,7 @@ class _Loop:
         for note in trainer.notes:
             self.log.say(note)
         if done >= self.total:
-            self.log.say(f"nothing is left to do: schedule.max_iters is {self.total}")
+            self.log.say(f"nothing is left to do: the run has {self.total} steps")
 
     def _step(self) -> tuple[dict[str, Any], StepResult]:
         """One step, watched and noted. One that is drawn computes all there is to see, also what its phase gives no

@@ -20,6 +20,7 @@ ROOMS = {
         "__main__",
         "cli",
         "commands",
+        "reproduce",
         "__init__",
         "runs",
         "config",
