@@ -1,11 +1,12 @@
 """Switch another repository to these operators without editing it.
 
     import afa_kernels.compat
-    import their_training_code
-    afa_kernels.compat.patch()
+    afa_kernels.compat.patch()            # before or after the other repository's modules are imported
 
-`patch` looks through the modules that are already imported for classes named ``PAR`` or ``PAMR`` whose constructor and
-forward take what the published classes take, and puts `afa_kernels.PAR` or `afa_kernels.PAMR` in their place.
+or, without a line in it: ``python -m afa_kernels.compat their_script.py its arguments``.
+
+`patch` finds the classes named ``PAR`` and ``PAMR``, those that exist and those that are made later, and replaces their
+``forward``: by our kernels where they are proven to give the same as the class's own, which else goes on (`in_place`).
 
 ``patch(pydensecrf=True)`` and ``patch(rloss=True)`` also put `afa_kernels.compat.pydensecrf` and `.rloss` in place of
 those packages, installed or not: in modules that have imported them, and for every import that follows.
@@ -13,93 +14,80 @@ those packages, installed or not: in modules that have imported them, and for ev
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import nn
-
-from ..ops.par import PAMR, PAR
+from . import later
+from .in_place import NAMES, Served, every_class, is_ours, why_not
 from .stand_ins import PACKAGES, stand_in
 
 
 class Replacement(NamedTuple):
-    """A class that `patch` came upon: where, what was there, what is there now (None: left alone, for ``reason``)."""
+    """A class that `patch` came upon; ``served`` is None where it was left alone, for ``reason``."""
 
-    module: ModuleType
-    name: str
-    old: type
-    new: type | None
-    reason: str
+    owner: type
+    served: Served | None
+    reason: str = ""
 
     def __str__(self) -> str:
-        place = f"{self.module.__name__}.{self.name}"
-        if self.new is None:
-            return f"afa_kernels.compat: left {place} alone: {self.reason}"
-        return f"afa_kernels.compat: {place} -> afa_kernels.{self.new.__name__}"
+        name = f"{self.owner.__module__}.{self.owner.__qualname__}"
+        if self.served is None:
+            return f"afa_kernels.compat: left {name} alone: {self.reason}"
+        return f"afa_kernels.compat: {name} is served by the kernels where they are proven to give the same"
 
     def undo(self) -> None:
-        """Put back what was there."""
-        if self.new is not None:
-            setattr(self.module, self.name, self.old)
+        """Put its own forward back."""
+        if self.served is not None:
+            self.served.undo()
 
 
 class Replacements(list):
-    """What `patch` did; `undo` takes it back."""
+    """What `patch` did, and does to classes that are made later; `undo` takes it back."""
 
     def undo(self) -> None:
+        """Put everything back; nothing made later is served either."""
+        later.stop(self._made)
         for row in reversed(self):
             row.undo()
+        _active[:] = [each for each in _active if each is not self]
+
+    def _made(self, owner: type) -> None:
+        row = _serve(owner)
+        if row is not None:
+            self.append(row)
+            if self.verbose:
+                print(row, flush=True)
+
+    verbose = False
 
 
-# Our class, and the arguments of the published constructor in their order, which calls by position rely on.
-_KNOWN: dict[str, tuple[type[nn.Module], tuple[str, str]]] = {
-    "PAR": (PAR, ("dilations", "num_iter")),
-    "PAMR": (PAMR, ("num_iter", "dilations")),
-}
+_active: list[Replacements] = []
 
 
-def _arguments(function: Any) -> list[inspect.Parameter]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [value for value in list(inspect.signature(function).parameters.values())[1:] if value.kind in kinds]
+def _serve(owner: type) -> Replacement | None:
+    """None for what is none of ours to touch, or served already."""
+    if is_ours(owner) or hasattr(owner.forward, "afa_served"):
+        return None
+    reason = why_not(owner)
+    if reason is not None:
+        return Replacement(owner, None, reason)
+    served = Served(owner)
+    served.begin()
+    return Replacement(owner, served)
 
 
-def _mismatch(found: type, wanted: tuple[str, str]) -> str | None:
-    """Why a class is not the published one, or None: same constructor arguments in order, a forward of two tensors."""
-    if not issubclass(found, nn.Module):
-        return "not a torch module"
-    try:
-        constructor, forward = _arguments(found.__init__), _arguments(found.forward)
-    except (TypeError, ValueError):
-        return "its signature cannot be read"
-    names = tuple(value.name for value in constructor[:2])
-    if names != wanted:
-        return f"its constructor takes ({', '.join(names)}), not ({', '.join(wanted)})"
-    extra = [value.name for value in constructor[2:] if value.default is inspect.Parameter.empty]
-    if extra:
-        return f"its constructor also needs {', '.join(extra)}"
-    needed = [value.name for value in forward if value.default is inspect.Parameter.empty]
-    if len(needed) != 2:
-        return f"its forward takes {len(needed)} tensors, not an image and a mask"
-    return None
-
-
-def _with_names(ours: type[nn.Module], theirs: type) -> type[nn.Module]:
-    """Our class, or a subclass whose forward takes the other repository's argument names as well."""
-    own = [value.name for value in _arguments(ours.forward)]
-    other = [value.name for value in _arguments(theirs.forward)][:2]
-    if other == own:
-        return ours
-
-    def forward(self, *args, **kwargs):
-        for mine, name in zip(own, other):
-            if name in kwargs:
-                kwargs[mine] = kwargs.pop(name)
-        return ours.forward(self, *args, **kwargs)
-
-    return type(ours.__name__, (ours,), {"forward": forward, "__module__": ours.__module__, "__doc__": ours.__doc__})
+def _classes(modules: list[ModuleType] | None) -> list[type]:
+    """Of the two names, their own or a module's for them: all there are, or those that these modules hold."""
+    looked_at = list(sys.modules.values()) if modules is None else modules
+    places = [getattr(module, "__dict__", {}) for module in looked_at]
+    called = {id(place[name]) for place in places for name in NAMES if name in place}
+    found = [each for each in every_class() if each.__name__ in NAMES or id(each) in called]
+    if modules is not None:
+        held = {id(value) for place in places for value in place.values()}
+        found = [each for each in found if id(each) in held]
+    return found
 
 
 def patch(
@@ -109,42 +97,47 @@ def patch(
     rloss: bool = False,
     verbose: bool = True,
 ) -> Replacements:
-    """Put `PAR` and `PAMR` in place of the published classes of those names.
+    """Serve classes named PAR and PAMR by our kernels, where those give the same.
 
     Args:
-        modules: where to look; default every imported module but PyTorch's and our own.
+        modules: where to look; default everywhere, and from then on every class that is made.
         pydensecrf: also have ``import pydensecrf`` and its parts give `afa_kernels.compat.pydensecrf`, here and in
             modules that have imported it.
         rloss: also have ``import bilateralfilter`` give `afa_kernels.compat.rloss`, likewise.
-        verbose: print a line for each class that was replaced, and for each of that name that was not, with the reason;
-            and for what the other two changed.
+        verbose: print a line for each class that is served, and for each of that name that is not, with the reason;
+            and for what the other two changed. What a proof finds different is always said, once, on stderr.
 
     Returns:
         What was found, a list of `Replacement` and `stand_ins.StandIn`; its ``undo()`` puts all of it back (what was
-        imported in between stays as it is). Call it before models are built: instances that already exist keep their
-        class. Checkpoints load either way, the state keys are the same.
+        imported of the packages in between stays as it is). Classes, instances, state keys and attributes stay what
+        they are: instances that exist already are served too, by the numbers they have when they are called.
     """
+    looked_at = None if modules is None else list(modules)
     done = Replacements()
-    foreign = []
-    for module in list(sys.modules.values()) if modules is None else modules:
-        top = (getattr(module, "__name__", None) or "").partition(".")[0]
-        if modules is not None or top not in ("torch", "torchvision", "timm", "afa_kernels", "afa_model"):
-            foreign.append(module)
-    for module in foreign:
-        for name, (ours, wanted) in _KNOWN.items():
-            found = getattr(module, "__dict__", {}).get(name)
-            if not inspect.isclass(found) or issubclass(found, ours):
-                continue
-            reason = _mismatch(found, wanted)
-            new = _with_names(ours, found) if reason is None else None
-            if new is not None:
-                setattr(module, name, new)
-            done.append(Replacement(module, name, found, new, reason or ""))
+    done.verbose = verbose
+    done += filter(None, (_serve(owner) for owner in _classes(looked_at)))
+    if looked_at is None:
+        later.start(done._made)
+    foreign = list(sys.modules.values()) if looked_at is None else looked_at
     for package, asked in zip(PACKAGES, (pydensecrf, rloss)):
         if asked:
-            done += stand_in(package, [module for module in foreign if isinstance(module, ModuleType)])
+            done += stand_in(package, [module for module in foreign if _foreign(module)])
+    _active.append(done)
     if verbose:
-        print(*done, sep="\n", end="\n" if done else "")
-        if not any(row.new for row in done) and not (pydensecrf or rloss):
-            print("afa_kernels.compat: found nothing to replace; import the other repository's modules first")
+        print(*done, sep="\n", end="\n" if done else "", flush=True)
     return done
+
+
+def _foreign(module: object) -> bool:
+    return isinstance(module, ModuleType) and module.__name__.partition(".")[0] not in ("torch", "afa_kernels")
+
+
+def unpatch() -> None:
+    """Put back what every `patch` so far has changed."""
+    for done in reversed(_active.copy()):
+        done.undo()
+
+
+def served() -> list[Served]:
+    """The classes that are served now, with their counts."""
+    return [row.served for done in _active for row in done if isinstance(row, Replacement) and row.served is not None]

@@ -1,0 +1,80 @@
+"""``python -m afa_kernels.compat``: a training script as it is, with the kernels underneath."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from support.clients import client
+from support.common import ROOT
+
+TRAIN = """
+import sys
+import numpy as np
+import torch
+import pydensecrf.densecrf as dcrf
+from bilateralfilter import bilateralfilter_batch
+from par import PAR as Refine
+from par import PAMR
+
+class PAR(PAMR):
+    def forward(self, x, mask):
+        return super().forward(x, mask) + 1
+
+image, mask = torch.rand(2, 3, 12, 16), torch.rand(2, 2, 12, 16)
+refine = Refine(num_iter=2, dilations=[1, 2])
+for _ in range(int(sys.argv[1])):
+    refine(image, mask)
+PAR(2, [1, 2])(image, mask)
+crf = dcrf.DenseCRF2D(16, 12, 2)
+crf.setUnaryEnergy(np.zeros((2, 192), np.float32))
+crf.addPairwiseGaussian(sxy=3, compat=3)
+crf.inference(2)
+out = np.zeros(2 * 2 * 192, np.float32)
+bilateralfilter_batch(image.numpy().ravel(), mask.numpy().ravel(), out, 2, 2, 12, 16, 15.0, 50.0)
+print("ends as", __name__, "with", sys.argv, out.any())
+raise SystemExit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A repository with a script that imports what lies beside it."""
+    folder = tmp_path_factory.mktemp("their repository")
+    (folder / "par.py").write_text(client())
+    (folder / "train.py").write_text(TRAIN)
+    return folder
+
+
+def run(folder, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "afa_kernels.compat", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", [("train.py",), ("-m", "train")], ids=" ".join)
+def test_a_script_runs_as_it_is_and_what_was_served_is_told(folder, how):
+    done = run(folder, *how, "5")
+    assert done.returncode == 3, done.stderr
+    assert "ends as __main__ with ['" in done.stdout and "'5'] True" in done.stdout
+    assert "par.PAR: 5 calls by the kernels in " in done.stderr and "by its own forward about " in done.stderr
+    assert "par.PAMR: 1 calls by the kernels" in done.stderr
+    assert "__main__.PAR: 0 calls by the kernels" in done.stderr
+    assert "1 calls by its own forward: it differs from PAMR" in done.stderr
+    assert "pydensecrf's inference: 1 calls in " in done.stderr and "bilateralfilter_batch: 1 calls in " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_with_the_line_is_said(folder):
+    for arguments, said in (((), "usage: "), (("missing.py",), "no such file: missing.py"), (("-m",), "usage: ")):
+        done = run(folder, *arguments)
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert "served" in run(folder, "--help").stdout
+
+
+def test_an_error_of_the_script_is_the_scripts(folder):
+    (folder / "broken.py").write_text("import par\nraise RuntimeError('theirs')\n")
+    done = run(folder, "broken.py")
+    assert done.returncode == 1 and "RuntimeError: theirs" in done.stderr
+    assert "nothing of it was called" in done.stderr or "par.PAR: 0 calls" in done.stderr
