@@ -17,6 +17,7 @@ from .overlays import thumbnail
 from .panels import peak_of
 
 CLASSIFIER = "classifier"  # where an image's classes are from if nobody knows them
+GIVEN = "given"  # if whoever calls knows them
 SIDE = 800  # pixels along the longer side of what is drawn
 
 
@@ -28,7 +29,7 @@ class Photograph:
         name: what it is called in the figure.
         pixels: uint8 [3, H, W].
         cls_labels: [K - 1] of 0 and 1, the classes it is known to show; None: those the classifier finds count.
-        source: where those are from: ``mask``, ``label file``, ``--labels``.
+        source: where those are from: ``mask``, ``label file``, ``--labels``; for captions.
         mask: uint8 [H, W], 0..K-1 and 255: the truth, where it is known.
         point: (y, x), the pixel whose attention and affinity are shown; None: the CAM's peak.
     """
@@ -36,7 +37,7 @@ class Photograph:
     name: str
     pixels: Tensor
     cls_labels: Tensor | None = None
-    source: str = CLASSIFIER
+    source: str = GIVEN
     mask: np.ndarray | None = None
     point: tuple[int, int] | None = None
 

@@ -269,6 +269,11 @@ def test_classes_are_found_where_nobody_knows_them(models):
     assert "a.jpg: turtle, mouse" in [text.get_text() for text in figure.texts]
 
 
+def test_classes_that_the_caller_gives_are_not_said_to_be_found(models):
+    caller = photograph("b.jpg", cls_labels=PRESENT)
+    assert "Classes: given." in caption_of(draw(4, models, [caller], NAMES, SETTINGS, HOW))
+
+
 def test_the_point_is_the_cams_peak_unless_it_is_given(models):
     view = look(models, known(), wanted([7]), SETTINGS, HOW)
     heat = view.full.cam[[0, 2]].amax(0)
