@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.transforms import normalize
 from ..labels.label_maps import MapSettings, affinity_image, label_maps
 from ..labels.settings import LabelSettings
-from .attention import attention_of, attention_window, walked_cam
+from .attention import attention_of, attention_window, cells_of, check_cells, walked_cam
 from .overlays import thumbnail
 from .panels import peak_of
 
@@ -151,7 +151,15 @@ def look(
     """What the models see in a photograph. All are asked for the same classes, in the same sizes.
 
     settings, how: as for :func:`~afa_model.labels.label_maps.label_maps`.
+
+    Raises:
+        TooManyCells: attention is wanted, and its map would be too large; before any work.
     """
+    if wanted.attention:
+        shape = torch.empty(1, 1, *photograph.pixels.shape[1:], device="meta")
+        seen = affinity_image(shape, settings, how).shape[2:]
+        for model in (models.full, *[models.without] * bool(models.without is not None and wanted.without)):
+            check_cells(cells_of(model, seen), photograph.name)
     image, size = normalize(photograph.pixels), tuple(photograph.pixels.shape[1:])
     full, cls_labels = _seen(models.full, image, photograph.cls_labels, wanted.kinds, wanted.attention, settings, how)
     present = (cls_labels.nonzero().flatten() + 1).tolist()
