@@ -175,7 +175,7 @@ def in_words(results: Results) -> str:
         f"{f', {order.equal} are equal here' if order.equal else ''} (Kendall's τ {order.tau:+.2f})."
     ]
     if order.clear is None:
-        why = "There is one seed" if results.seeds == 1 else "Some have one seed so far"
+        why = "There is one seed" if results.seeds == 1 else "Some have the number of one seed only"
         words.append(f"{why}, so how much of that is chance is not known.")
     else:
         words.append(
