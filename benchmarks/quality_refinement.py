@@ -29,6 +29,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import afa_kernels
 from afa_kernels.ops.par import DILATIONS
+from afa_model.data.lists import read_split
 from afa_model.labels import refinement
 from afa_model.labels.settings import LabelSettings
 
@@ -96,9 +97,13 @@ def coarse_scores(mask: torch.Tensor, background: float, blur: float) -> torch.T
 
 
 def load(root: Path, split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+    """Photographs [1, 3, H, W] in 0..1 and masks [H, W] of a list.
+
+    Raises:
+        DataError: there is no such list; those that there are are named.
+    """
     pairs = []
-    for name in names:
+    for name in read_split(root, split):
         photo = Image.open(root / "JPEGImages" / f"{name}.jpg").convert("RGB")
         mask = Image.open(root / "SegmentationClassAug" / f"{name}.png")
         image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 255

@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     sweep = Sweep(config, tables, seeds, given)
     if not quick:
         sweep.check_classes()
+    sweep.check_lists()
     writable_folder(config.out, "out")
     report = settings.report and writable_file(settings.report, "report")
     index, count = settings.share()

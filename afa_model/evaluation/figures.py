@@ -18,6 +18,7 @@ from ..errors import DataError, SavingError, reason
 from ..labels.kinds import kinds_of
 from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
+from ..pictures.attention import TooManyCells
 from ..pictures.figures import FIGURES, NUMBERS, Style, check_models, wanted, weights_figure
 from ..pictures.panels import save
 from ..pictures.seen import Models, Photograph, View, look
@@ -79,7 +80,7 @@ class Drawn:
     Attributes:
         files: those of each page, PNG and PDF, with its caption.
         left_out: number of a figure -> why it could not be drawn.
-        problems: a line for each photograph that could not be read.
+        problems: a line for each photograph that could not be read, or is too large.
     """
 
     files: list[tuple[tuple[Path, Path], str]] = field(default_factory=list)
@@ -207,15 +208,14 @@ def _source(
 
 
 def _pages(source: _Source, models: Models, parts: object, how: LabelSettings, done: Drawn) -> Iterator[list[View]]:
-    """Views of the photographs that can be read, a page at a time; what cannot is added to the problems."""
+    """Views of the photographs that can be read and drawn, a page at a time; what cannot is added to the problems."""
     views: list[View] = []
     for path in progress(list(source.paths), "looking", show=source.settings.progress):
         try:
-            photograph = source.read(path)
-        except DataError as error:
+            views.append(look(models, source.read(path), parts, source.settings, how))
+        except (DataError, TooManyCells) as error:
             done.problems.append(str(error))
             continue
-        views.append(look(models, photograph, parts, source.settings, how))
         if len(views) == source.settings.rows:
             yield views
             views = []

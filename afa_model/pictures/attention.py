@@ -8,6 +8,9 @@ and 7).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,31 @@ from ..labels.settings import LabelSettings
 MOST_CELLS = 16_384  # of the grid: a map of 1 GiB
 
 
+class TooManyCells(ValueError):
+    """A photograph whose attention map would be too large to draw."""
+
+
+def check_cells(cells: int, of: str = "") -> None:
+    """
+    of: the photograph's name, for the message.
+
+    Raises:
+        TooManyCells: an attention map of so many cells is too large.
+    """
+    if cells > MOST_CELLS:
+        what = f" of {of}" if of else ""
+        raise TooManyCells(
+            f"long_side: an attention map{what} of {cells} x {cells} cells is too large to draw (at most {MOST_CELLS});"
+            " take fewer pixels"
+        )
+
+
+def cells_of(model: nn.Module, size: Sequence[int]) -> int:
+    """Cells of the grid of a model with attention for an image of ``size`` (height, width)."""
+    stride = math.prod(model.stride)
+    return math.prod(-(-side // stride) for side in size)
+
+
 def raw_attention(query: Tensor, key: Tensor) -> Tensor:
     """Mean attention of all heads.
 
@@ -30,14 +58,10 @@ def raw_attention(query: Tensor, key: Tensor) -> Tensor:
         float32 [N, N]; what each cell attends to, a row for each, which sums to 1.
 
     Raises:
-        ValueError: too many cells.
+        TooManyCells: there are too many.
     """
     heads, cells, width = query.shape
-    if cells > MOST_CELLS:
-        raise ValueError(
-            f"long_side: an attention map of {cells} x {cells} cells is too large to draw (at most {MOST_CELLS});"
-            " take fewer pixels"
-        )
+    check_cells(cells)
     total = query.new_zeros(cells, cells, dtype=torch.float32)
     for q, k in zip(query.float(), key.float()):  # one at a time: the maps of all would take heads times the memory
         total += torch.softmax(q @ k.T / width**0.5, 1)

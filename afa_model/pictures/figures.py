@@ -21,7 +21,7 @@ from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
 from .overlays import AFFINITY_COLORS, CAM_COLORS, cell_of, heat_overlay, label_overlay
 from .panels import Tile, affinity_tile, cam_tile, head_weights_figure
-from .seen import CLASSIFIER, Models, Photograph, Seen, View, Wanted, look
+from .seen import CLASSIFIER, GIVEN, Models, Photograph, Seen, View, Wanted, look
 from .sheets import PAGE_WIDTH, Key, Row, class_keys, sheet, with_caption
 from .words import fitted
 
@@ -29,6 +29,7 @@ SOURCES = {  # where classes are from, in a caption
     "mask": "from the masks",
     "label file": "from the label file",
     "--labels": "given by --labels",
+    GIVEN: "given",
     CLASSIFIER: "found by the classifier",
 }
 CNN_IS_LEFT_OUT = "The CNN's CAM is left out, for no CNN is given (--cnn)."

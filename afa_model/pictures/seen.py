@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..data.transforms import normalize
 from ..labels.label_maps import MapSettings, affinity_image, label_maps
 from ..labels.settings import LabelSettings
-from .attention import attention_of, attention_window, walked_cam
+from .attention import attention_of, attention_window, cells_of, check_cells, walked_cam
 from .overlays import thumbnail
 from .panels import peak_of
 
 CLASSIFIER = "classifier"  # where an image's classes are from if nobody knows them
+GIVEN = "given"  # if whoever calls knows them
 SIDE = 800  # pixels along the longer side of what is drawn
 
 
@@ -28,7 +29,7 @@ class Photograph:
         name: what it is called in the figure.
         pixels: uint8 [3, H, W].
         cls_labels: [K - 1] of 0 and 1, the classes it is known to show; None: those the classifier finds count.
-        source: where those are from: ``mask``, ``label file``, ``--labels``.
+        source: where those are from: ``mask``, ``label file``, ``--labels``; for captions.
         mask: uint8 [H, W], 0..K-1 and 255: the truth, where it is known.
         point: (y, x), the pixel whose attention and affinity are shown; None: the CAM's peak.
     """
@@ -36,7 +37,7 @@ class Photograph:
     name: str
     pixels: Tensor
     cls_labels: Tensor | None = None
-    source: str = CLASSIFIER
+    source: str = GIVEN
     mask: np.ndarray | None = None
     point: tuple[int, int] | None = None
 
@@ -150,7 +151,15 @@ def look(
     """What the models see in a photograph. All are asked for the same classes, in the same sizes.
 
     settings, how: as for :func:`~afa_model.labels.label_maps.label_maps`.
+
+    Raises:
+        TooManyCells: attention is wanted, and its map would be too large; before any work.
     """
+    if wanted.attention:
+        shape = torch.empty(1, 1, *photograph.pixels.shape[1:], device="meta")
+        seen = affinity_image(shape, settings, how).shape[2:]
+        for model in (models.full, *[models.without] * bool(models.without is not None and wanted.without)):
+            check_cells(cells_of(model, seen), photograph.name)
     image, size = normalize(photograph.pixels), tuple(photograph.pixels.shape[1:])
     full, cls_labels = _seen(models.full, image, photograph.cls_labels, wanted.kinds, wanted.attention, settings, how)
     present = (cls_labels.nonzero().flatten() + 1).tolist()

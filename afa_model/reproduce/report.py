@@ -6,11 +6,13 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
 from ..pictures.panels import save
 from ..runtime.writing import whole
+from .paper import PaperTable
 from .results import Results, in_words
 from .show import heading, markdown, notes, plot
 from .sweep import Sweep
@@ -31,7 +33,8 @@ def write_report(path: Path, sweep: Sweep, found: Sequence[Results], command: st
         name = results.table.name
         picture = path.parent / path.stem / f"{name}.png"
         written.append(save(plot(results), picture))
-        text = _with(text, name, _part(results, f"{path.stem}/{picture.name}", _run(sweep, command)))
+        link = quote(f"{path.stem}/{picture.name}")  # else a space would end it
+        text = _with(text, name, _part(results, link, _run(sweep, results.table, command)))
     with whole(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return written
@@ -51,16 +54,26 @@ def _part(results: Results, picture: str, run: str) -> str:
     return f"**{heading(results)}.**\n\n{markdown(results)}\n\n![{results.table.number}]({picture})\n\n{said}\n\n{run}"
 
 
-def _run(sweep: Sweep, command: str) -> str:
+def _run(sweep: Sweep, table: PaperTable, command: str) -> str:
     """What made the numbers."""
+    limit = sweep.base.eval.limit
+    scored = "all pictures" if limit is None else f"the first {limit} pictures of each list"
+    return (
+        f"By `{command}`: {_networks(sweep, table)}; scored on {scored}; torch {torch.__version__} on"
+        f" {platform.machine()}."
+    )
+
+
+def _networks(sweep: Sweep, table: PaperTable) -> str:
+    """Which networks they are of."""
+    if table.refines and sweep.checkpoint is not None:
+        return f"the CAM of the network that is given, {sweep.checkpoint.name}"
     config = sweep.base
     schedule, step = config.schedule, config.step
     seeds = ", ".join(map(str, sweep.seeds))
-    scored = "all pictures" if config.eval.limit is None else f"the first {config.eval.limit} pictures of each list"
     return (
-        f"By `{command}`: {config.model.backbone}, crop {config.augment.crop}, batch {config.loader.batch_size},"
+        f"{config.model.backbone}, crop {config.augment.crop}, batch {config.loader.batch_size},"
         f" {schedule.max_iters} steps (classifier alone until {step.cam_iters}, random walk from {step.aff_iters}),"
         f" {'from scratch' if config.model.pretrained is False else 'from ImageNet weights'}; seed"
-        f"{'s' * (len(sweep.seeds) > 1)} {seeds}; scored on {scored}; torch {torch.__version__} on"
-        f" {platform.machine()}."
+        f"{'s' * (len(sweep.seeds) > 1)} {seeds}"
     )

@@ -117,6 +117,7 @@ class Agreement:
     Attributes:
         pairs: of rows with different numbers in the paper.
         same: of those, how many are in the paper's order here.
+        equal: of those, how many are one number here.
         tau: Kendall's: (same - reversed) / pairs, from -1 (reversed) to 1 (the same order).
         clear: pairs whose difference here is larger than the spreads of both rows together; None for one seed.
         clear_same: of those, how many are in the paper's order.
@@ -124,6 +125,7 @@ class Agreement:
 
     pairs: int
     same: int
+    equal: int
     tau: float
     clear: int | None
     clear_same: int | None
@@ -148,6 +150,7 @@ def agreement(rows: Sequence[Found]) -> Agreement | None:
     return Agreement(
         len(signs),
         same,
+        len(signs) - same - reverse,
         (same - reverse) / len(signs),
         len(clear) if spreads else None,
         sum(sign > 0 for sign in clear) if spreads else None,
@@ -159,22 +162,24 @@ def in_words(results: Results) -> str:
     rows = results.compared
     what = "classes" if results.classes else "rows"
     known = [row for row in rows if row.paper is not None and row.mean is not None]
-    missing = "" if results.complete else f"Not complete: rows are missing of the {results.seeds} seeds. "
+    missing = "" if results.complete else f"Not complete: {_missing(results)}. "
     order = agreement(rows)
     if order is None:
         return f"{missing}There is nothing of the paper's to compare with."
-    best, papers = max(known, key=lambda row: row.mean), max(known, key=lambda row: row.paper)
+    papers = max(known, key=lambda row: row.paper)
+    best = max(known, key=lambda row: (row.mean, row.name == papers.name))
     place = sorted((row.mean for row in known), reverse=True).index(papers.mean) + 1
     verdict = "holds" if order.tau >= 0.8 else "holds in part" if order.tau >= 0.3 else "does not hold"
     words = [
         f"{missing}The paper's order {verdict}: of {order.pairs} pairs of {what} {order.same} are in it"
-        f" (Kendall's τ {order.tau:+.2f})."
+        f"{f', {order.equal} are equal here' if order.equal else ''} (Kendall's τ {order.tau:+.2f})."
     ]
     if order.clear is None:
-        words.append("There is one seed, so how much of that is chance is not known.")
+        why = "There is one seed" if results.seeds == 1 else "Some have the number of one seed only"
+        words.append(f"{why}, so how much of that is chance is not known.")
     else:
         words.append(
-            f"{order.clear} of the pairs differ by more than the spread over {results.seeds} seeds, of those"
+            f"{order.clear} of the pairs differ by more than the spread over the seeds, of those"
             f" {order.clear_same} in the paper's order."
         )
     if best.name == papers.name:
@@ -184,4 +189,12 @@ def in_words(results: Results) -> str:
             f"Best here: {best.name} ({best.mean:.1f}; the paper's {best.paper:.1f}); best there: {papers.name}"
             f" ({papers.paper:.1f}), which is number {place} of {len(known)} here ({papers.mean:.1f})."
         )
+    equal = [row.name for row in known if row.mean == best.mean and row is not best]
+    if equal:
+        words.append(f"As good as the best here: {', '.join(equal)}.")
     return " ".join(words)
+
+
+def _missing(results: Results) -> str:
+    done, wanted = sum(len(row.values) for row in results.rows), results.seeds * len(results.rows)
+    return f"{wanted - done} of {wanted} numbers are missing"

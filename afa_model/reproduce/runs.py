@@ -128,14 +128,24 @@ def with_settings(settings: Settings, changes: Mapping[str, Any], prefix: str = 
 
 def identity(config: Config) -> str:
     """A word of eight letters for all settings on which the network depends; the data are known by where they lie."""
+    values = _that_count(config)
+    if not config.eval.every:  # it is scored afterwards only
+        del values["eval"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def data_of(config: Config) -> dict[str, Any]:
+    """The settings of the data that decide what is learned and scored."""
+    return _that_count(config)["data"]
+
+
+def _that_count(config: Config) -> dict[str, Any]:
     values = to_dict(config)
     for key in _ASIDE:
         section, _, name = key.partition(".")
         (values[section] if name else values).pop(name or section)
-    if not config.eval.every:  # it is scored afterwards only
-        del values["eval"]
     values["data"]["root"] = str(Path(config.data.root).resolve())
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return values
 
 
 def _placed(name: str, config: Config, base: Config) -> Run:

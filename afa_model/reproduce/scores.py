@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -42,6 +43,15 @@ def keep(path: Path, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> 
     with whole(path) as draft:
         text = json.dumps({"settings": _plain(settings), "scores": scores}, indent=1)
         draft.write_text(text + "\n", encoding="utf-8")
+
+
+def digest_of(path: Path) -> str:
+    """A word for what is in a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()[:16]
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

@@ -32,7 +32,8 @@ def notes(results: Results) -> list[str]:
     """What a reader must know of the numbers."""
     found = []
     if results.seeds > 1:
-        found.append(f"Mean and standard deviation over {results.seeds} seeds.")
+        over = f"{results.seeds} seeds" if results.complete else "the seeds that are done"
+        found.append(f"Mean and standard deviation over {over}.")
     if results.table.scaled:
         found.append(f"Scaled to the small pictures: {results.table.scaled}.")
     return found
@@ -49,10 +50,12 @@ def cells(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def class_cells(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of classes, with the paper's other methods where its classes are ours."""
+    """Head and rows of the table of classes, with the paper's methods where its classes are ours."""
     per_class, rows = results.table.per_class, results.classes
     with_paper = any(row.paper is not None for row in rows)
-    head = ["class", "here", *(per_class.methods if with_paper else ())]
+    # what it calls "Ours" is not ours
+    methods = ["paper" if name == "Ours" else name for name in per_class.methods]
+    head = ["class", "here", *(methods if with_paper else ())]
     lines = [[row.name, row.text(), *_papers(per_class, number, with_paper)] for number, row in enumerate(rows)]
     means = [_number(value) for value in per_class.miou.values()] if with_paper else []
     return head, [*lines, ["mIoU", results.rows[0].text(), *means]]

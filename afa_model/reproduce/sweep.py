@@ -9,20 +9,21 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..conventions import require
 from ..data.classes import VOC_CLASSES, class_names
+from ..data.lists import list_file
 from ..errors import CheckpointError, ConfigError, TrainingError
 from ..runs.folder import InUse
 from ..runs.logs import clock
 from ..runs.restore import checkpoint_of
 from .paper import PaperTable, Row
-from .runs import Run, run_of
-from .scores import about, keep, kept, refinement_scores, segmentation_scores
+from .runs import Run, data_of, run_of
+from .scores import about, digest_of, keep, kept, refinement_scores, segmentation_scores, split_of
 
 WAIT = 2.0  # seconds between looks at what others are doing
 
@@ -140,8 +141,17 @@ class Sweep:
     def scored(self, table: PaperTable, row: Row, seed: int) -> tuple[Path, Mapping[str, Any]]:
         """The file of scores that a row of a table is in, and what decides them."""
         run = self.full(seed) if table.refines else self.run(row, seed)
-        folder = self._folder_of_cam() if table.refines and self.checkpoint is not None else run.folder
-        return folder / f"scores-{table.protocol or table.name}.json", about(run.config, table)
+        folder, settings = run.folder, about(run.config, table)
+        if table.refines and self.checkpoint is not None:
+            folder, settings = self._folder_of_cam(), {**settings, **self._given}
+        return folder / f"scores-{table.protocol or table.name}.json", settings
+
+    @cached_property
+    def _given(self) -> Mapping[str, Any]:
+        """What decides the scores of a network that is given, and is no part of a folder's name here: what is in the
+        file, for more may have been trained since, and the data.
+        """
+        return {"checkpoint": digest_of(self.checkpoint), "data": data_of(self.base)}
 
     def _folder_of_cam(self) -> Path:
         """For the scores of a network that is given, of which there is no folder here."""
@@ -166,6 +176,15 @@ class Sweep:
                 title = f"{table.number}, refinements of the CAM, seed {seed}"
                 pieces.append(Piece(title, [Scoring(path, settings, find)]))
         return pieces
+
+    def check_lists(self) -> None:
+        """
+        Raises:
+            DataError: a list of images that a table is scored on is not there: now, not when the networks are trained.
+        """
+        data = self.base.data
+        for split in dict.fromkeys(split_of(self.base, table) for table in self.tables):
+            list_file(data.root, split, data.list_dir)
 
     def check_classes(self) -> None:
         """

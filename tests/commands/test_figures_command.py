@@ -118,6 +118,16 @@ def test_more_photographs_than_a_page_holds_go_on_others(afa, root, tmp_path, ca
     assert "1 could not be drawn:" in told and f"{tmp_path / 'broken.jpg'}: cannot be decoded" in told
 
 
+def test_a_photograph_too_large_for_its_attention_costs_no_others(afa, tmp_path, capsys, unsaved, monkeypatch):
+    monkeypatch.setattr("afa_model.pictures.attention.MOST_CELLS", 12)
+    for name, size in (("flat.png", (64, 32)), ("square.png", (64, 64))):
+        Image.new("RGB", size).save(tmp_path / name)
+    assert afa("3", tmp_path / "square.png", tmp_path / "flat.png") == 1
+    out, error = capsys.readouterr()
+    assert "figure_3.png" in out and "1 could not be drawn" in error
+    assert "an attention map of square.png of 16 x 16 cells is too large" in error
+
+
 def test_classes_come_from_where_they_are_known(afa, root, tmp_path, capsys, unsaved):
     line = ["4", photo(root, 1)]
     table = tmp_path / "labels.json"

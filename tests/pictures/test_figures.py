@@ -110,6 +110,15 @@ def test_raw_attention_is_refused_where_its_map_were_too_large(monkeypatch):
         raw_attention(torch.zeros(2, 9, 3), torch.zeros(2, 9, 3))
 
 
+def test_a_photograph_whose_attention_were_too_large_is_refused_by_name_before_any_work(models, monkeypatch):
+    large = photograph("a.jpg", (96, 128))
+    monkeypatch.setattr(attention, "MOST_CELLS", 12)  # 3 x 4 of 64 pixels
+    draw(7, models, [large], NAMES, SETTINGS, HOW)
+    monkeypatch.setattr("afa_model.pictures.seen.label_maps", None)
+    with pytest.raises(attention.TooManyCells, match=r"map of a\.jpg of 20 x 20 cells is too large"):
+        draw(7, models, [large], NAMES, replace(SETTINGS, long_side=80), HOW)
+
+
 def test_a_window_of_attention_is_symmetric_and_one_where_it_is_even(rng):
     assert torch.equal(attention_window(torch.full((12, 12), 1 / 12), (3, 4), 1)[4], torch.ones(3, 4))
     dense = torch.rand(12, 12, generator=rng)
@@ -267,6 +276,11 @@ def test_classes_are_found_where_nobody_knows_them(models):
     found = label_maps(models.full, normalize(alone.pixels), SETTINGS, HOW).present
     assert f"b.jpg: {', '.join(NAMES[i] for i in found)}" in [text.get_text() for text in figure.texts]
     assert "a.jpg: turtle, mouse" in [text.get_text() for text in figure.texts]
+
+
+def test_classes_that_the_caller_gives_are_not_said_to_be_found(models):
+    caller = photograph("b.jpg", cls_labels=PRESENT)
+    assert "Classes: given." in caption_of(draw(4, models, [caller], NAMES, SETTINGS, HOW))
 
 
 def test_the_point_is_the_cams_peak_unless_it_is_given(models):

@@ -43,6 +43,14 @@ class TinyNetwork(nn.Module):
         return self.classifier(self.forward_features(images).mean((2, 3)))
 
 
+def test_a_list_that_is_not_there_is_named_beside_those_that_are(real, tmp_path):
+    make_voc(tmp_path, count=2, splits=("train",))
+    with pytest.raises(DataError, match=r"split 'val': .*val\.txt not found \(lists there: train\)"):
+        real.quality_refinement.load(tmp_path, "val")
+    (_, mask), _ = pairs = real.quality_refinement.load(tmp_path, "train")
+    assert [image.shape[2:] for image, _ in pairs] == [mask.shape for _, mask in pairs] and mask.dtype == torch.int64
+
+
 # --- the network ---
 
 

@@ -18,9 +18,10 @@ from afa_model.config import parse
 from afa_model.errors import TrainingError
 from afa_model.reproduce import sweep as sweeps
 from afa_model.reproduce.paper import paper_table, tables_named
+from afa_model.reproduce.report import write_report
 from afa_model.reproduce.results import Found, agreement, in_words, results_of
 from afa_model.reproduce.scores import keep, kept
-from afa_model.reproduce.show import cells, markdown, plot
+from afa_model.reproduce.show import cells, class_cells, markdown, notes, plot
 from afa_model.reproduce.sweep import Sweep, SweepSettings, each_alone, work_off
 from afa_model.runs.folder import RunFolder
 
@@ -147,6 +148,26 @@ def test_two_processes_never_train_one_network(sweep):
     assert not run.folder.exists()
 
 
+def test_scores_of_a_given_network_are_of_what_its_file_holds_and_of_the_data(sweep, tmp_path):
+    """The file may be of a run that goes on, and the masks another folder's."""
+    file = tmp_path / "best.pt"
+    file.write_bytes(b"one")
+    given = replace(sweep, checkpoint=file)
+
+    def scored(of):
+        table = of.tables[1]
+        return of.scored(table, table.rows[0], 0)
+
+    path, settings = scored(given)
+    keep(path, settings, {"x": 1})
+    same = replace(given, base=replace(given.base, data=replace(given.base.data, num_workers=2)))
+    assert kept(*scored(same)) == {"x": 1}
+    other = replace(given, base=replace(given.base, data=replace(given.base.data, mask_dir="SegmentationClass")))
+    assert kept(*scored(other)) is None
+    file.write_bytes(b"two")
+    assert kept(*scored(replace(sweep, checkpoint=file))) is None
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +191,10 @@ def test_a_table_that_is_not_done_says_so(sweep):
     assert not found.complete and cells(found)[1][0] == ["r = 2", "–", "62.4"]
     plot(found)
     fill(replace(sweep, seeds=[0]), lambda table, number, seed: TABLE_1[number % 5])
-    assert in_words(results_of(sweep, sweep.tables[0])).startswith("Not complete")
+    found = results_of(sweep, sweep.tables[0])
+    said = in_words(found)
+    assert said.startswith("Not complete: 5 of 10 numbers are missing. ") and "Some have the number of one seed only" in said
+    assert "over the seeds that are done" in notes(found)[0]
 
 
 def test_classes_that_are_not_vocs_stand_alone(sweep):
@@ -191,6 +215,7 @@ def rows_of(*pairs):
 def test_agreement_counts_pairs():
     order = agreement(rows_of((1.0, (10.0, 10.2)), (2.0, (11.0, 11.2)), (3.0, (10.0, 14.0)), (3.0, (1.0, 1.0))))
     assert (order.pairs, order.same, order.tau) == (5, 3, pytest.approx(0.2))  # the two of 3.0 are no pair
+    assert order.equal == 0 and agreement(rows_of((1.0, (3.0,)), (2.0, (3.0,)), (3.0, (4.0,)))).equal == 1
     assert (order.clear, order.clear_same) == (3, 1)
     single = agreement(rows_of((1.0, (10.0,)), (2.0, (9.0,)), (None, (5.0,)), (4.0, ())))
     assert (single.pairs, single.same, single.tau, single.clear) == (1, 0, -1.0, None)
@@ -213,6 +238,33 @@ def test_what_holds_is_said_in_words(sweep, ours, words):
         assert "Best in both: r = 8 (here 63.8, there 63.8)" in said
     elif ours == [5, 4, 3, 2, 1]:
         assert "Best here: r = 2 (5.0; the paper's 62.4); best there: r = 8 (63.8), which is number 3 of 5" in said
+
+
+def test_a_tie_is_said_to_be_one(sweep):
+    """And the paper's best row is the best here, too, if no other is better."""
+    fill(sweep, lambda table, number, seed: [9, 8, 9, 7, 6][number % 5])
+    said = in_words(results_of(sweep, sweep.tables[0]))
+    assert "of 10 pairs of rows 8 are in it, 1 are equal here (Kendall's τ +0.70)" in said
+    assert "Best in both: r = 8 (here 9.0, there 63.8). As good as the best here: r = 2." in said
+
+
+def test_the_papers_own_method_is_not_called_ours(sweep):
+    found = results_of(sweep, sweep.tables[-1])
+    classes = tuple(Found(name, 50.0, (40.0,)) for name in found.table.per_class.classes)
+    assert class_cells(replace(found, classes=classes))[0] == ["class", "here", "RRM", "1Stage", "AA&LR", "paper"]
+
+
+def test_a_report_says_of_which_networks_it_is_and_links_to_its_plots(sweep, tmp_path):
+    file = tmp_path / "best.pt"
+    file.write_bytes(b"one")
+    tables = sweep.tables[:2]
+    found = [results_of(sweep, table) for table in tables]
+    report, *_ = write_report(tmp_path / "my tables.md", replace(sweep, checkpoint=file), found, "afa reproduce")
+    first, second = report.read_text().split("<!-- end of table1 -->")
+    assert "](my%20tables/table1.png)" in first and (tmp_path / "my tables" / "table1.png").is_file()
+    assert "mit_b0, crop 96" in first and "seeds 0, 1;" in first and "that is given" not in first
+    assert "the CAM of the network that is given, best.pt; scored on the first 80 pictures" in second
+    assert "crop" not in second.split("By `")[1] and "seed" not in second.split("By `")[1]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -260,6 +312,8 @@ MISTAKES = {
     "table1": "data.root: the full reproduction needs PASCAL VOC 2012",
     "table1 --data.root DATA": "model.pretrained: the full reproduction starts from ImageNet weights",
     "table6 --data.root DATA --model.pretrained false": "table6: the paper's classes are the 21 of VOC",
+    "table2 --quick --data.root DATA": "split 'train': DATA/ImageSets/Segmentation/train.txt not found",
+    "table1 --data.root DATA --model.pretrained false": "split 'val': DATA/ImageSets/Segmentation/val.txt not found",
     "table1 --quick --shard 3/2": "shard: expected I/N with I in 1..N, such as 1/4, got '3/2'",
     "table1 --quick --shard 1/2 --report a.md": "report: expected null for a share of the rows",
     "table1 --quick --seeds 0": "seeds: expected at least 1",
