@@ -193,7 +193,8 @@ def test_a_table_that_is_not_done_says_so(sweep):
     fill(replace(sweep, seeds=[0]), lambda table, number, seed: TABLE_1[number % 5])
     found = results_of(sweep, sweep.tables[0])
     said = in_words(found)
-    assert said.startswith("Not complete: 5 of 10 numbers are missing. ") and "Some have the number of one seed only" in said
+    assert said.startswith("Not complete: 5 of 10 numbers are missing. ")
+    assert "Some have the number of one seed only" in said
     assert "over the seeds that are done" in notes(found)[0]
 
 
