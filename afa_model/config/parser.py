@@ -38,7 +38,9 @@ class Parser(ArgumentParser):
     def _readable(self, message: str) -> str:
         """jsonargparse's words, with the key in front."""
         if match := re.search(r"arguments are required: ([\w.]+)", message):
-            return f"--{match[1]} is required ({self._help_of(match[1])})"
+            named = {action.metavar for action in self._actions if not action.option_strings}
+            dashes = "" if match[1] in named or match[1].upper() in named else "--"
+            return f"{dashes}{match[1]} is required ({self._help_of(match[1])})"
         if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
             return self._unknown(f"{match[1]}.{match[2]}")
         if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):

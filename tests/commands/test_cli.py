@@ -104,6 +104,7 @@ def test_it_runs_as_a_module_without_the_entry_point():
             "afa train: error: data root /nowhere/voc is not a folder",
         ),
         (["evaluate"], "afa evaluate: error: --checkpoint is required (a run's folder"),
+        (["refine"], "afa refine: error: images is required (folder of photographs"),
         (
             ["train", "--device", "gpu"],
             "afa train: error: device: expected auto, cpu, cuda or cuda:N, got 'gpu' (there is",
