@@ -14,6 +14,7 @@ from torch import nn
 
 import afa_kernels
 from afa_kernels import PAMR, PAR, compat
+from afa_kernels.compat import in_place
 
 
 @pytest.fixture(autouse=True)
@@ -257,24 +258,30 @@ def test_state_keys_attributes_and_pickles_stay_theirs():
         del sys.modules["tests_their_repo"]
 
 
-def test_an_instance_that_changes_at_every_call_keeps_its_own(rng, capsys):
+def proofs_counted(row: compat.Replacement) -> list:
+    done, prove = [], row.served._prove
+    row.served._prove = lambda *arguments: done.append(1) or prove(*arguments)
+    return done
+
+
+def test_an_instance_that_changes_at_every_call_keeps_its_own(rng, capsys, monkeypatch):
+    monkeypatch.setattr(in_place, "MOST_CASES", 3)
     counting = "        self.seen = getattr(self, 'seen', 0) + 1\n        return masks\n"
     module = repository(("        return masks\n", counting))
     (row, _) = compat.patch([module], verbose=False)
-    theirs, given = module.PAR([1], 1), pair(rng)
-    for _ in range(3):
+    theirs, given, proofs = module.PAR([1], 1), pair(rng), proofs_counted(row)
+    for _ in range(5):
         theirs(*given)
-    assert calls(row) == (0, 3) and "a call changes the instance" in capsys.readouterr().err
+    assert calls(row) == (0, 5) and len(proofs) == 3, "a proof each is not worth it for ever"
+    said = capsys.readouterr().err
+    assert "a call changes the instance" in said and "it is called in more than 3 ways" in said
 
 
 def test_replicas_share_their_proof(rng):
     """DataParallel makes new ones for each call."""
     module = repository()
     (row, _) = compat.patch([module], verbose=False)
-    theirs, given = module.PAR([1], 1), pair(rng)
-    proofs = []
-    prove = row.served._prove
-    row.served._prove = lambda *arguments: proofs.append(1) or prove(*arguments)
+    theirs, given, proofs = module.PAR([1], 1), pair(rng), proofs_counted(row)
     for _ in range(3):
         theirs._replicate_for_data_parallel()(*given)
     assert len(proofs) == 1 and calls(row) == (3, 0)
