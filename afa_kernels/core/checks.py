@@ -41,7 +41,9 @@ def check_tensor(
 
 
 def check_images(images: torch.Tensor, name: str) -> None:
-    """Photographs [B, 3, H, W] in 0..1. What image files give says what to do with it: bytes, and channels last."""
+    """Photographs [B, 3, H, W] in 0..1, or of other numbers of channels. What image files give says what to do with it:
+    bytes, and channels last (three; so an image three pixels wide must have three channels).
+    """
     if isinstance(images, torch.Tensor):
         layout, size = _layout(("B", 3, "H", "W")), tuple(images.shape)
         last = len(size) in (3, 4) and size[-1] == 3 and size[-3] != 3
@@ -56,7 +58,7 @@ def check_images(images: torch.Tensor, name: str) -> None:
             raise kind(
                 f"{name} must be {layout} of floating point in 0..1, got {size} of {images.dtype}: {', '.join(hints)}"
             )
-    check_tensor(images, name, ("B", 3, "H", "W"))
+    check_tensor(images, name, ("B", "channels", "H", "W"))
 
 
 def _layout(shape: Sequence[str | int]) -> str:

@@ -106,6 +106,16 @@ def test_other_channels_batches_and_sizes_follow_theirs(rng, how):
         assert got.shape == want.shape and relative_error(got, want) < 1e-4
 
 
+def test_a_proof_is_for_its_number_of_channels(rng):
+    """This copy looks at three channels, whatever there are."""
+    module = repository(("kappa.mean(1)", "kappa[:, :3].mean(1)"))
+    (row, _) = compat.patch([module], verbose=False)
+    theirs = module.PAR([1, 2], 2)
+    for channels, counts in ((3, (1, 0)), (5, (1, 1)), (1, (2, 1))):
+        given = pair(rng, channels=channels)
+        assert relative_error(theirs(*given), row.served.theirs(theirs, *given)) < 1e-4 and calls(row) == counts
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_follow_theirs(rng, dtype):
     module = repository()

@@ -139,7 +139,8 @@ GOOD_IMAGES, GOOD_MASKS = torch.rand(2, 3, 8, 9, device=DEVICE), torch.rand(2, 4
     ("change", "error", "named"),
     [
         ({"images": GOOD_IMAGES[0]}, ValueError, "images"),
-        ({"images": torch.rand(2, 4, 8, 9, device=DEVICE)}, ValueError, "images"),
+        ({"images": torch.rand(2, 0, 8, 9, device=DEVICE)}, ValueError, "images"),
+        ({"images": torch.rand(3, 3, 8, 9, device=DEVICE)}, ValueError, "masks .* with B = 3"),
         ({"images": GOOD_IMAGES.int()}, TypeError, r"images / 255 is in 0\.\.1"),
         ({"images": (255 * GOOD_IMAGES).byte()}, TypeError, r"images .* got \(2, 3, 8, 9\) .*uint8: images / 255 is"),
         ({"images": GOOD_IMAGES.permute(0, 2, 3, 1)}, ValueError, r"\(2, 8, 9, 3\).*images\.permute\(0, 3, 1, 2\) has"),
@@ -153,7 +154,6 @@ GOOD_IMAGES, GOOD_MASKS = torch.rand(2, 3, 8, 9, device=DEVICE), torch.rand(2, 4
         ({"images": "photo"}, TypeError, "images"),
         ({"images": torch.rand(2, 3, 0, 9)}, ValueError, "images"),
         ({"masks": GOOD_MASKS[0]}, ValueError, "masks"),
-        ({"masks": GOOD_MASKS[:1]}, ValueError, "masks"),
         ({"masks": torch.rand(2, 0, 8, 9)}, ValueError, "masks"),
         ({"masks": GOOD_MASKS.bool()}, TypeError, "masks"),
         ({"masks": GOOD_MASKS.to("meta")}, ValueError, "masks"),
@@ -193,7 +193,7 @@ def test_modules_are_drop_ins(rng, backend):
     assert set(other.state_dict()) == {"aff_x.kernel", "aff_m.kernel", "aff_std.kernel"}
     assert (PAMR().num_iter, PAMR().dilations) == (1, [1])
     with pytest.raises(ValueError, match="imgs"):
-        module(images[:, :2], masks)
+        module(images[0], masks)
 
 
 def test_published_kernels_pick_the_neighbours(rng):

@@ -32,6 +32,7 @@ from ...core.checks import (
 from ...core.implementations import implementation
 from ...core.registration import operator
 from ...core.self_check import Draw, Sample, odd_image
+from ..diffusion import diffuse
 from . import reference
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -70,7 +71,9 @@ def refine(
 ) -> Tensor:
     """`par` (three factors) and `pamr` (none)."""
     check_images(images, names[0])
-    check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS, B=images.shape[0])
+    check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS)
+    if 1 not in (len(images), len(masks)):
+        check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS, B=images.shape[0])
     check_same_device(images, names[0], **{names[1]: masks})
     check_class_mask(class_mask, masks, names[1])
     dilations = check_dilations(dilations)
@@ -80,10 +83,46 @@ def refine(
         masks = _resized(masks, images)
     else:
         images = _resized(images, masks)
+    if len(images) == 1 < len(masks):  # one image's weights, made once, for all the masks
+        together = masks.reshape(1, -1, *masks.shape[2:])
+        present = None if class_mask is None else class_mask.reshape(1, -1)
+        refined = _refined(images, together, dilations, num_iter, factors, present, backend)
+        return refined.to(dtype).view(masks.shape)
+    if len(masks) == 1 < len(images):
+        masks = masks.expand(len(images), -1, -1, -1)
+        class_mask = None if class_mask is None else class_mask.expand(len(images), -1)
+    return _refined(images, masks, dilations, num_iter, factors, class_mask, backend).to(dtype)
+
+
+def _refined(
+    images: Tensor,
+    masks: Tensor,
+    dilations: list[int],
+    num_iter: int,
+    factors: list[float],
+    class_mask: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Of one batch and size."""
+    images = _as_three(images)
     chosen = backends.choose("par", backend, images, masks)
     if chosen == "reference":
-        return reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask).to(dtype)
-    return torch.ops.afa.par(images, masks, dilations, num_iter, factors, class_mask, False, chosen).to(dtype)
+        return reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask)
+    if images.shape[1] == 3:
+        return torch.ops.afa.par(images, masks, dilations, num_iter, factors, class_mask, False, chosen)
+    weights = _by_formula(images.to(torch.promote_types(images.dtype, torch.float32)), dilations, factors)
+    offsets = reference.tap_offsets(dilations)
+    return diffuse(weights, masks, offsets, num_iter, "replicate", class_mask, backend=chosen)
+
+
+def _as_three(images: Tensor) -> Tensor:
+    """The mean over three equal channels is that of the one."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _by_formula(images: Tensor, dilations: list[int], factors: list[float]) -> Tensor:
+    """Weights of any number of channels: the kernels are for three."""
+    return reference.par_weights(images, dilations, *factors) if factors else reference.pamr_weights(images, dilations)
 
 
 def par(
@@ -102,8 +141,10 @@ def par(
     """Pixel-adaptive refinement (AFA, Eq. 9-12; defaults from Tables 2 and 3 of the supplement).
 
     Args:
-        images: [B, 3, H, W] in 0..1; float32, float16 or bfloat16 (float64 in the reference path).
-        masks: [B, C, h, w], any range, such as class scores.
+        images: [B, 3, H, W] in 0..1; float32, float16 or bfloat16 (float64 in the reference path). Or of one channel,
+            or of any number (the colour term is their mean; PyTorch makes the weights then).
+        masks: [B, C, h, w], any range, such as class scores. One image is for all the masks (its weights are made
+            once), and the reverse.
         dilations: distances of the taps in pixels, each at least 1.
         num_iter: diffusion steps, at least 0.
         w1, w2: smoothing of the colour and the position term, positive.
@@ -142,12 +183,10 @@ def pamr(
 
 def _weights(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:
     check_images(images, "images")
-    dilations = check_dilations(dilations)
+    dilations, images = check_dilations(dilations), _as_three(images)
     chosen = backends.choose("par_weights", backend, images)
-    if chosen == "reference":
-        if factors:
-            return reference.par_weights(images, dilations, *factors)
-        return reference.pamr_weights(images, dilations)
+    if chosen == "reference" or images.shape[1] != 3:
+        return _by_formula(images, dilations, factors)
     return torch.ops.afa.par_weights(images, dilations, factors, chosen)
 
 
@@ -253,12 +292,7 @@ def _images_gradient(
 
 
 def _weights_gradient(images: Tensor, grad: Tensor, dilations: list[int], factors: list[float]) -> Tensor:
-    def weights(images: Tensor) -> Tensor:
-        if factors:
-            return reference.par_weights(images, dilations, *factors)
-        return reference.pamr_weights(images, dilations)
-
-    return _through_formula(weights, images, grad)
+    return _through_formula(lambda images: _by_formula(images, dilations, factors), images, grad)
 
 
 def _through_formula(formula: Callable[..., Tensor], images: Tensor, grad: Tensor, *others: Tensor) -> Tensor:

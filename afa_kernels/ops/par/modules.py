@@ -26,9 +26,9 @@ class PAR(nn.Module):
     """Drop-in for AFA's ``PAR``: ``PAR(dilations, num_iter)(imgs, masks)``, argument names, buffer and attributes
     kept.
 
-    forward(imgs [B, 3, H, W] in 0..1, masks [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.par`. The attributes
-    keep their published meaning and may be changed: ``w1`` (0.3) is the smoothing of both terms, ``w2`` (0.01) the
-    position term's share.
+    forward(imgs [B, 3, H, W] in 0..1, masks [B, C, h, w]) -> [B, C, H, W]; other channels and batches as
+    `afa_kernels.par`. The attributes keep their published meaning and may be changed: ``w1`` (0.3) is the smoothing of
+    both terms, ``w2`` (0.01) the position term's share.
     """
 
     def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask") -> None:

@@ -1,0 +1,83 @@
+"""PAR and PAMR of images with any number of channels, and of one image for several masks or the reverse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.common import DEVICE, available, relative_error
+
+from afa_kernels import pamr, pamr_weights, par, par_weights
+
+BACKENDS = available("par")
+
+
+def plain(images, masks, dilations, num_iter, factors):
+    """Sums over taps one after the other, in float64, with the images and masks repeated."""
+    images, masks = images.double(), masks.double()
+    batch = max(len(images), len(masks))
+    images, masks = images.expand(batch, -1, -1, -1), masks.expand(batch, -1, -1, -1)
+    offsets = [(y * d, x * d) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+
+    def near(values):
+        rows, columns = (torch.arange(size) for size in values.shape[2:])
+        ends = [size - 1 for size in values.shape[2:]]
+        taps = [values[:, :, (rows + y).clamp(0, ends[0])][..., (columns + x).clamp(0, ends[1])] for y, x in offsets]
+        return torch.stack(taps, 2)
+
+    around, centre = near(images), images[:, :, None]
+    if factors:
+        w1, w2, w3 = factors
+        kappa = -(((around - centre) / (around.std(2, keepdim=True) + 1e-8) / w1) ** 2)
+        far = torch.tensor(offsets).double().norm(dim=1)
+        place = w3 * torch.softmax(-((far / (far.std() + 1e-8) / w2) ** 2), 0)[:, None, None]
+    else:
+        every = torch.cat([around, *[centre] * len(dilations)], 2)
+        kappa, place = -(around - centre).abs() / (1e-8 + 0.1 * every.std(2, keepdim=True)), 0
+    weights = torch.softmax(kappa.mean(1), 1) + place
+    for _ in range(num_iter):
+        masks = (near(masks) * weights[:, None]).sum(2)
+    return weights, masks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batches", [(1, 1), (2, 2), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_channels_and_batches(rng, backend, batches, channels):
+    images = torch.rand(batches[0], channels, 7, 9, generator=rng)
+    masks = torch.rand(batches[1], 2, 7, 9, generator=rng)
+    for operator, factors in ((par, [0.3, 0.3, 0.01]), (pamr, [])):
+        leaf = masks.clone().to(DEVICE).requires_grad_()
+        got = operator(images.to(DEVICE), leaf, (1, 2), 2, backend=backend)
+        weights, want = plain(images, masks, (1, 2), 2, factors)
+        assert got.shape == want.shape and relative_error(got.cpu(), want) < 1e-5
+        exact = masks.double().requires_grad_()
+        plain(images, exact, (1, 2), 2, factors)[1].square().sum().backward()
+        got.square().sum().backward()
+        assert relative_error(leaf.grad.cpu(), exact.grad) < 1e-5
+        made = (par_weights if factors else pamr_weights)(images.to(DEVICE), (1, 2), backend=backend)
+        assert relative_error(made.cpu(), weights[: len(images)]) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_gradient_of_the_images(rng, channels):
+    images, masks = torch.rand(1, channels, 6, 7, generator=rng), torch.rand(2, 2, 6, 7, generator=rng)
+    leaf, exact = images.clone().to(DEVICE).requires_grad_(), images.double().requires_grad_()
+    par(leaf, masks.to(DEVICE), (1, 2), 2).square().sum().backward()
+    plain(exact, masks, (1, 2), 2, [0.3, 0.3, 0.01])[1].square().sum().backward()
+    assert relative_error(leaf.grad.cpu(), exact.grad) < 1e-3
+
+
+@pytest.mark.parametrize("resize", ["mask", "image"])
+@pytest.mark.parametrize("batches", [(1, 2), (2, 1)], ids=str)
+def test_sizes_class_masks_and_dtypes(rng, batches, resize):
+    images = torch.rand(batches[0], 1, 10, 12, generator=rng).to(DEVICE)
+    masks = torch.rand(batches[1], 3, 5, 7, generator=rng).to(DEVICE)
+    present = torch.tensor([[True, False, True], [False, True, True]], device=DEVICE)[: batches[1]]
+    options = {"num_iter": 2, "dilations": (1, 2), "resize": resize}
+    got = par(images, masks, class_mask=present, **options)
+    alone = [
+        par(images[[i % batches[0]]], masks[[i % batches[1]]], class_mask=present[[i % batches[1]]], **options)
+        for i in range(2)
+    ]
+    assert relative_error(got, torch.cat(alone)) < 1e-6
+    assert par(images, masks.half(), **options).dtype == torch.float16
