@@ -84,6 +84,15 @@ def test_numbers_that_are_changed_count_from_then_on(rng):
     assert calls(row) == (5, 0)
 
 
+def test_numbers_of_the_class_count_too(rng):
+    module = repository(("        self.num_iter = num_iter\n", "        type(self).num_iter = num_iter\n"))
+    (row, _) = compat.patch([module], verbose=False)
+    theirs, given = module.PAR([1], 1), pair(rng)
+    theirs(*given)
+    module.PAR.num_iter = 4
+    assert relative_error(theirs(*given), row.served.theirs(theirs, *given)) < 1e-4 and calls(row) == (2, 0)
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -93,7 +93,7 @@ KINDS: dict[str, tuple[list[tuple[str, str]], str, bool]] = {
     "other weights": ([("0.3, 0.01", "0.5, 0.2")], "PAR([1, 2], 3)", True),
     "an iteration more": ([("range(self.num_iter)", "range(self.num_iter + 1)")], "PAR([1, 2], 3)", False),
     "aligned otherwise": ([("align_corners=True", "align_corners=False")], "PAR([1, 2], 3)", False),
-    "another softening of flat places": ([("(deviation + 1e-8)", "(deviation + 1e-3)")], "PAR([1, 2], 3)", False),
+    "another softening of flat places": ([("(deviation + 1e-8)", "(deviation + 3e-5)")], "PAR([1, 2], 3)", False),
     "masks that are scaled": ([("        return masks\n", "        return masks / masks.amax()\n")],
                               "PAR([1, 2], 3)", False),
     "no gradient": ([("    def forward(self, imgs", "    @torch.no_grad()\n    def forward(self, imgs")],
