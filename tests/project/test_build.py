@@ -135,7 +135,7 @@ sys.path[:] = [sys.argv[1], *(path for path in sys.path if path)]
 import afa_kernels, afa_model
 from afa_model import cli
 assert afa_kernels.__file__.startswith(sys.argv[1]) and afa_model.__file__.startswith(sys.argv[1])
-for name in ("train", "evaluate", "predict", "demo", "doctor", "bench"):
+for name in ("train", "evaluate", "predict", "refine", "figures", "reproduce", "demo", "doctor", "bench"):
     importlib.import_module(f"afa_model.commands.{name}")
 from afa_model.config import packaged
 print(packaged())
@@ -144,7 +144,7 @@ print(packaged())
         [sys.executable, "-c", program, str(empty)], cwd=empty, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "['coco', 'demo', 'voc']\n"
+    assert run.stdout == "['coco', 'demo', 'quick', 'voc']\n"
 
 
 def test_a_compiler_that_fails_stops_the_installation(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,15 +178,21 @@ def test_all_stop_after_the_same_step_and_go_on_from_it(tmp_path, count, ranks, 
 ALONE = Here(0, 1, torch.device("cpu"))
 
 
+def send(number: int) -> None:
+    """To this thread, and handled when this returns: with other threads about Python may put that off for a while."""
+    signal.raise_signal(number)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [])  # looks for signals
+
+
 def test_every_stopping_signal_is_noted_and_handlers_come_back():
     before = [signal.getsignal(number) for number in STOPPING]
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP} == set(STOPPING)
     for number in STOPPING:
         with Interrupt(ALONE) as interrupt:
             assert interrupt.agreed() == 0 and not interrupt.asked()
-            os.kill(os.getpid(), number)
+            send(number)
             assert interrupt.asked() and interrupt.agreed() == number
-            os.kill(os.getpid(), signal.SIGTERM)
+            send(signal.SIGTERM)
             assert interrupt.agreed() == number, "the first one counts"
     assert [signal.getsignal(number) for number in STOPPING] == before
 
@@ -196,22 +201,22 @@ def test_ctrl_c_again_ends_a_run_of_one_process(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(guards.time, "monotonic", lambda: now[0])
     with Interrupt(ALONE) as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
+        send(signal.SIGINT)
         now[0] += 0.9
-        os.kill(os.getpid(), signal.SIGINT)  # `timeout` sends it twice
+        send(signal.SIGINT)  # `timeout` sends it twice
         now[0] += 0.2
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            send(signal.SIGINT)
         interrupt._alone = False  # a launcher sends it again after the terminal did
-        os.kill(os.getpid(), signal.SIGINT)
+        send(signal.SIGINT)
 
 
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interrupt(ALONE) as interrupt:
-            os.kill(os.getpid(), signal.SIGHUP)
+            send(signal.SIGHUP)
             assert not interrupt.asked()
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -306,7 +311,6 @@ def test_they_end_with_the_one_who_trains():
 def test_signals_are_held_back_not_lost():
     with Interrupt(ALONE) as interrupt:
         with held_back():
-            # To this thread: one to the process goes to whichever thread takes it, and torch has started some here.
-            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            send(signal.SIGTERM)
             assert not interrupt.asked()
         assert interrupt.asked()

@@ -27,7 +27,7 @@ ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 THREAD_SANITIZER = HERE.parent / "thread_sanitizer" / "openmp.cpp"
 # As a GPU's compiler would have it: products and the sums after them are one rounding wherever the source allows it.
-CONTRACTED = ["-O1", "-ffp-contract=fast", "-mfma"]
+CONTRACTED = ["-O2", "-ffp-contract=fast", "-mfma"]
 # Without the checks of undefined behaviour whose harm the address sanitizer sees: a third of the compile time.
 COVERED = "null,nonnull-attribute,returns-nonnull-attribute,object-size,vptr,return,unreachable"
 ADDRESS = ["-g1", "-fsanitize=address,undefined", f"-fno-sanitize={COVERED}", "-fno-omit-frame-pointer"]
