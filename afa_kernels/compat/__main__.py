@@ -22,8 +22,11 @@ def main(argv: Sequence[str]) -> None:
     """Run it; see the module."""
     as_module = argv[:1] == ["-m"]
     rest = list(argv[as_module:])
+    if rest[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        raise SystemExit(0)
     if not rest or rest[0].startswith("-"):
-        raise SystemExit(0 if rest[:1] in (["-h"], ["--help"]) and print(__doc__) is None else USAGE)
+        raise SystemExit(USAGE)
     if not as_module and not Path(rest[0]).exists():
         raise SystemExit(f"{USAGE}\nno such file: {rest[0]}")
     counts = packages()

@@ -9,6 +9,8 @@ import pytest
 from support.clients import client
 from support.common import ROOT
 
+from afa_kernels.compat.__main__ import main
+
 TRAIN = """
 import sys
 import numpy as np
@@ -66,11 +68,18 @@ def test_a_script_runs_as_it_is_and_what_was_served_is_told(folder, how):
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_wrong_with_the_line_is_said(folder):
-    for arguments, said in (((), "usage: "), (("missing.py",), "no such file: missing.py"), (("-m",), "usage: ")):
-        done = run(folder, *arguments)
-        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
-    assert "served" in run(folder, "--help").stdout
+@pytest.mark.parametrize(
+    ("arguments", "said"), [((), "usage: "), (("missing.py",), "no such file: missing.py"), (("-m",), "usage: ")]
+)
+def test_what_is_wrong_with_the_line_is_said(arguments, said):
+    with pytest.raises(SystemExit, match=said):
+        main(arguments)
+
+
+def test_help_is_the_modules_own(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0 and "its arguments" in capsys.readouterr().out
 
 
 def test_an_error_of_the_script_is_the_scripts(folder):
