@@ -20,19 +20,18 @@ from matplotlib.patches import Patch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import Config, parse, to_dict
-from ..conventions import denormalize, resize
+from ..conventions import denormalize
 from ..data.classes import voc_palette
 from ..data.datasets import EvaluationSet
 from ..data.synthetic import SyntheticSettings, synthetic_data
 from ..errors import ConfigError
 from ..evaluation.scores import ScoreKeeper, Scores
 from ..labels.kinds import KINDS
-from ..labels.label_maps import MapSettings, label_maps, pseudo_label
+from ..labels.label_maps import MapSettings, cam_label, label_maps
 from ..labels.settings import LabelSettings
-from ..labels.slots import ClassSlots
 from ..pictures.overlays import label_overlay, photo_of
 from ..pictures.panels import cam_tile, peak_of, prediction_panel, save
 from ..pictures.words import write
@@ -150,7 +149,9 @@ def _score_and_draw(
         image, present = sample["image"], sample["cls_labels"]
         maps = label_maps(model, image, settings, how, present)
         labels = {"cam": maps.labels["cam"]}
-        labels |= {kind: cam_label(image, maps.cam, present, how, kind) for kind in OF_THE_CAM} | maps.labels
+        for kind in OF_THE_CAM:
+            labels[kind] = cam_label(image, maps.cam, present, replace(how, refinement=kind))
+        labels |= maps.labels
         if without_energy is not None:
             other = label_maps(without_energy, image, settings, how, present, ("segmentation",))
             labels[WITHOUT_ENERGY] = other.labels["segmentation"]
@@ -185,17 +186,6 @@ def _score_and_draw(
     titles = ["picture", "CAM", "CAM label", *kinds[1:], "ground truth"]
     overview = save(_overview(shown, titles, dataset.class_names), folder / "overview.png")
     return [overview, *panels]
-
-
-def cam_label(image: Tensor, cam: Tensor, cls_labels: Tensor, how: LabelSettings, refinement: str) -> Tensor:
-    """The label of a CAM after a refinement in the place of the one that ``how`` names.
-
-    image: [3, H, W] normalised. cam: [K - 1, h, w] in 0..1. cls_labels: [K - 1] multi-hot. refinement: pamr, crf, ...
-    -> [H, W] int64.
-    """
-    slots, images01 = ClassSlots.of(cls_labels[None].to(cam)), denormalize(image[None].to(cam))
-    cam = slots.pick(resize(cam[None], image.shape[1:]))
-    return pseudo_label("refined_cam", images01, cam, None, slots, replace(how, refinement=refinement))[0]
 
 
 def _overview(rows: Sequence[Sequence], titles: Sequence[str], names: Sequence[str]) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from ..labels.crf import CrfSettings, crf_size, shrunk
 from ..labels.large import PIXELS, is_large, strongest
 from ..labels.refinement import refine
 from ..labels.settings import LabelSettings
+from ..runtime.processes import share_of
 from ..runtime.progress import progress
 from ..runtime.writing import whole, writable_folder
 from .predict import photos
@@ -90,14 +90,7 @@ class RefineSettings:
 
     def share(self) -> tuple[int, int]:
         """Which share of the files, from 0, of how many."""
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.shard is None:
-            return rank, world_size
-        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        right = found is not None and 1 <= int(found[1]) <= int(found[2])
-        require(right, "shard", "I/N with I in 1..N, such as 1/4", self.shard)
-        require(world_size == 1, "shard", "null under torchrun, which shares the files out", self.shard)
-        return int(found[1]) - 1, int(found[2])
+        return share_of(self.shard)
 
     def record(self) -> dict[str, Any]:
         """What decides how the files look."""

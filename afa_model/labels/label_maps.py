@@ -171,6 +171,17 @@ def pseudo_label(
     return random_walk_label(images01, affinity, cam, slots, how, how.one_walk_score, refined=refined)
 
 
+def cam_label(image: Tensor, cam: Tensor, cls_labels: Tensor, how: LabelSettings) -> Tensor:
+    """The label of a CAM after the refinement that ``how`` names; with ``none`` of the CAM itself, at full size.
+
+    image: [3, H, W], normalised. cam: [K - 1, h, w] in 0..1. cls_labels: [K - 1] of 0 and 1 -> int64 [H, W].
+    """
+    slots, images01 = ClassSlots.of(cls_labels[None].to(cam)), denormalize(image[None].to(cam))
+    cam = slots.pick(resize(cam[None], image.shape[1:]))
+    kind = "cam" if how.refinement == "none" else "refined_cam"
+    return pseudo_label(kind, images01, cam, None, slots, how)[0]
+
+
 def crf_label(image: Tensor, logits: Tensor, settings: CrfSettings) -> Tensor:
     """The segmentation after the dense CRF, as published: on the softmax of the logits resized to the photograph.
 

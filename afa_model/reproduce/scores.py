@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..conventions import denormalize, resize
 from ..data.datasets import EvaluationSet
 from ..errors import ConfigError
 from ..evaluation.evaluate import EvaluateSettings, evaluate
 from ..evaluation.scores import ScoreKeeper, Scores
-from ..labels.label_maps import MapSettings, label_maps, pseudo_label
+from ..labels.label_maps import MapSettings, cam_label, label_maps
 from ..labels.settings import LabelSettings
-from ..labels.slots import ClassSlots
 from ..runs.restore import load_model
 from ..runtime.processes import processes
 from ..runtime.progress import progress
@@ -105,6 +103,7 @@ def refinement_scores(checkpoint: Path, config: Config, table: PaperTable) -> di
     return {name: score.as_dict(dataset.class_names) for name, score in scores.items()}
 
 
+@torch.no_grad()
 def refinements(
     model: nn.Module,
     dataset: EvaluationSet,
@@ -132,20 +131,6 @@ def refinements(
         sample = dataset[number]
         image, mask = sample["image"], sample["mask"]
         maps = label_maps(model, image, sizes, how, sample["cls_labels"], ("cam",))
-        label_of = _refiner(image.to(maps.cam), maps.cam, maps.cls_labels)
         for name, refined in rows.items():
-            keeper.add(name, label_of(refined), mask)
+            keeper.add(name, cam_label(image, maps.cam, maps.cls_labels, refined), mask)
     return keeper.scores()
-
-
-@torch.no_grad()
-def _refiner(image: torch.Tensor, cam: torch.Tensor, shown: torch.Tensor) -> Callable[[LabelSettings], torch.Tensor]:
-    """image: [3, H, W] normalised. cam: [K - 1, h, w] in 0..1. shown: [K - 1] -> settings to label [H, W]."""
-    slots, images01 = ClassSlots.of(shown[None]), denormalize(image[None])
-    cam = slots.pick(resize(cam[None], image.shape[1:]))
-
-    def label_of(how: LabelSettings) -> torch.Tensor:
-        kind = "cam" if how.refinement == "none" else "refined_cam"
-        return pseudo_label(kind, images01, cam, None, slots, how)[0]
-
-    return label_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ..errors import CheckpointError, ConfigError, TrainingError
 from ..runs.folder import InUse
 from ..runs.logs import clock
 from ..runs.restore import checkpoint_of
+from ..runtime.processes import share_of
 from .paper import PaperTable, Row
 from .runs import Run, data_of, run_of
 from .scores import about, digest_of, keep, kept, refinement_scores, segmentation_scores, split_of
@@ -57,14 +57,7 @@ class SweepSettings:
 
     def share(self) -> tuple[int, int]:
         """Which share of the rows, from 0, of how many."""
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.shard is None:
-            return rank, world_size
-        found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        right = found is not None and 1 <= int(found[1]) <= int(found[2])
-        require(right, "shard", "I/N with I in 1..N, such as 1/4", self.shard)
-        require(world_size == 1, "shard", "null under torchrun, which shares the rows out", self.shard)
-        return int(found[1]) - 1, int(found[2])
+        return share_of(self.shard)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+from ..conventions import require
 from ..errors import AfaError, ConfigError, ProcessError, reason
 
 PROCESS_TIMEOUT = 10.0  # minutes
@@ -198,3 +199,19 @@ class _Laid:
         if gradient.stride() == self.strides or any(a != b for size, a, b in pairs if size > 1):
             return None
         return gradient.as_strided(gradient.shape, self.strides)
+
+
+def share_of(shard: str | None) -> tuple[int, int]:
+    """Which share of work that needs no process group, from 0, of how many: ``shard``, I/N, or else torchrun's rank.
+
+    Raises:
+        ValueError: no such share, or one beside torchrun's.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if shard is None:
+        return rank, world_size
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    right = found is not None and 1 <= int(found[1]) <= int(found[2])
+    require(right, "shard", "I/N with I in 1..N, such as 1/4", shard)
+    require(world_size == 1, "shard", "null under torchrun, which shares the work out", shard)
+    return int(found[1]) - 1, int(found[2])

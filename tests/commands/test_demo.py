@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from afa_model.data.datasets import EvaluationSet
 from afa_model.data.synthetic import SyntheticSettings, synthetic_data
 from afa_model.data.transforms import normalize
 from afa_model.evaluation.scores import ScoreKeeper
+from afa_model.labels.label_maps import cam_label
 from afa_model.labels.pseudo_labels import refine_label
 from afa_model.labels.refinement import REFINEMENTS
 from afa_model.labels.settings import LabelSettings
@@ -168,9 +170,9 @@ def test_labels_of_other_refinements_differ_from_the_par_label_by_the_operator_a
     settings = LabelSettings(bkg_score=0.6, dilations=(1, 2, 4), num_iter=5)
     slots = ClassSlots.of(present[None])
     refined = refine_label(denormalize(image)[None], slots.pick(cam[None]), slots, settings, (0.6,))[0]
-    assert (demo.cam_label(image, cam, present, settings, name) != refined).any()
+    assert (cam_label(image, cam, present, replace(settings, refinement=name)) != refined).any()
     monkeypatch.setitem(REFINEMENTS, name, REFINEMENTS["par"])
-    assert torch.equal(demo.cam_label(image, cam, present, settings, name), refined)
+    assert torch.equal(cam_label(image, cam, present, replace(settings, refinement=name)), refined)
 
 
 @pytest.mark.slow
