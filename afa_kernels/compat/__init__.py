@@ -74,7 +74,10 @@ def _serve(owner: type) -> Replacement | None:
     if reason is not None:
         return Replacement(owner, None, reason)
     served = Served(owner)
-    served.begin()
+    try:
+        served.begin()
+    except (AttributeError, TypeError) as error:  # as a metaclass has it
+        return Replacement(owner, None, f"its forward cannot be replaced ({error})")
     return Replacement(owner, served)
 
 

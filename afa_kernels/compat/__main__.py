@@ -1,7 +1,8 @@
 """``python -m afa_kernels.compat script.py its arguments``, or ``-m module its arguments``: a script as it is, served.
 
 PAR, PAMR, pydensecrf and rloss's bilateralfilter are those of this package; what was served, how often it was called
-and how long that took is printed at the end. Under torchrun: ``torchrun ... -m afa_kernels.compat script.py ...``.
+and how long that took is printed at the end, for this process; those that multiprocessing starts from it are served
+too. Under torchrun: ``torchrun ... -m afa_kernels.compat script.py ...``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import patch, served
+from . import served
 from .counted import counted, packages
+from .spawned import everything, patched_too
 
 USAGE = "usage: python -m afa_kernels.compat SCRIPT.py [ARGUMENT...] | -m MODULE [ARGUMENT...]"
 
@@ -30,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
     if not as_module and not Path(rest[0]).exists():
         raise SystemExit(f"{USAGE}\nno such file: {rest[0]}")
     counts = packages()
-    with counted(counts):
-        patch(pydensecrf=True, rloss=True)
+    with counted(counts), patched_too():
+        everything(verbose=True)
         # As Python itself: a script's own folder comes first on the path, a module's is where one stands.
         sys.argv = rest
         sys.path[0] = os.getcwd() if as_module else str(Path(rest[0]).resolve().parent)

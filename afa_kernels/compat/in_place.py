@@ -2,8 +2,9 @@
 
 The class stays what it is; its ``forward`` is replaced, so that aliases, registries, subclasses and instances that
 exist already follow. Before an instance is first called in some way (by dtypes, numbers of channels, sizes, autocast,
-gradients) its own forward and ours run on a small image with a low-contrast half. Ours serves such calls where the two
-agree; else its own does, as before, and that is said once. What is compiled or traced keeps its own.
+gradients) its own forward and ours run on a small image with a low-contrast half (`proof`). Ours serves such calls
+where the two agree and its own does nothing besides, such as writing, drawing random numbers or learning; else its own
+does, as before, and that is said once. What is compiled or traced keeps its own.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, wraps
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from ..ops.par import PAMR, PAR, pamr, par
+from .proof import AGREEMENT, Unfit, apart, sizes, small_pair, tried, undisturbed
 
 NAMES = ("PAR", "PAMR")
-AGREEMENT = 1e-4  # of the largest value; a gradient's is ten times that
-SIZES = {0: (23, 31), -1: (12, 17), 1: (37, 45)}  # of the small image; of a mask that is smaller or larger
 MOST_CASES = 64  # an instance that is another one at every call is not worth a proof each
 OURS = ("torch", "torchvision", "timm", "afa_kernels", "afa_model")
+OF_MODULES = frozenset(vars(nn.Module()))  # what every instance has
 
 _proof = threading.local()  # under way in this thread: what a forward calls in one is its own
 
@@ -64,6 +67,7 @@ class Served:
         self._signature = inspect.signature(self.theirs)
         self._names = [value.name for value in needed(self.theirs)]
         self._inherited = "forward" not in vars(owner)
+        self._undone = False
         self._verdicts: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
         self._of_replicas: dict = {}  # those of DataParallel live for one call
 
@@ -74,16 +78,20 @@ class Served:
 
     def begin(self) -> None:
         """Replace the forward."""
+        serve, self._undone = self._forward, False
 
-        @wraps(self.theirs)
-        def forward(module, *arguments, **keywords):
-            return self._forward(module, arguments, keywords)
+        def served(module, *arguments, **keywords):
+            return serve(module, arguments, keywords)
 
+        # torch.jit.script reads their text and looks names up where this function was made: there it is theirs.
+        places = getattr(inspect.unwrap(self.theirs), "__globals__", served.__globals__)
+        forward = wraps(self.theirs)(FunctionType(served.__code__, places, "forward", None, served.__closure__))
         forward.afa_served = self
         self.owner.forward = forward
 
     def undo(self) -> None:
-        """Put its own forward back."""
+        """Put its own forward back; from now on ours only calls it, whoever still holds it."""
+        self._undone = True
         if getattr(vars(self.owner).get("forward"), "afa_served", None) is not self:
             return
         if self._inherited:
@@ -92,7 +100,7 @@ class Served:
             self.owner.forward = self.theirs
 
     def _forward(self, module: nn.Module, arguments: tuple, keywords: dict) -> Any:
-        under_way = getattr(_proof, "under_way", False)
+        under_way = self._undone or getattr(_proof, "under_way", False)
         pair = None if under_way else self._tensors(module, arguments, keywords)
         if pair is None:
             return self.theirs(module, *arguments, **keywords)
@@ -147,23 +155,29 @@ class Served:
     def _prove(self, module: nn.Module, image: Tensor, mask: Tensor) -> Verdict:
         if 1 not in (image.shape[0], mask.shape[0]) and image.shape[0] != mask.shape[0]:
             return Verdict(None, f"{image.shape[0]} images and masks of {mask.shape[0]}")
-        pair = _small(image, mask)
+        if any(_hooks(each) for each in module.modules() if each is not module):
+            return Verdict(None, "a module in it has hooks")
+        learned = [value for *_, value in _held(module) if value.requires_grad and torch.is_grad_enabled()]
         try:
-            want, spent = _tried(partial(self.theirs, module), *pair)
+            pair = small_pair(image, mask)
+            want, spent = undisturbed(partial(self.theirs, module), *pair, learned)
+        except Unfit as error:
+            return Verdict(None, str(error))
         except Exception as error:
-            return Verdict(None, f"its own forward fails on a small image ({type(error).__name__}: {error})")
+            return Verdict(None, f"its own forward fails on a small image ({_brief(error)})")
         nearest, last = float("inf"), "its num_iter and dilations are not to be found"
         for label, call in candidates(module):
             try:
-                got, ours = _tried(call, *pair)
-            except (TypeError, ValueError) as error:
-                last = f"{label} refuses the call ({error})"
+                got, ours = tried(call, *pair, learned)
+            except Exception as error:
+                last = f"{label} refuses the call ({_brief(error)})"
                 continue
-            apart = _apart(got, want)
-            if apart <= 1:
+            deviation = apart(got, want)
+            if deviation <= 1:
                 return Verdict(call, ratio=spent / ours)
-            if apart < nearest:
-                nearest, last = apart, f"it differs from {label} by {apart * AGREEMENT:.2g} of the largest value"
+            if deviation < nearest:
+                nearest = deviation
+                last = f"it differs from {label} by {deviation * AGREEMENT:.2g} of the largest value"
             elif nearest == float("inf"):
                 last = f"it gives another shape, dtype or gradient than {label}"
         return Verdict(None, last)
@@ -173,6 +187,11 @@ class Served:
         if reason not in self.said:
             self.said.add(reason)
             print(f"afa_kernels.compat: {self.name} keeps its own forward: {reason}", file=sys.stderr, flush=True)
+
+
+def _brief(error: Exception) -> str:
+    """PyTorch's own go on for pages."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def needed(forward: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -207,14 +226,6 @@ def _plain(value: Any) -> bool:
     return type(value) in (Tensor, nn.Parameter) and value.dim() == 4 and not value.is_meta and value.numel() > 0
 
 
-def _sign(a: int, b: int) -> int:
-    return (a > b) - (a < b)
-
-
-def _sizes(image: Tensor, mask: Tensor) -> tuple[int, int]:
-    return tuple(_sign(mask.shape[axis], image.shape[axis]) for axis in (2, 3))
-
-
 def _case(image: Tensor, mask: Tensor) -> tuple:
     """What else than the instance decides how a call goes."""
     kind = image.device.type
@@ -222,93 +233,51 @@ def _case(image: Tensor, mask: Tensor) -> tuple:
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     batches = image.shape[0] == mask.shape[0], image.shape[0] == 1, mask.shape[0] == 1
     channels = image.shape[1], min(mask.shape[1], 3)
-    return image.device, image.dtype, mask.dtype, cast, *grads, *batches, *channels, *_sizes(image, mask)
+    return image.device, image.dtype, mask.dtype, cast, *grads, *batches, *channels, *sizes(image, mask)
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors of an instance: attributes, parameters and buffers, with where they are."""
+    for each in module.modules():
+        for name, value in vars(each).items():
+            inside = value if name in ("_parameters", "_buffers") else {"": value}
+            yield from ((name, key, one) for key, one in inside.items() if isinstance(one, Tensor))
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if name.endswith("_hooks") and "forward" in name)
 
 
 def _state(module: nn.Module, tensors: bool) -> tuple:
     """All numbers and words of an instance, and of its process's environment, which copies read weights from; and
-    ``tensors`` it has, whose changes show in their versions.
+    ``tensors`` it has, whose changes show in their versions (of numbers also in what they are).
     """
     found: list[Any] = [repr(_setting(module, name)) for name in ("dilations", "num_iter", "w1", "w2", "w3")]
     found.append(hash(tuple(os.environ.items())))
     for each in module.modules():
+        found.append((type(each), each is not module and _hooks(each)))
         for name, value in vars(each).items():
             if isinstance(value, (bool, int, float, str, list, tuple)):
                 found.append((name, repr(value)))
-            elif tensors and isinstance(value, Tensor):
-                found.append((name, id(value), _version(value)))
-            elif tensors and name in ("_parameters", "_buffers"):
-                found += [(name, key, id(one), _version(one)) for key, one in value.items() if one is not None]
+            elif isinstance(value, dict) and name not in OF_MODULES:
+                found.append((name, *((repr(key), _word(one)) for key, one in value.items())))
+    if tensors:  # an address alone may be another's by now
+        found += [(*place, WeakIdRef(one), one.requires_grad, *_numbers(one)) for *place, one in _held(module)]
     return tuple(found)
+
+
+def _word(value: Any) -> str | int:
+    return repr(value) if isinstance(value, (bool, int, float, str)) else id(value)
+
+
+def _numbers(tensor: Tensor) -> tuple:
+    """A version, which ``.data`` passes by, and the numbers where reading them costs nothing."""
+    few = tensor.numel() <= 4 and tensor.device.type == "cpu"
+    return _version(tensor), *(tensor.detach().flatten().tolist() if few else ())
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _small(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """An image and a mask like these: the left half in full contrast, the right half nearly flat."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = SIZES[0]
-    values = torch.rand(min(image.shape[0], 2), image.shape[1], height, width, generator=generator)
-    values[..., width // 2 :] = 0.4 + 0.01 * values[..., width // 2 :]
-    rows, columns = (SIZES[sign][axis] for axis, sign in enumerate(_sizes(image, mask)))
-    scores = torch.rand(min(mask.shape[0], 2), min(mask.shape[1], 3), rows, columns, generator=generator)
-    pair = []
-    for like, small in ((image, values), (mask, scores)):
-        low, high = (edge.float().cpu() for edge in torch.aminmax(like.detach()))
-        small = small * (high - low if high > low else 1.0) + low
-        pair.append(small.to(like.device, like.dtype).requires_grad_(like.requires_grad))
-    return pair[0], pair[1]
-
-
-def _tried(call: Callable[[Tensor, Tensor], Any], image: Tensor, mask: Tensor) -> tuple[list[Tensor | None], float]:
-    """What comes out, the gradients if there are any, and seconds."""
-
-    def once() -> Tensor:
-        given = [value.detach().clone().requires_grad_(value.requires_grad) for value in (image, mask)]
-        leaves.append([value for value in given if value.requires_grad])
-        return call(*given)
-
-    leaves: list[list[Tensor]] = []
-    out = once()  # the first is not timed
-    if not isinstance(out, Tensor):
-        raise TypeError(f"a forward gives a tensor, not {type(out).__name__}")
-    found: list[Tensor | None] = [out.detach()]
-    if out.requires_grad:
-        probe = torch.linspace(0, 1, out.numel(), device=out.device, dtype=out.dtype).view(out.shape)
-        found += torch.autograd.grad((out * probe).sum(), leaves[-1], allow_unused=True)
-    _wait(image.device)
-    start = time.perf_counter()
-    once()
-    _wait(image.device)
-    return found, time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _apart(got: list[Tensor | None], want: list[Tensor | None]) -> float:
-    """Largest difference over what is allowed; infinite where dtypes, shapes or what has a gradient differ."""
-    if len(got) != len(want):
-        return float("inf")
-    worst = 0.0
-    for index, (mine, theirs) in enumerate(zip(got, want)):
-        if mine is None or theirs is None:
-            if mine is not theirs:
-                return float("inf")
-            continue
-        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-            return float("inf")
-        mine, theirs = mine.double(), theirs.double()
-        allowed = AGREEMENT * (10 if index else 1) * float(theirs.abs().max())
-        apart = float((mine - theirs).abs().max())
-        worst = max(worst, apart / allowed if allowed > 0 else (0.0 if apart == 0 else float("inf")))
-        if worst != worst or not bool(theirs.isfinite().all()):
-            return float("inf")
-    return worst
 
 
 def why_not(found: type) -> str | None:

@@ -96,7 +96,8 @@ def check_float(value: float, name: str, *, positive: bool = False) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value) or (positive and value <= 0):
+    # math.isfinite cannot be traced where torch.compile takes the number for one that may change.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         raise ValueError(f"{name} must be a finite{' positive' if positive else ''} number, got {value}")
     return value
 

@@ -40,12 +40,30 @@ raise SystemExit(3)
 """
 
 
+WORKERS = """
+import multiprocessing
+import sys
+import pydensecrf.densecrf
+import torch
+from par import PAR
+
+def work(number):
+    PAR(num_iter=2, dilations=[1])(torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9))
+    return PAR.forward.afa_served.calls, pydensecrf.densecrf.__name__
+
+if __name__ == "__main__":
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        print(pool.map_async(work, [1]).get(60))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A repository with a script that imports what lies beside it."""
     folder = tmp_path_factory.mktemp("their repository")
     (folder / "par.py").write_text(client())
     (folder / "train.py").write_text(TRAIN)
+    (folder / "workers.py").write_text(WORKERS)
     return folder
 
 
@@ -66,6 +84,13 @@ def test_a_script_runs_as_it_is_and_what_was_served_is_told(folder, how):
     assert "1 calls by its own forward: it differs from PAMR" in done.stderr
     assert "pydensecrf's inference: 1 calls in " in done.stderr and "bilateralfilter_batch: 1 calls in " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn"])
+def test_processes_that_it_starts_are_served_too(folder, method):
+    done = run(folder, "workers.py", method)
+    assert done.returncode == 0, done.stderr
+    assert "[(1, 'afa_kernels.compat.pydensecrf.densecrf')]" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ exists by a weight of rounding size changes the blur, so two implementations agr
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -137,8 +138,9 @@ def lattice_features(image: Tensor, sigma_rgb: float | None, sigma_xy: float) ->
 def simplices(features: Tensor) -> tuple[Tensor, Tensor]:
     """The corners of each point's simplex, [N, d+1, d] int64, and its barycentric weights, [N, d+1] float32."""
     count, dims = features.shape
-    spread = torch.tensor(math.sqrt(2 / 3) * (dims + 1), dtype=torch.float32).item()
-    scales = torch.tensor([1 / math.sqrt((i + 1) * (i + 2)) * spread for i in range(dims)], dtype=torch.float32)
+    in_float = partial(torch.tensor, dtype=torch.float32, device="cpu")
+    spread = in_float(math.sqrt(2 / 3) * (dims + 1)).item()
+    scales = in_float([1 / math.sqrt((i + 1) * (i + 2)) * spread for i in range(dims)])
     scaled = features * scales.to(features.device)
     lifted, total = [None] * (dims + 1), torch.zeros(count, device=features.device)
     for j in range(dims, 0, -1):
@@ -146,7 +148,7 @@ def simplices(features: Tensor) -> tuple[Tensor, Tensor]:
         total = total + scaled[:, j - 1]
     lifted[0] = total
     lifted = torch.stack(lifted, dim=1)  # on the plane of coordinates that sum to 0
-    inverse = torch.tensor(1 / (dims + 1), dtype=torch.float32).item()
+    inverse = in_float(1 / (dims + 1)).item()
     steps = (lifted * inverse).round()
     nearest = steps * (dims + 1)
     rest = lifted - nearest

@@ -72,8 +72,9 @@ def refine(
     """`par` (three factors) and `pamr` (none)."""
     check_images(images, names[0])
     check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS)
-    if 1 not in (len(images), len(masks)):
-        check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS, B=images.shape[0])
+    shown, scored = images.shape[0], masks.shape[0]  # len() would fix them where export takes any
+    if 1 not in (shown, scored):
+        check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS, B=shown)
     check_same_device(images, names[0], **{names[1]: masks})
     check_class_mask(class_mask, masks, names[1])
     dilations = check_dilations(dilations)
@@ -83,14 +84,14 @@ def refine(
         masks = _resized(masks, images)
     else:
         images = _resized(images, masks)
-    if len(images) == 1 < len(masks):  # one image's weights, made once, for all the masks
+    if shown == 1 < scored:  # one image's weights, made once, for all the masks
         together = masks.reshape(1, -1, *masks.shape[2:])
         present = None if class_mask is None else class_mask.reshape(1, -1)
         refined = _refined(images, together, dilations, num_iter, factors, present, backend)
         return refined.to(dtype).view(masks.shape)
-    if len(masks) == 1 < len(images):
-        masks = masks.expand(len(images), -1, -1, -1)
-        class_mask = None if class_mask is None else class_mask.expand(len(images), -1)
+    if scored == 1 < shown:
+        masks = masks.expand(shown, -1, -1, -1)
+        class_mask = None if class_mask is None else class_mask.expand(shown, -1)
     return _refined(images, masks, dilations, num_iter, factors, class_mask, backend).to(dtype)
 
 

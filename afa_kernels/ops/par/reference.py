@@ -34,7 +34,7 @@ def tap_offsets(dilations: list[int]) -> list[tuple[int, int]]:
 
 def position_weights(dilations: list[int], w2: float) -> torch.Tensor:
     """softmax of PAR's position term, [8*D] float64: the same at every pixel."""
-    offsets = torch.tensor(tap_offsets(dilations), dtype=torch.float64)
+    offsets = torch.tensor(tap_offsets(dilations), dtype=torch.float64, device="cpu")
     distance = offsets.norm(dim=1)
     return torch.softmax(-((distance / (distance.std() + 1e-8) / w2) ** 2), dim=0)
 
