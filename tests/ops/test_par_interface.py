@@ -222,3 +222,40 @@ def test_pickles_of_whole_modules_written_before_still_load(rng):
         assert type(old) is type(new) and list(old.state_dict()) == list(new.state_dict())
         assert all(torch.equal(value, new.state_dict()[key]) for key, value in old.state_dict().items())
         assert torch.equal(old(images, masks), new(images, masks))
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_numbers_that_may_change_compile(rng, channels):
+    """``dynamic=True`` takes the smoothing factors for such, the defaults too."""
+    torch._dynamo.reset()
+    images, masks = torch.rand(2, channels, 6, 7, generator=rng), torch.rand(2, 4, 6, 7, generator=rng)
+
+    def step(images, masks, w1):
+        return par(images, masks, (1, 2), 2, w1)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for w1 in (0.3, 0.4, 0.5):
+        assert torch.allclose(compiled(images, masks, w1), step(images, masks, w1), atol=1e-5)
+
+
+def test_export_leaves_the_batch_free(rng):
+    class Step(torch.nn.Module):
+        def forward(self, images, masks):
+            return par(images, masks, (1, 2), 2)
+
+    def pair(batch, height):
+        return torch.rand(batch, 3, height, 7, generator=rng), torch.rand(batch, 4, height, 7, generator=rng)
+
+    free = {0: torch.export.Dim("batch", min=2, max=9), 2: torch.export.Dim("height", min=4, max=99)}
+    exported = torch.export.export(Step(), pair(2, 6), dynamic_shapes=(free, free)).module()
+    given = pair(5, 11)
+    assert torch.equal(exported(*given), Step()(*given))
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_default_device_is_not_the_images(rng, backend, channels):
+    images, masks = torch.rand(1, channels, 6, 7, generator=rng), torch.rand(1, 4, 6, 7, generator=rng)
+    want = par(images, masks, (1, 2), 2, backend=backend)
+    with torch.device("meta"):
+        assert torch.equal(par(images, masks, (1, 2), 2, backend=backend), want)
