@@ -23,7 +23,14 @@ from .ops.affinity import (
     window_affinity,
     window_to_dense,
 )
-from .ops.bilateral import DenseCRF, DenseEnergyLoss, bilateral_filter, dense_crf
+from .ops.bilateral import (
+    DenseCRF,
+    DenseEnergyLoss,
+    bilateral_filter,
+    crf_inference,
+    crf_inference_label,
+    dense_crf,
+)
 from .ops.diffusion import diffuse
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.random_walk import random_walk, random_walk_with_background
@@ -43,6 +50,8 @@ __all__ = [
     "backends",
     "bilateral_filter",
     "build_info",
+    "crf_inference",
+    "crf_inference_label",
     "dense_crf",
     "dense_to_window",
     "diffuse",

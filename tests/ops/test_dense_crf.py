@@ -185,9 +185,10 @@ def test_bad_input_is_named(change, error, said):
 @pytest.mark.parametrize(
     ("image", "probmap", "error", "said"),
     [
-        (np.zeros((4, 5, 3)), np.ones((2, 4, 5)), ValueError, "image must be .* uint8, got float64"),
-        (np.zeros((4, 5), np.uint8), np.ones((2, 4, 5)), ValueError, "image must be"),
-        (np.zeros((4, 5, 3), np.uint8), np.ones((2, 5, 4)), ValueError, "probmap must be"),
+        (np.zeros((4, 5, 3)), np.ones((2, 4, 5)), TypeError, "image must be of uint8, got float64"),
+        (np.zeros((4, 5), np.uint8), np.ones((2, 4, 5)), ValueError, "image must have shape .4, 5, 3. or .3, 4, 5."),
+        (np.zeros((4, 5, 3), np.uint8), np.ones((2, 5, 4)), ValueError, "image must have shape .5, 4.* as probmap has"),
+        (np.zeros((4, 5, 3), np.uint8), np.ones((5, 4)), ValueError, "probmap must be .C, h, w."),
         (np.zeros((4, 5, 3), np.uint8), np.full((2, 4, 5), "a"), TypeError, "probmap must hold numbers"),
     ],
 )

@@ -1,15 +1,13 @@
-"""The dense energy loss and the dense CRF, as the field's repositories already construct and call them."""
+"""The dense energy loss, as the field's repositories already construct and call it."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.checks import FLOATS, INTEGERS, check_float, check_int, check_same_device, check_tensor
+from ...core.checks import FLOATS, INTEGERS, check_float, check_same_device, check_tensor
 from .functional import bilateral_filter, check_method
-from .mean_field import check_kernels, dense_crf
 
 UNLABELLED = 255
 
@@ -103,47 +101,5 @@ class DenseEnergyLoss(nn.Module):
         )
 
 
-class DenseCRF:
-    """Drop-in for the wrapper around pydensecrf that many repositories have: one image at a time, numpy arrays.
-
-    ``DenseCRF(iter_max, pos_w, pos_xy_std, bi_w, bi_xy_std, bi_rgb_std)(image, probmap)``; see `afa_kernels.dense_crf`.
-
-    __call__(image [H, W, 3] uint8, probmap [C, H, W] in 0..1) -> [C, H, W] float32 probabilities.
-
-    Raises:
-        TypeError, ValueError: naming the argument that is wrong.
-    """
-
-    def __init__(
-        self,
-        iter_max: int,
-        pos_w: float,
-        pos_xy_std: float,
-        bi_w: float,
-        bi_xy_std: float,
-        bi_rgb_std: float,
-        method: str = "lattice",
-    ) -> None:
-        check_kernels(pos_w, pos_xy_std, bi_w, bi_xy_std, bi_rgb_std)
-        self.iter_max = check_int(iter_max, "iter_max", 0)
-        self.pos_w, self.pos_xy_std = pos_w, pos_xy_std
-        self.bi_w, self.bi_xy_std, self.bi_rgb_std = bi_w, bi_xy_std, bi_rgb_std
-        self.method = check_method(method)
-
-    def __call__(self, image: np.ndarray, probmap: np.ndarray) -> np.ndarray:
-        image, probmap = np.asarray(image), np.asarray(probmap)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"image must be [H, W, 3] uint8, got {image.dtype} of shape {image.shape}")
-        if probmap.ndim != 3 or probmap.shape[1:] != image.shape[:2] or not probmap.size:
-            raise ValueError(f"probmap must be [C, H, W] with the image's H and W, got shape {probmap.shape}")
-        if probmap.dtype.kind not in "fiu":
-            raise TypeError(f"probmap must hold numbers, got {probmap.dtype}")
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        probs = torch.from_numpy(np.array(probmap, dtype=np.float32))[None]
-        kernels = self.pos_w, self.pos_xy_std, self.bi_w, self.bi_xy_std, self.bi_rgb_std
-        with torch.no_grad():
-            return dense_crf(pixels, probs, self.iter_max, *kernels, method=self.method)[0].numpy()
-
-
 # Pickles of whole modules keep the public path, whatever the files are called.
-DenseEnergyLoss.__module__ = DenseCRF.__module__ = "afa_kernels"
+DenseEnergyLoss.__module__ = "afa_kernels"
