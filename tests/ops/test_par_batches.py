@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.common import DEVICE, available, relative_error
 
-from afa_kernels import pamr, pamr_weights, par, par_weights
+from afa_kernels import PAR, pamr, pamr_weights, par, par_weights
 
 BACKENDS = available("par")
 
@@ -81,3 +81,61 @@ def test_sizes_class_masks_and_dtypes(rng, batches, resize):
     ]
     assert relative_error(got, torch.cat(alone)) < 1e-6
     assert par(images, masks.half(), **options).dtype == torch.float16
+
+
+# --- several masks of the same images ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("refine", [par, pamr])
+@pytest.mark.parametrize("batches", [(2, 2), (1, 3), (3, 1)])
+def test_several_masks_are_refined_as_each_alone(rng, backend, refine, batches):
+    shown, scored = batches
+    images = torch.rand(shown, 3, 8, 9, generator=rng).to(DEVICE)
+    low, high = (torch.rand(scored, channels, 5, 6, generator=rng).to(DEVICE).requires_grad_() for channels in (2, 3))
+    got = refine(images, [low, high], (1, 2), 2)
+    want = [refine(images, each, (1, 2), 2) for each in (low, high)]
+    assert isinstance(got, list) and [each.shape for each in got] == [each.shape for each in want]
+    for mine, alone, leaf in zip(got, want, (low, high)):
+        assert relative_error(mine, alone) < 1e-6
+        grads = [torch.autograd.grad(each.square().sum(), leaf, retain_graph=True)[0] for each in (mine, alone)]
+        assert relative_error(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_several_masks_have_a_class_mask_each(rng, backend):
+    images, masks = torch.rand(2, 3, 8, 9, generator=rng).to(DEVICE), torch.rand(2, 2, 8, 9, generator=rng).to(DEVICE)
+    wanted = torch.tensor([[True, False], [False, True]], device=DEVICE)
+    got = par(images, (masks, masks), (1,), 2, class_mask=(None, wanted))
+    assert torch.equal(got[0], par(images, masks, (1,), 2))
+    assert torch.equal(got[1], par(images, masks, (1,), 2, class_mask=wanted))
+    assert not got[1][0, 1].any() and got[0][0, 1].any()
+
+
+def test_weights_of_several_masks_are_made_once(rng, monkeypatch):
+    made = []
+    original = torch.ops.afa.par
+    monkeypatch.setattr(torch.ops.afa, "par", lambda *inputs: made.append(1) or original(*inputs))
+    images, masks = torch.rand(1, 3, 8, 9, generator=rng).to(DEVICE), torch.rand(1, 2, 8, 9, generator=rng).to(DEVICE)
+    PAR([1, 2], 2).to(DEVICE)(images, [masks, masks])
+    if "native" in available("par"):
+        assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("masks", "more", "error", "said"),
+    [
+        ([], {}, ValueError, "masks must hold at least one tensor"),
+        ([(2, 2, 5, 6), (2, 2, 6, 5)], {}, ValueError, r"masks\[1\] must have shape"),
+        ([(2, 2, 5, 6), (1, 2, 5, 6)], {}, ValueError, r"masks\[1\] must have shape"),
+        ([(2, 2, 5, 6), (2, 5, 6)], {}, ValueError, r"masks\[1\] must have shape"),
+        ([(2, 2, 5, 6), None], {}, TypeError, r"masks\[1\] must be a tensor"),
+        ([(2, 2, 5, 6)] * 2, {"class_mask": torch.ones(2, 2) > 0}, ValueError, "class_mask must be a sequence of 2"),
+        ([(2, 2, 5, 6)] * 2, {"class_mask": [None]}, ValueError, "class_mask must be a sequence of 2"),
+        ([(2, 2, 5, 6)] * 2, {"class_mask": [None, torch.ones(2, 3) > 0]}, ValueError, "class_mask must have shape"),
+    ],
+)
+def test_what_is_wrong_with_several_masks_is_named(masks, more, error, said):
+    taken = [shape if shape is None else torch.rand(shape) for shape in masks]
+    with pytest.raises(error, match=said):
+        par(torch.rand(2, 3, 8, 9), taken, **more)

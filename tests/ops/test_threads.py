@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,6 @@ from support import sanitized
 from support.common import DEVICE, ROOT, available
 from support.cuda_emulator import build
 from support.every_operator import Everything, everything
-
-import afa_kernels
 
 NATIVE = "native" in available("par")
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native backend here")
@@ -35,25 +34,75 @@ def test_eight_python_threads_at_once():
                 assert_same(got, alone)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA cannot be used in a forked process")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_loader_workers(start):
-    """The parent's thread pool has run before the fork, which must not leave the workers waiting for it."""
+def after_all_threads() -> list[list[torch.Tensor]]:
+    """Every operator's results, by as many threads as there are; what other processes then must find again."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        want = [everything(seed) for seed in range(6)]
+        return [everything(seed) for seed in range(3)]
     finally:
         torch.set_num_threads(threads)
+
+
+def arrays(seed: int) -> list:
+    """What processes hand back: arrays, for tensors go through memory that both must open."""
+    return [value.numpy() for value in everything(seed)]
+
+
+def same_arrays(got: list, want: list[list[torch.Tensor]]) -> None:
+    for values, alone in zip(got, want, strict=True):
+        assert_same([torch.from_numpy(value) for value in values], alone)
+
+
+on_the_host = pytest.mark.skipif(DEVICE != "cpu", reason="CUDA cannot be used in a forked process")
+
+
+@on_the_host
+def test_data_loader_workers():
+    """The parent's thread pool has run before the fork, which must not leave the workers waiting for it."""
+    want = after_all_threads()
     # No time limit of its own: how long a worker takes to import PyTorch is the machine's affair.
-    loader = torch.utils.data.DataLoader(
-        Everything(),
-        batch_size=None,
-        num_workers=2,
-        multiprocessing_context=multiprocessing.get_context(start),
-    )
+    loader = torch.utils.data.DataLoader(Everything(), batch_size=None, num_workers=2, multiprocessing_context="fork")
     for got, alone in zip(loader, want, strict=True):
         assert_same(got, alone)
+
+
+@on_the_host
+@pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
+def test_pools_of_multiprocessing(start):
+    want = after_all_threads()
+    with multiprocessing.get_context(start).Pool(2 if start == "fork" else 1) as pool:
+        same_arrays(pool.map_async(arrays, range(3)).get(300), want)
+
+
+@on_the_host
+@pytest.mark.parametrize("backend", ["multiprocessing", "loky", "threading"])
+def test_joblib(backend):
+    joblib = pytest.importorskip("joblib")
+    want = after_all_threads()
+    with joblib.parallel_config(backend, n_jobs=2):
+        same_arrays(joblib.Parallel(timeout=300)(joblib.delayed(arrays)(seed) for seed in range(3)), want)
+
+
+@on_the_host
+def test_a_fork_within_a_fork_and_a_fork_while_kernels_run():
+    """A worker that forks again, and one that is forked by one thread in the midst of another's kernels."""
+    want = after_all_threads()
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            everything(0)
+
+    other = threading.Thread(target=busy)
+    other.start()
+    try:
+        for _ in range(3):
+            assert forked(lambda: forked(lambda: assert_same(everything(1), want[1])) == 0 or 1 / 0) == 0
+    finally:
+        stop.set()
+        other.join()
+    assert_same(everything(2), want[2])
 
 
 def watched(library: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -75,21 +124,34 @@ def test_native_code_under_thread_sanitizer():
     assert race.returncode == 66 and "data race" in race.stderr and "afa_planted_race" in race.stderr
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA cannot be used in a forked process")
-def test_a_forked_process_does_not_wait_for_its_parents_threads():
-    """As joblib and multiprocessing.Pool fork it, in the middle of a script."""
-    torch.set_num_threads(2)
-    image, probs = (255 * torch.rand(1, 3, 60, 80)).to(torch.uint8), torch.rand(1, 3, 60, 80).softmax(1)
-    want = afa_kernels.dense_crf(image, probs, 2)
+def forked(call) -> int:
+    """The exit status of a fork that calls it; 0 where it ends without an error."""
     child = os.fork()
     if child == 0:
-        same = torch.equal(afa_kernels.dense_crf(image, probs, 2), want) and torch.get_num_threads() == 1
-        os._exit(0 if same else 1)
-    deadline = time.monotonic() + 60
+        status = 1
+        try:
+            call()
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 120
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)
     if ended == (0, 0):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         pytest.fail("the forked process hangs")
-    assert ended[1] == 0 and torch.get_num_threads() == 2
+    return ended[1]
+
+
+@on_the_host
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
+    """As joblib and multiprocessing.Pool fork it, in the middle of a script."""
+    want = after_all_threads()
+    threads = torch.get_num_threads()
+
+    def child() -> None:
+        assert torch.get_num_threads() == 1
+        assert_same(everything(0), want[0])
+
+    assert forked(child) == 0 and torch.get_num_threads() == threads

@@ -60,17 +60,21 @@ def _resized(value: Tensor, like: Tensor) -> Tensor:
 
 def refine(
     images: Tensor,
-    masks: Tensor,
+    masks: Tensor | Sequence[Tensor],
     dilations: Sequence[int],
     num_iter: int,
     factors: list[float],
-    class_mask: Tensor | None,
+    class_mask: Tensor | Sequence[Tensor | None] | None,
     backend: str | None,
     resize: str = "mask",
     names: tuple[str, str] = ("images", "masks"),
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """`par` (three factors) and `pamr` (none)."""
     check_images(images, names[0])
+    if isinstance(masks, (list, tuple)):
+        together, present = _together(masks, class_mask, names[1])
+        options = dilations, num_iter, factors, present, backend, resize, names
+        return list(refine(images, together, *options).split([each.shape[1] for each in masks], dim=1))
     check_tensor(masks, names[1], ("B", "C", "h", "w"), FLOATS)
     shown, scored = images.shape[0], masks.shape[0]  # len() would fix them where export takes any
     if 1 not in (shown, scored):
@@ -93,6 +97,27 @@ def refine(
         masks = masks.expand(shown, -1, -1, -1)
         class_mask = None if class_mask is None else class_mask.expand(shown, -1)
     return _refined(images, masks, dilations, num_iter, factors, class_mask, backend).to(dtype)
+
+
+def _together(masks: Sequence[Tensor], class_mask: object, name: str) -> tuple[Tensor, Tensor | None]:
+    """Several masks of the same images as channels side by side, and which of them are wanted."""
+    if not masks:
+        raise ValueError(f"{name} must hold at least one tensor, got none")
+    for number, each in enumerate(masks):
+        check_tensor(each, f"{name}[{number}]", ("B", "C", "h", "w"), FLOATS)
+        same = {"B": masks[0].shape[0], "h": masks[0].shape[2], "w": masks[0].shape[3]}
+        check_tensor(each, f"{name}[{number}]", ("B", "C", "h", "w"), (masks[0].dtype,), **same)
+        check_same_device(masks[0], f"{name}[0]", **{f"{name}[{number}]": each})
+    if class_mask is None:
+        return torch.cat(list(masks), dim=1), None
+    if not isinstance(class_mask, (list, tuple)) or len(class_mask) != len(masks):
+        raise ValueError(f"class_mask must be a sequence of {len(masks)}, one for each of {name}, or None")
+    present = []
+    for wanted, each in zip(class_mask, masks):
+        check_class_mask(wanted, each, name)
+        everything = torch.ones(each.shape[:2], dtype=torch.bool, device=each.device)
+        present.append(everything if wanted is None else wanted)
+    return torch.cat(list(masks), dim=1), torch.cat(present, dim=1)
 
 
 def _refined(
@@ -128,29 +153,31 @@ def _by_formula(images: Tensor, dilations: list[int], factors: list[float]) -> T
 
 def par(
     images: Tensor,
-    masks: Tensor,
+    masks: Tensor | Sequence[Tensor],
     dilations: Sequence[int] = DILATIONS,
     num_iter: int = 10,
     w1: float = 0.3,
     w2: float = 0.3,
     w3: float = 0.01,
     *,
-    class_mask: Tensor | None = None,
+    class_mask: Tensor | Sequence[Tensor | None] | None = None,
     resize: str = "mask",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """Pixel-adaptive refinement (AFA, Eq. 9-12; defaults from Tables 2 and 3 of the supplement).
 
     Args:
         images: [B, 3, H, W] in 0..1; float32, float16 or bfloat16 (float64 in the reference path). Or of one channel,
             or of any number (the colour term is their mean; PyTorch makes the weights then).
         masks: [B, C, h, w], any range, such as class scores. One image is for all the masks (its weights are made
-            once), and the reverse.
+            once), and the reverse. Or several of one size and dtype, ``[masks_low, masks_high]``, as for pseudo-labels
+            with two background scores: one call, whose weights are made once, gives them back as a list.
         dilations: distances of the taps in pixels, each at least 1.
         num_iter: diffusion steps, at least 0.
         w1, w2: smoothing of the colour and the position term, positive.
         w3: share of the position term; each pixel's weights sum to 1 + w3.
-        class_mask: [B, C] bool; channels that are False (absent classes) cost nothing and are returned as 0.
+        class_mask: [B, C] bool; channels that are False (absent classes) cost nothing and are returned as 0. Of
+            several masks one for each, or None.
         resize: where the sizes differ, ``"mask"`` resizes the masks to the image (bilinear, corners aligned; as
             published), ``"image"`` the image to the masks: cheaper, and the taps then count in mask pixels.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
@@ -168,14 +195,14 @@ def par(
 
 def pamr(
     images: Tensor,
-    masks: Tensor,
+    masks: Tensor | Sequence[Tensor],
     dilations: Sequence[int] = (1,),
     num_iter: int = 1,
     *,
-    class_mask: Tensor | None = None,
+    class_mask: Tensor | Sequence[Tensor | None] | None = None,
     resize: str = "mask",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
     `par`.
     """
