@@ -46,6 +46,8 @@ class Replacement(NamedTuple):
 class Replacements(list):
     """What `patch` did, and does to classes that are made later; `undo` takes it back."""
 
+    verbose = False
+
     def undo(self) -> None:
         """Put everything back; nothing made later is served either."""
         later.stop(self._made)
@@ -59,8 +61,6 @@ class Replacements(list):
             self.append(row)
             if self.verbose:
                 print(row, flush=True)
-
-    verbose = False
 
 
 _active: list[Replacements] = []

@@ -30,7 +30,7 @@ from .proof import AGREEMENT, Unfit, apart, sizes, small_pair, tried, undisturbe
 
 NAMES = ("PAR", "PAMR")
 MOST_CASES = 64  # an instance that is another one at every call is not worth a proof each
-OURS = ("torch", "torchvision", "timm", "afa_kernels", "afa_model")
+LEFT_ALONE = ("torch", "torchvision", "timm", "afa_kernels", "afa_model")
 OF_MODULES = frozenset(vars(nn.Module()))  # what every instance has
 
 _proof = threading.local()  # under way in this thread: what a forward calls in one is its own
@@ -295,7 +295,7 @@ def why_not(found: type) -> str | None:
 
 def is_ours(found: type) -> bool:
     """Our own classes, and those of PyTorch and the packages beside it."""
-    return issubclass(found, (PAR, PAMR)) or (found.__module__ or "").partition(".")[0] in OURS
+    return issubclass(found, (PAR, PAMR)) or (found.__module__ or "").partition(".")[0] in LEFT_ALONE
 
 
 def every_class(base: type = nn.Module) -> Iterator[type]:

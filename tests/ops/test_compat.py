@@ -306,7 +306,6 @@ def test_replicas_share_their_proof(rng):
     assert len(proofs) == 1 and calls(row) == (3, 0)
 
 
-@pytest.mark.skipif(not hasattr(torch, "compile"), reason="no torch.compile")
 def test_compiled_code_keeps_its_own(rng):
     module = repository()
     (row, _) = compat.patch([module], verbose=False)
