@@ -31,7 +31,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest $(WORKERS) -m ''
+	AFA_EMULATE=all $(BIN)/python -m pytest $(WORKERS) -m ''
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

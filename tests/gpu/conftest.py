@@ -13,5 +13,5 @@ def emulator() -> build.Emulator:
 
 @pytest.fixture(scope="session", params=build.kinds())
 def either(request) -> build.Emulator:
-    """The emulator with products fused into sums, as a GPU's compiler does, and without."""
+    """The emulator with products fused into sums, as a GPU's compiler does; see `build.kinds`."""
     return build.load(request.param)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.common import DEVICE
-from support.fuzzing import DTYPES, EXTREMES, Draw, agree, backends, fuzz, running, without_limit
+from support.fuzzing import DTYPES, EMULATED, EXTREMES, Draw, agree, backends, fuzz, running, without_limit
 
 import afa_kernels
 from afa_kernels.core import native_module
@@ -101,7 +101,7 @@ class Attention:
 
     def __init__(self, draw: Draw, backend: str, maps: bool = False) -> None:
         # Smaller where threads are emulated, but still of several tiles of 8 x 8 pixels.
-        few = backend == "emulated"
+        few = backend in EMULATED.values()
         self.radius, self.height, self.width = (
             draw.integer("radius", 0, 5),
             draw.integer("h", 1, 7 if maps else 9),

@@ -42,9 +42,7 @@ def backends(operator: str) -> list[str]:
     """The backends to fuzz: all that run here but the reference and Triton's interpreter (seconds a case)."""
     fast = [name for name in available(operator)[1:] if DEVICE == "cuda" or name != "triton"]
     emulate = has_cuda_source(operator) and DEVICE == "cpu" and build.compiler()
-    # By default contracted where a value is taken off a maximum of its kind; on request everywhere.
-    kinds = build.kinds() if WISH or operator.startswith("par") else ["plain"]
-    return [*fast, *(EMULATED[kind] for kind in kinds)] if emulate else fast
+    return [*fast, *(EMULATED[kind] for kind in build.kinds())] if emulate else fast
 
 
 def has_cuda_source(operator: str) -> bool:
