@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ..config import section, to_dict
 from ..config.renamed import flatten
-from ..data.datasets import DataSettings, EvaluationSet
+from ..data.datasets import EvaluationSet
+from ..data.settings import DataSettings
 from ..errors import SavingError
 from ..evaluation.evaluate import EvaluateSettings, evaluate
 from ..evaluation.scores import EvaluationResult

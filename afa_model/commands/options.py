@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from ..config import Parser
-from ..data.datasets import DataSettings
+from ..data.settings import DataSettings
 from ..errors import AfaError, ConfigError, DataError
 from ..runs.restore import Restored, load_model
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..conventions import require
-from ..data.datasets import DataSettings
 from ..data.order import LoaderSettings
+from ..data.settings import DataSettings
 from ..data.transforms import AugmentSettings
 from ..errors import ConfigError
 from ..evaluation.evaluate import EvaluateSettings
@@ -131,6 +131,31 @@ def sections(config: Config) -> dict[str, object]:
     """The parts of a configuration that are settings of their own, by name."""
     parts = {item.name: getattr(config, item.name) for item in dataclasses.fields(Config)}
     return {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
+
+
+# Counts of steps that belong to a schedule, by section.
+_COUNTS = {
+    "schedule": ("max_iters", "warmup_iters"),
+    "step": ("cam_iters", "aff_iters"),
+    "eval": ("every",),
+    "log": ("every", "pictures_every"),
+    "checkpoint": ("every",),
+}
+
+
+def scaled(config: Config) -> Config:
+    """With every count of steps multiplied by ``schedule.scale``, which is 1 then; what happens at all goes on
+    happening, and what never does does not.
+    """
+    scale = config.schedule.scale
+    if scale != 1 and 0 < scale < float("inf"):
+        for name, counts in _COUNTS.items():
+            section = getattr(config, name)
+            for count in counts:
+                value = getattr(section, count)
+                setattr(section, count, max(round(value * scale), min(value, 1)))
+        config.schedule.scale = 1.0
+    return config
 
 
 def check(config: Config) -> Config:

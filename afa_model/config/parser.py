@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ..errors import ConfigError
-from .config import Config, check, sections
+from .config import Config, check, scaled, sections
 from .renamed import RENAMED, flatten, with_new_names
 
 Settings = TypeVar("Settings")
@@ -163,7 +163,7 @@ def build(settings: Namespace) -> Config:
     for name, part in sections(Config()).items():
         values[name] = section(type(part), values[name], f"{name}.")
     _refuse_null(Config, values, "")
-    return check(Config(**values))
+    return check(scaled(Config(**values)))
 
 
 def section(kind: type[Settings], values: Namespace, prefix: str = "") -> Settings:

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..errors import DataError
 from ..runtime.notices import notice
 from .classes import class_names
-from .datasets import DataSettings
 from .image_labels import multi_hot
 from .label_file import LabelFile, find_label_file
 from .lists import find_file, mask_beside
 from .masks import MASK_SUFFIXES, MaskRules, read_mask
+from .settings import DataSettings
 
 _MASK_DIRS = ("SegmentationClassAug", "SegmentationClass")  # VOC's own and COCO's, after the one in the settings
 

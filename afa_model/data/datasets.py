@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..conventions import IGNORE, require
+from ..conventions import IGNORE
 from ..errors import DataError
 from ..runtime.notices import notice
 from ..runtime.progress import in_threads
 from .check import (
-    CheckLevel,
     FileReport,
     Files,
     check_files,
@@ -32,85 +29,8 @@ from .image_labels import labels_from_xml, multi_hot
 from .label_file import LabelFile, find_label_file
 from .lists import entries_of, list_file, list_lines, locate, mask_beside
 from .masks import MaskRules, read_mask
-from .photographs import MAX_PIXELS, Exif
+from .settings import DataSettings
 from .transforms import AugmentSettings, TrainingTransform, normalize
-
-LabelSource = Literal["auto", "file", "xml", "masks"]
-
-
-@dataclass
-class DataSettings:
-    """Where a data set lies and what its image-level labels come from.
-
-    Args:
-        root: folder with ``JPEGImages``, ``SegmentationClassAug`` and ``ImageSets/Segmentation``. Photographs and masks
-            may also lie in a folder in theirs (``JPEGImages/train``), as those of COCO do.
-        train_split: list of training images: a name in ``list_dir``, or a path.
-        val_split: list of images to evaluate on.
-        num_classes: number of classes, the background counted; None: as ``classes.txt`` in the root says,
-            else 21.
-        label_source: ``file``, ``xml`` (``Annotations/*.xml``) or ``masks``; ``auto`` takes the first of
-            these that is there for training, and the masks for evaluation, which reads them anyway.
-        label_file: ``.npy``, ``.npz``, ``.json``, ``.csv``, ``.pkl`` or ``.pt`` file with a label per image name;
-            looked for in the root if not given.
-        allow_empty: train also on images without any class (COCO has some): they teach the classifier that there is
-            none, and are background everywhere. Without it they are taken for a mistake in the annotation.
-        check: what to look at before training starts: ``full`` decodes every file, ``headers`` opens them,
-            ``off``.
-        image_dir: folder of the photographs in the root.
-        mask_dir: folder of the masks in the root.
-        list_dir: folder of the list files in the root.
-        xml_dir: folder of the XML annotations in the root.
-        xml_skip: classes in XML annotations that do not count.
-        ignore_index: value of mask pixels that do not count, besides 255.
-        mask_values: value in a mask's file -> class, such as {0: 0, 255: 1}, or 255 for ignored; values that are not
-            named stay as they are.
-        mask_palette: ``auto`` reads a mask whose palette has VOC's colours in another order by colour; ``index``
-            takes the values, whatever their colours.
-        exif: ``apply`` turns photographs as their EXIF orientation says, for masks drawn on them as viewers show them;
-            ``ignore`` leaves them as stored.
-        max_pixels: a photograph of more is refused.
-        num_workers: processes that load and augment training images; 0 does it in the training process.
-    """
-
-    root: str = "data/voc"
-    train_split: str = "train_aug"
-    val_split: str = "val"
-    num_classes: int | None = None
-    label_source: LabelSource = "auto"
-    label_file: str | None = None
-    allow_empty: bool = False
-    check: CheckLevel = "full"
-    image_dir: str = "JPEGImages"
-    mask_dir: str = "SegmentationClassAug"
-    list_dir: str = "ImageSets/Segmentation"
-    xml_dir: str = "Annotations"
-    xml_skip: tuple[str, ...] = ()
-    ignore_index: int = IGNORE
-    mask_values: dict[int, int] | None = None
-    mask_palette: Literal["auto", "index"] = "auto"
-    exif: Exif = "apply"
-    max_pixels: int = MAX_PIXELS
-    num_workers: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("root", "train_split", "val_split", "label_file"):
-            if getattr(self, name) is not None:
-                setattr(self, name, os.path.expanduser(getattr(self, name)))
-        require(self.num_workers >= 0, "num_workers", "at least 0", self.num_workers)
-        require(self.exif in ("apply", "ignore"), "exif", "apply or ignore", self.exif)
-        require(self.mask_palette in ("auto", "index"), "mask_palette", "auto or index", self.mask_palette)
-        require(self.max_pixels >= 1, "max_pixels", "at least 1", self.max_pixels)
-        require(0 <= self.ignore_index < 1 << 16, "ignore_index", "a value of a mask, 0..65535", self.ignore_index)
-        try:
-            values = {int(value): int(index) for value, index in (self.mask_values or {}).items()}
-            exact = all(float(k) == int(k) and float(v) == int(v) for k, v in (self.mask_values or {}).items())
-            fits = exact and all(0 <= value < 1 << 16 and 0 <= index <= IGNORE for value, index in values.items())
-        except (AttributeError, TypeError, ValueError):
-            values, fits = {}, False
-        expected = "value in the file (0..65535): class (0..254, or 255 for ignored), such as {0: 0, 255: 1}"
-        require(fits, "mask_values", expected, self.mask_values)
-        self.mask_values = values or None
 
 
 class VOCData(Dataset):
@@ -121,10 +41,13 @@ class VOCData(Dataset):
         class_names: K names, background first.
         num_classes: K.
         label_source: where image-level labels come from (``file``, ``xml`` or ``masks``).
+        has_masks: whether an image comes with its mask.
 
     Raises:
         DataError: with a line for every missing or broken file of the split.
     """
+
+    has_masks = False
 
     def __init__(self, settings: DataSettings, split: str, for_training: bool):
         self.settings = settings
@@ -384,6 +307,8 @@ class EvaluationSet(VOCData):
     - ``cls_labels`` float32 [K-1];
     - ``name`` the image's name.
     """
+
+    has_masks = True
 
     def __init__(self, settings: DataSettings, split: str | None = None):
         super().__init__(settings, split or settings.val_split, for_training=False)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..data.datasets import EvaluationSet
+from ..data.held_out import ImageLevelSet
 from ..data.order import death_told, evaluation_loader
 from ..labels.kinds import check_kinds, kinds_of
 from ..labels.label_maps import MapSettings, label_maps
@@ -111,7 +112,7 @@ class EvaluateSettings:
 
 def evaluate(
     model: nn.Module,
-    dataset: EvaluationSet,
+    dataset: EvaluationSet | ImageLevelSet,
     settings: EvaluateSettings | None = None,
     labels: LabelSettings | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -128,7 +129,7 @@ def evaluate(
 
     Args:
         model: an :class:`~afa_model.networks.afa.AFA` on any device, in any mode (left as it was).
-        dataset: photographs with masks.
+        dataset: photographs with masks; without any (`data.held_out`) only the classifier is scored.
         settings: what and how.
         labels: how training makes labels from the CAM.
         stop: asked before each image whether to give up.
@@ -143,7 +144,7 @@ def evaluate(
     how, sizes = settings.labels(labels or LabelSettings()), settings.maps()
     if model.num_classes != dataset.num_classes:
         raise ValueError(f"model: {model.num_classes} classes, but the data set has {dataset.num_classes}")
-    kinds = kinds_of(model, settings.kinds, settings.crf)
+    kinds = kinds_of(model, settings.kinds, settings.crf) if dataset.has_masks else ()
     rank, world_size = place()
     total = len(dataset) if settings.limit is None else min(settings.limit, len(dataset))
     share = range(rank, total, world_size)

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from ..conventions import require
 from ..data.beside import Beside
-from ..data.datasets import DataSettings
 from ..data.files import read_photo
 from ..data.photographs import MAX_PIXELS
+from ..data.settings import DataSettings
 from ..errors import DataError, SavingError, reason
 from ..labels.kinds import kinds_of
 from ..labels.label_maps import MapSettings

@@ -99,13 +99,14 @@ def label_maps(
         settings: the sizes it goes through the model in.
         how: labels are made from the CAM; with ``how.bkg_score``, so no pixel is left open.
         cls_labels: [K-1] multi-hot, the classes known to be present; None takes those the classifier finds.
-        kinds: which label maps; None: all that the model offers but segmentation_crf.
+        kinds: which label maps; None: all that the model offers but segmentation_crf; none: only what the classifier
+            says.
 
     Labels are made at the photograph's own size from soft maps resized to it (bilinear), of a large photograph a
     band at a time (large.py): 24 megapixels take less than 2 GB, whatever the number of classes. A dense CRF needs a
     photograph whole, and makes it smaller where that alone would take more than 1.5 GiB (crf.py).
     """
-    kinds = kinds_of(model, kinds)
+    kinds = kinds_of(model, kinds) if kinds is None or len(kinds) else ()
     size = tuple(image.shape[-2:])
     image = image[None].to(next(model.parameters()).device)
     small = _resize_long_side(image, settings.long_side)

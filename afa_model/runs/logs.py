@@ -233,10 +233,13 @@ class RunLog:
             if self._board is not None:
                 for name, value in (scores | classifier).items():
                     self._board.add_scalar(f"eval/{name}", value, iteration)
-        told = ", ".join(f"{title(name, refinement)} {value:.1f}" for name, value in scores.items())
+        told = []
+        if scores:
+            maps = (f"{title(name, refinement)} {value:.1f}" for name, value in scores.items())
+            told.append("mIoU in percent: " + ", ".join(maps))
         if image_level:
-            told += "; classifier F1 {f1:.1f}, mAP {map:.1f}".format(**image_level)
-        self.say(f"evaluation after step {iteration}, mIoU in percent: {told}")
+            told.append("classifier F1 {f1:.1f}, mAP {map:.1f}".format(**image_level))
+        self.say(f"evaluation after step {iteration}, {'; '.join(told)}")
 
     def picture(self, iteration: int, name: str, image: np.ndarray) -> None:
         """Write ``image`` ([H, W, 3] uint8) to ``pictures/`` and to TensorBoard."""

@@ -182,7 +182,7 @@ class _Loop:
         done = trainer.progress.iteration
         last = done == self.total
         log.advance(done)
-        evaluating = bool(config.eval.every) and (_every(config.eval.every, done) or last)
+        evaluating = trainer.validation is not None and (_every(config.eval.every, done) or last)
         saving = evaluating or _every(config.checkpoint.every, done) or last
         if saving:
             self.guard.settle()
@@ -205,7 +205,7 @@ class _Loop:
             return False
         self.scores, image_level = found
         self.log.evaluation(progress.iteration, self.scores, trainer.config.labels.refinement, image_level)
-        headline = _headline(self.scores)
+        headline = _headline(self.scores or {"classifier": image_level["map"]})
         better = headline >= progress.best
         progress.best = max(progress.best, headline)
         return better

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Config, from_dict, to_dict
 from ..data.datasets import EvaluationSet, TrainingSet
+from ..data.held_out import ImageLevelSet, held_out, without_masks
 from ..data.order import Batches, training_loader
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import evaluate
@@ -45,10 +46,10 @@ class Trainer:
     def __init__(self, config: Config, here: Here):
         self.config, self.here = config, here
         with agreeing():
-            self.data, self.validation = open_data(config)
+            self.data, self.validation, note = open_data(config)
             seed_everything(config.seed)  # the same starting weights in every process
             self.model = self._place(build_model(config, self.data.num_classes))
-            if config.eval.every:
+            if self.validation is not None and self.validation.has_masks:
                 self._check_kinds()  # now, not at the first evaluation
         optim = config.optim
         self.optimizer = build_optimizer(
@@ -67,7 +68,7 @@ class Trainer:
         )
         self.step = data_parallel(step, here)
         self.progress = checkpoint.Progress()
-        self.notes: list[str] = []
+        self.notes: list[str] = [note] if note else []
         self.owes_evaluation = False
         self.batches: Batches | None = None
         seed_everything(config.seed + here.rank)  # dropout differs between processes
@@ -99,7 +100,7 @@ class Trainer:
             CheckpointError: it is of another model.
         """
         self.progress = checkpoint.unpack(state, self.model, self.optimizer)
-        self.owes_evaluation = bool(state.get("owes_evaluation")) and bool(self.config.eval.every)
+        self.owes_evaluation = bool(state.get("owes_evaluation")) and self.validation is not None
         states = state["random"]
         if len(states) == self.here.world_size:
             checkpoint.set_random_state(states[self.here.rank])
@@ -206,18 +207,23 @@ class Trainer:
         return miou, {name: 100 * value for name, value in result.image_level.items()}
 
 
-def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | None]:
-    """Both splits; what is wrong with either is told in one go.
+def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | ImageLevelSet | None, str]:
+    """Both splits, and what is to be told of them; what is wrong with either is told in one go.
 
     Raises:
         DataError: naming every file that is missing or broken.
     """
+    data, every = config.data, config.eval.every
+    if every and without_masks(data):
+        training, scored, which = held_out(data, TrainingSet(data, config.augment))
+        note = f"{data.root} has no masks to score against, as if eval.every were 0"
+        if scored is not None:
+            note += f"; every {every} steps the classifier is scored on {which}"
+        return training, scored, note
     errors: list[DataError] = []
     opened: list[Any] = [None, None]
-    for number, make in enumerate(
-        (lambda: TrainingSet(config.data, config.augment), lambda: EvaluationSet(config.data))
-    ):
-        if number == 1 and not config.eval.every:
+    for number, make in enumerate((lambda: TrainingSet(data, config.augment), lambda: EvaluationSet(data))):
+        if number == 1 and not every:
             continue
         try:
             opened[number] = make()
@@ -226,7 +232,7 @@ def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | None]:
                 errors.append(error)
     if errors:
         raise errors[0] if len(errors) == 1 else DataError("\n".join(map(str, errors)))
-    return opened[0], opened[1]
+    return opened[0], opened[1], ""
 
 
 def _scoring(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,17 +47,22 @@ class ScheduleSettings:
         warmup_iters: length of the warm-up, in steps.
         warmup_ratio: the warm-up starts from this times the learning rate.
         power: of the decay; 1 is linear.
+        scale: multiplies every count of steps of the run (these two, step.cam_iters and aff_iters, and how often it
+            evaluates, saves, logs and draws): 0.01 rehearses a published run in a hundredth of its length. What a run
+            keeps of its settings are the counts that come out, with a scale of 1.
     """
 
     max_iters: int = 20_000
     warmup_iters: int = 1_500
     warmup_ratio: float = 1e-6
     power: float = 1.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.max_iters >= 1, "max_iters", "at least 1", self.max_iters)
         require(self.warmup_iters >= 0, "warmup_iters", "at least 0", self.warmup_iters)
         require(self.power >= 0, "power", "at least 0", self.power)
+        require(0 < self.scale < float("inf"), "scale", "a positive number", self.scale)
         require(0 < self.warmup_ratio <= 1, "warmup_ratio", "a number in 0..1 (0 not included)", self.warmup_ratio)
 
 

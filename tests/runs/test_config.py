@@ -324,3 +324,20 @@ def test_what_an_earlier_version_said_of_images_without_a_class(before, now):
     del values["data"]["allow_empty"]
     values["data"]["without_class"] = before
     assert from_dict(values).data.allow_empty is now
+
+
+def test_one_number_scales_every_count_of_steps():
+    short = parse(["--config=coco", "--schedule.scale=0.01"])
+    schedule, step = short.schedule, short.step
+    assert (schedule.max_iters, schedule.warmup_iters, step.cam_iters, step.aff_iters) == (800, 15, 50, 150)
+    assert (short.eval.every, short.checkpoint.every, short.log.every, short.log.pictures_every) == (50, 20, 1, 5)
+    assert short.checkpoint.keep_last == parse(["--config=coco"]).checkpoint.keep_last
+    assert schedule.scale == 1 and from_dict(to_dict(short)) == short, "what is kept is not scaled again"
+    longer = parse(["--config=coco", "--schedule.scale=1.5", "--eval.every=0"])
+    assert (longer.schedule.max_iters, longer.eval.every) == (120_000, 0)
+    least = parse(["--config=coco", "--schedule.scale=0.0001", "--log.pictures_every=0"])
+    assert (least.schedule.max_iters, least.schedule.warmup_iters, least.log.every) == (8, 1, 1)
+    assert least.log.pictures_every == 0 and least.step.cam_iters == 1
+    for wrong in ("0", "-1", "nan", ".inf"):
+        with pytest.raises(ConfigError, match=r"schedule\.scale: expected (a positive number|float)"):
+            parse(["--config=coco", f"--schedule.scale={wrong}"])
