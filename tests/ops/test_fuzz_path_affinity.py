@@ -59,8 +59,9 @@ def test_workspace_sizes_are_64_bit(data):
         return [native.path_affinity_cpu_workspace(*inputs), native.path_affinity_gradient_cpu_workspace(*inputs)]
 
     before = sizes(height, width)
-    halves = sum(0 < dy * dy + dx * dx < radius**2 for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1))
-    reached = halves // 2 if min(height, width) > radius else 0
+    side = range(-radius, radius + 1)
+    disc = sum(0 < dy * dy + dx * dx < radius**2 for dy in side for dx in side)
+    reached = disc // 2 if min(height, width) > radius else 0
     assert before[0] >= 4 * height * width and before[1] >= (4 + 5 * reached) * height * width
     for after in (sizes(height + 1, width), sizes(height, width + 1)):
         assert all(more >= less for more, less in zip(after, before))

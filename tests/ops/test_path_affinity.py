@@ -25,7 +25,7 @@ def random_edge(rng, batch=2, height=7, width=10, dtype=torch.float32):
     return torch.rand(batch, 1, height, width, generator=rng).to(DEVICE, dtype)
 
 
-# --- IRN's definitions, pair by pair -----------------------------------------------------------------------------------
+# --- IRN's definitions, pair by pair ----------------------------------------------------------------------------------
 
 
 def search_paths(radius: int) -> list[list[tuple[int, int]]]:
@@ -71,7 +71,7 @@ def dense_propagation(cams, edge, radius, beta, exp_times):
     return (start @ matrix).view(cams.shape)
 
 
-# --- the window --------------------------------------------------------------------------------------------------------
+# --- the window -------------------------------------------------------------------------------------------------------
 
 SHAPES = [(1, 1, 1), (1, 1, 4), (2, 3, 1), (3, 9, 4), (9, 3, 5), (1, 17, 3), (23, 1, 6), (5, 4, 12), (19, 37, 5)]
 
@@ -117,7 +117,7 @@ def test_values_of_any_sign_infinite_or_not_at_all(rng, backend):
     assert dense[2 * 9 + 1, 2 * 9 + 4].isnan() and dense[2 * 9, 2 * 9 + 2] == 1 - edge[0, 0, 2, :3].max()
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def gradient(edge, radius, grad, backend=None):
@@ -202,7 +202,7 @@ def test_paths_of_more_points_than_a_byte_counts(rng, kernels):
     assert relative_error(got.flatten(), wanted) < 1e-5
 
 
-# --- propagation -------------------------------------------------------------------------------------------------------
+# --- propagation ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_paths_of_more_points_than_a_byte_counts(rng, kernels):
     [(13, 17, 5, 10, 8), (20, 24, 5, 10, 8), (5, 6, 3, 4, 3), (9, 4, 8, 2.5, 2), (3, 5, 1, 10, 8), (6, 7, 2, 8, 0)],
 )
 def test_propagation_against_matrices(rng, backend, height, width, radius, beta, exp_times):
-    if height * width > 100 and (backend not in BACKENDS or (backend == "triton" and DEVICE == "cpu")):
-        pytest.skip("takes too long; smaller grids take the same path")
+    if height * width > 100 and backend == "triton" and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter takes too long for it; smaller grids take the same path")
     edge, cams = random_edge(rng, 1, height, width), torch.rand(1, 3, height, width, generator=rng).to(DEVICE)
     got = propagate_to_edge(cams, edge, radius, beta, exp_times)
     assert relative_error(got, dense_propagation(cams, edge, radius, beta, exp_times)) < 1e-4
@@ -270,7 +270,7 @@ def test_irns_training_pairs_are_read_out_of_the_window(rng, backend):
         assert torch.equal(torch.stack(read).flatten(1).cpu(), pairs.float())
 
 
-# --- types, modes, bad input -------------------------------------------------------------------------------------------
+# --- types, modes, bad input ------------------------------------------------------------------------------------------
 
 
 def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend):
@@ -350,7 +350,7 @@ def test_bad_input_of_propagation(argument, value, error):
     with pytest.raises(error, match=f"^{argument}"):
         propagate_to_edge(**{**case, argument: value})
     if argument == "edge" and value.dim() == 3:
-        with pytest.raises(error, match="^edge"):
+        with pytest.raises(error, match=r"^edge"):
             propagate_to_edge(torch.ones(2, 3, 4), torch.ones(1, 1, 3, 4))
 
 

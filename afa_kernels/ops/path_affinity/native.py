@@ -28,8 +28,9 @@ def path_affinity_gradient(edge: Tensor, grad: Tensor, radius: int, reach: int) 
     out = torch.empty(edge.shape, dtype=edge.dtype, device=edge.device)
     inputs = view(edge), view(grad), radius, reach
     if native_module.on_cuda(edge):
+        place = native_module.cuda_stream(edge.device)
         scratch = workspace(native.path_affinity_gradient_cuda_workspace(*inputs), edge.device)
-        native.path_affinity_gradient_cuda(*inputs, view(out), scratch.data_ptr(), *native_module.cuda_stream(edge.device))
+        native.path_affinity_gradient_cuda(*inputs, view(out), scratch.data_ptr(), *place)
         return out
     threads = torch.get_num_threads()
     scratch = workspace(native.path_affinity_gradient_cpu_workspace(*inputs, threads), edge.device)

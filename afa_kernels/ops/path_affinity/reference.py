@@ -2,9 +2,9 @@
 
     A_ij = 1 - max of edge over the path from i to j = i + (dy, dx),   dy^2 + dx^2 < radius^2        (IRN, Eq. 2)
 
-The path of (dy, dx) has all whole points (py, px) of the box between the two pixels whose distance from the line through
-them is below 1. Where several of them hold the maximum, its gradient is that of the first, by descending |py| + |px|
-and then row-major.
+The path of (dy, dx) has all whole points (py, px) of the box between the two pixels whose distance from the line
+through them is below 1. Where several of them hold the maximum, its gradient is that of the first, by descending
+|py| + |px| and then row-major.
 """
 
 from __future__ import annotations

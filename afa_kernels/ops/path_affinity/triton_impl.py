@@ -1,8 +1,8 @@
 """The path affinity in Triton: the ``triton`` backend.
 
-A program takes some pixels and one direction of the half plane, walks its paths point by point, from a table, and writes
-both taps of the direction. Backward `_choices` keeps of each path which point is the first maximum, and the sum of its
-two gradients; `_gather` looks, for each pixel, at all paths that it may be a point of.
+A program takes some pixels and one direction of the half plane, walks its paths point by point, from a table, and
+writes both taps of the direction. Backward `_choices` keeps of each path which point is the first maximum, and the sum
+of its two gradients; `_gather` looks, for each pixel, at all paths that it may be a point of.
 Floor: the window written once; backward its gradient read once.
 """
 
@@ -94,8 +94,8 @@ def _gather(slopes, codes, out, directions, points, height, width, count, PIXELS
 
 @functools.lru_cache(maxsize=64)
 def _paths(radius: int, reach_y: int, reach_x: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Of every direction of the half plane (dy, dx, first, last of its points), row-major; (py, px) of the points, those
-    of a path by descending |py| + |px|, then row-major; how many the longest path has.
+    """Of every direction of the half plane (dy, dx, first, last of its points), row-major; (py, px) of the points,
+    those of a path by descending |py| + |px|, then row-major; how many the longest path has.
     """
     directions, points, longest = [], [], 0
     for dy in range(reach_y + 1):
@@ -120,7 +120,8 @@ class _Plan:
         batch, _, height, width = edge.shape
         farthest = min(reach, radius - 1)
         directions, points, longest = _paths(radius, min(farthest, height - 1), min(farthest, width - 1))
-        self.count, self.sizes, self.strides = len(directions) // 4, (height, width), (edge.stride(0), *edge.stride()[2:])
+        self.count, self.sizes = len(directions) // 4, (height, width)
+        self.strides = edge.stride(0), *edge.stride()[2:]
         self.code = torch.uint8 if longest <= 256 else torch.int16
         if self.count:
             self.tables = [table(values, torch.int32, edge.device) for values in (directions, points)]
