@@ -78,20 +78,20 @@ struct PathTile {
       }
     __syncthreads();
   }
-  // The keys of pixel `which` and of the one (py, px) away from it. What lies outside the image is no matter.
-  __device__ int32_t key(int which, int py, int px) const {
-    const int row = which * kPathRows + py;
-    if (kTile) return keys[(int(threadIdx.y) + row) * taps.columns() + int(threadIdx.x) + taps.reach_x + px];
-    return taps.inside(y + row, x + px) ? taps.key(b, y + row, x + px) : 0;
+  // The key that is (py, px) away from a pixel, whose place in the tile is `at`. What lies outside the image is no matter.
+  __device__ int32_t key(int at, int py, int px) const {
+    if (kTile) return keys[at];
+    return taps.inside(y + py, x + px) ? taps.key(b, y + py, x + px) : 0;
   }
   // visit(code, keys of both pixels) for each point of a path, in order.
   template <class Visit>
   __device__ void walk(int dy, int dx, const Visit& visit) const {
-    const int sign = dx < 0 ? -1 : 1;
+    const int sign = dx < 0 ? -1 : 1, row = taps.columns(), down = kPathRows * row;
+    const int here = int(threadIdx.y) * row + int(threadIdx.x) + taps.reach_x;
     for (PathLevels path(dy, dx); path.more(); path.next()) {
-      const int px = sign * (path.level - path.lower);
-      visit(path.code(), key(0, path.lower, px), key(1, path.lower, px));
-      if (path.two()) visit(path.code() + 1, key(0, path.lower + 1, px - sign), key(1, path.lower + 1, px - sign));
+      const int py = path.lower, px = sign * (path.level - py), at = here + py * row + px, next = at + row - sign;
+      visit(path.code(), key(at, py, px), key(at + down, py + kPathRows, px));
+      if (path.two()) visit(path.code() + 1, key(next, py + 1, px - sign), key(next + down, py + 1 + kPathRows, px - sign));
     }
   }
 };
@@ -194,11 +194,11 @@ __global__ void __launch_bounds__(kPathThreads, 6)
     for (int d = threadIdx.y; d < taps.count() && y < taps.height; d += kPathRows) {
       const int dy = taps.dy(d), dx = taps.dx(d), sign = dx < 0 ? -1 : 1;
       if (!taps.has_path(dy, dx)) continue;
-      const int64_t plane = (b * taps.count() + d) * taps.pixels();
+      const int64_t here = (b * taps.count() + d) * taps.pixels() + pixel;
       // The path that has this pixel as the point (py, px).
       auto add = [&](int code, int py, int px) {
-        if (!taps.inside(y - py, x - px)) return;
-        const int64_t from = plane + int64_t(y - py) * taps.width + x - px;
+        if (py > y || unsigned(x - px) >= unsigned(taps.width)) return;
+        const int64_t from = here - int64_t(py) * taps.width - px;
         if (choices.codes[from] == code) sum += choices.slopes[from];
       };
       for (PathLevels path(dy, dx); path.more(); path.next()) {
