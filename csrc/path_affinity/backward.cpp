@@ -12,9 +12,6 @@
 namespace afa {
 namespace AFA_ISA {
 
-template <class Code>
-using Codes __attribute__((vector_size(kLanes * sizeof(Code)))) = Code;
-
 // The index of the first maximum along a path from kVectors vectors of pixels.
 template <int kVectors, class Code>
 static inline void first_maxima(const Direction& path, const int32_t* keys, Code* to) {
@@ -29,11 +26,9 @@ static inline void first_maxima(const Direction& path, const int32_t* keys, Code
       best[v] = better ? value : best[v], code[v] = better ? index : code[v];
     }
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    const auto narrow = __builtin_convertvector(code[v], Codes<Code>);
-    __builtin_memcpy(to + v * kLanes, &narrow, sizeof narrow);
-  }
+  int32_t wide[kVectors * kLanes];
+  __builtin_memcpy(wide, code, sizeof wide);
+  for (int i = 0; i < kVectors * kLanes; ++i) to[i] = Code(wide[i]);
 }
 
 template <class Code>
@@ -72,33 +67,24 @@ struct PathBackward {
       along(paths.row, [&](int64_t x, auto vectors) { first_maxima<vectors>(path, keys + x, code + x); });
     }
   }
-  // Adds to kVectors vectors of pixels of row y what the paths of one direction bring.
-  template <int kVectors>
-  void gather(int64_t d, int64_t y, int64_t x, float* to) const {
+  // Adds to row y what the paths of one direction bring. A plain loop: compilers widen the codes better than vectors of them.
+  void gather(int64_t d, int64_t y, float* __restrict sums) const {
     const Direction& path = paths.directions[d];
-    vfloat sum[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] = load(to + x + v * kLanes);
     for (int k = 0; k < path.count; ++k) {
       const int64_t from = y - path.py[k];  // the row that the path starts from
       if (from < 0 || from + path.dy >= paths.height) continue;
-      const int64_t at = place(d, from) + paths.margin + x - path.px[k];
-      const vint index = vint{} + k;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Codes<Code> narrow;
-        __builtin_memcpy(&narrow, codes + at + v * kLanes, sizeof narrow);
-        const vint here = __builtin_convertvector(narrow, vint) == index;
-        sum[v] += (vfloat)((vint)load(slopes + at + v * kLanes) & here);
+      const Code* __restrict code = codes + place(d, from) + paths.margin - path.px[k];
+      const float* __restrict slope = slopes + place(d, from) + paths.margin - path.px[k];
+      const Code index = Code(k);
+      for (int64_t x = 0; x < paths.row; ++x) {
+        const float value = slope[x];
+        sums[x] += code[x] == index ? value : 0.0f;
       }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(to + x + v * kLanes, sum[v]);
   }
   void gather_row(const View<4>& out, int64_t b, int64_t y, float* line) const {
     std::fill(line, line + paths.row, 0.0f);
-    for (int64_t d = 0; d < paths.count; ++d)
-      along(paths.row, [&](int64_t x, auto vectors) { this->template gather<vectors>(d, y, x, line); });
+    for (int64_t d = 0; d < paths.count; ++d) gather(d, y, line);
     for (int64_t x = 0; x < paths.width; ++x) line[x] = 0.0f - line[x];
     store_row(out, b, 0, y, line);
   }
