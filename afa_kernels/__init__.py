@@ -33,6 +33,7 @@ from .ops.bilateral import (
 )
 from .ops.diffusion import diffuse
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
+from .ops.path_affinity import path_affinity, propagate_to_edge
 from .ops.random_walk import random_walk, random_walk_with_background
 
 __version__ = "0.1.0"
@@ -59,6 +60,8 @@ __all__ = [
     "pamr_weights",
     "par",
     "par_weights",
+    "path_affinity",
+    "propagate_to_edge",
     "random_walk",
     "random_walk_with_background",
     "self_check",

@@ -55,6 +55,7 @@ OPERATORS = {
         [(BATCH, 9, HEIGHT, WIDTH), (BATCH, 3, HEIGHT, WIDTH)],
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),
     ),
+    "path_affinity": ([(BATCH, 1, HEIGHT, WIDTH)], lambda edge: afa_kernels.path_affinity(edge, 3)),
 }
 
 

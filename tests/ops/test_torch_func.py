@@ -46,6 +46,11 @@ OPERATORS = {
             a, c, torch.tensor([[1, 0]], device=a.device), (0.3, 0.5), RADIUS
         ),
     ),
+    "path_affinity": (((1, 1, HEIGHT, WIDTH),), lambda e: afa_kernels.path_affinity(e, 3)),
+    "propagate_to_edge": (
+        (MASKS, (1, 1, HEIGHT, WIDTH)),
+        lambda c, e: afa_kernels.propagate_to_edge(c, e, 3, 2, 1),
+    ),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }

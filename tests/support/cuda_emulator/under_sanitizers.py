@@ -115,6 +115,17 @@ def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
     native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
 
 
+def run_path(native, grid: tuple, kind: str) -> None:
+    height, width, radius = grid
+    edge, grad_edge = (floats(2, 1, height, width, kind=kind) for _ in range(2))
+    for reach in (radius - 1, radius):  # without the ring that is outside of the disc, and with it
+        window = np.zeros((2, (2 * reach + 1) ** 2, height, width), edge.dtype)
+        inputs = view(edge), view(window), radius, reach
+        native.path_affinity_cuda(*inputs, 0, 0)
+        scratch = scratch_of(native.path_affinity_gradient_cuda_workspace(*inputs))
+        native.path_affinity_gradient_cuda(*inputs, view(grad_edge), scratch.ctypes.data, 0, 0)
+
+
 CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (6, 5, 2, 130)]  # points, dims, images, channels
 
 
@@ -197,6 +208,8 @@ def main(sanitizer: str, fault: str | None = None) -> None:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
             for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
+        for grid, kind in zip([(5, 33, 3)] if races else [*GRIDS[1:], (18, 33, 4)], kinds[::-1] + kinds):
+            run_path(emulator.native, grid, kind)
         for turn, cloud in enumerate(CLOUDS[3:] if races else CLOUDS):
             run_lattice(emulator.native, cloud, transpose=bool(order + turn & 1))
         for count, bits in ((9001, 9),) if races else ((1, 1), (4097, 32), (9001, 9)):
