@@ -25,6 +25,7 @@ from .ops.affinity import (
 )
 from .ops.bilateral import DenseCRF, DenseEnergyLoss, bilateral_filter, dense_crf
 from .ops.diffusion import diffuse
+from .ops.feature_affinity import feature_affinity
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.random_walk import random_walk, random_walk_with_background
 
@@ -46,6 +47,7 @@ __all__ = [
     "dense_crf",
     "dense_to_window",
     "diffuse",
+    "feature_affinity",
     "pamr",
     "pamr_weights",
     "par",
