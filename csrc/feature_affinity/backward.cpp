@@ -101,7 +101,7 @@ static void add_taps(const FeatureRows& rows, const float* weight, int64_t weigh
       for (int i = 0; i < kOwn; ++i) share[i] = load(weight + (tap * kOwn + i) * kLanes);
 #pragma GCC unroll 12
       for (int c = 0; c < kChannels; ++c) {
-        const vfloat value = load(near + c * rows.row + tap);
+        const vfloat value = rounded(load(near + c * rows.row + tap));  // into a register: each sum would read it again
 #pragma GCC unroll 2
         for (int i = 0; i < kOwn; ++i) sum[i][c] += kL1 ? with_sign_of(share[i], pixel[i][c] - value) : share[i] * value;
       }

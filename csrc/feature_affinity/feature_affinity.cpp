@@ -54,7 +54,7 @@ static void add_terms(const float* own, const float* other, int64_t line, int64_
     for (int i = 0; i < kOwn; ++i) pixels[i] = load(own + i * line);
 #pragma GCC unroll 10
     for (int t = 0; t < kTaps; ++t) {
-      const vfloat near = load(other + t);
+      const vfloat near = rounded(load(other + t));  // into a register: each sum would read it again
 #pragma GCC unroll 3
       for (int i = 0; i < kOwn; ++i) sum[i][t] += kL1 ? abs_of(pixels[i] - near) : pixels[i] * near;
     }
