@@ -7,7 +7,7 @@
 // two runs of dx after the other, the rows that the tile reaches are in shared memory, a thread reads w of 4 pixels and 9 taps, which
 // serve all its channels, and sums in registers.
 // Floor: N * (2r+1)^2 * C multiply-adds, of "exp_l1" as many differences, signs and sums. Bound: these and shared memory.
-// Occupancy: feature_weights_kernel 256 x 6, feature_gradient_kernel 128 x 4 (threads x blocks a multiprocessor, by registers).
+// Occupancy: feature_weights_kernel 256 x 4, feature_gradient_kernel 128 x 4 (threads x blocks a multiprocessor, by registers).
 #include "feature_affinity/feature_tiles.cuh"
 
 namespace afa {
@@ -29,7 +29,7 @@ __device__ inline float element_at(const View<4>& view, int64_t b, int tap, int 
   return load_element(view.data, view.dtype, offset_of(view, b, tap, y) + x * view.stride[3]);
 }
 
-__global__ void __launch_bounds__(kWeightThreads, 6) feature_weights_kernel(const __grid_constant__ FeatureGradientArgs args) {
+__global__ void __launch_bounds__(kWeightThreads, 4) feature_weights_kernel(const __grid_constant__ FeatureGradientArgs args) {
   const FeatureGrid& grid = args.grid;
   const int64_t pixel = int64_t(blockIdx.x) * kWeightThreads + threadIdx.x;
   if (pixel >= grid.pixels()) return;
@@ -80,6 +80,30 @@ __device__ inline void stage(const FeatureGrid& grid, int64_t b, int channel, in
   }
 }
 
+// Adds a run of taps to the sums of the thread's channels and pixels. Of a run that is not whole some are past the last tap, where a
+// pixel outside the window may be no finite number: their weight of 0 must not meet it. A sign does not mind.
+template <bool kL1, bool kWhole>
+__device__ __forceinline__ void add_taps(const float (&weights)[kRun][kPixels], const float (&own)[kOwnChannels<kL1>][kPixels],
+                                         SharedArray<float> shared, int place, int taps, float (&sums)[kOwnChannels<kL1>][kPixels]) {
+#pragma unroll
+  for (int c = 0; c < kOwnChannels<kL1>; ++c) {
+    float near[kReached];
+#pragma unroll
+    for (int i = 0; i < kReached; ++i) near[i] = shared[place + c * kTileRows * kStagedColumns + i];
+#pragma unroll
+    for (int t = 0; t < kRun; ++t) {
+      if (!kWhole && t >= taps) break;
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        if (kL1)
+          sums[c][i] += with_sign_of(weights[t][i], own[c][i] - near[i + t]);
+        else
+          sums[c][i] = fmaf(weights[t][i], near[i + t], sums[c][i]);
+      }
+    }
+  }
+}
+
 template <bool kL1>
 __global__ void __launch_bounds__(kTileThreads, 4) feature_gradient_kernel(const __grid_constant__ FeatureGradientArgs args) {
   constexpr int kOwn = kOwnChannels<kL1>, kBlock = kOwn * kLayers, kRow = kTileRows * kStagedColumns;
@@ -112,22 +136,12 @@ __global__ void __launch_bounds__(kTileThreads, 4) feature_gradient_kernel(const
           if (first + run * kRun >= grid.side()) break;
           float weights[kRun][kPixels];
           read_weights(args, b, dy, first + run * kRun, y, x, weights);
-#pragma unroll
-          for (int c = 0; c < kOwn; ++c) {
-            float near[kReached];
-            const int place = (at.layer * kOwn + c) * kRow + at.row * kStagedColumns + at.column + run * kRun;
-#pragma unroll
-            for (int i = 0; i < kReached; ++i) near[i] = shared[place + i];
-#pragma unroll
-            for (int t = 0; t < kRun; ++t)
-#pragma unroll
-              for (int i = 0; i < kPixels; ++i) {
-                if (kL1)
-                  sums[c][i] += with_sign_of(weights[t][i], own[c][i] - near[i + t]);
-                else
-                  sums[c][i] = fmaf(weights[t][i], near[i + t], sums[c][i]);
-              }
-          }
+          const int place = at.layer * kOwn * kRow + at.row * kStagedColumns + at.column + run * kRun;
+          const int taps = grid.side() - first - run * kRun;
+          if (kL1 || taps >= kRun)
+            add_taps<kL1, true>(weights, own, shared, place, taps, sums);
+          else
+            add_taps<kL1, false>(weights, own, shared, place, taps, sums);
         }
       }
     }

@@ -61,7 +61,16 @@ def with_gradient(call, features, grad):
 # --- against the definition ---------------------------------------------------------------------------------
 
 
-SHAPES = [(1, 1, 1, 0), (2, 1, 1, 2), (5, 6, 5, 0), (3, 3, 9, 3), (70, 4, 3, 4), (2, 1, 17, 3), (20, 13, 2, 2), (9, 9, 37, 1)]
+SHAPES = [
+    (1, 1, 1, 0),
+    (2, 1, 1, 2),
+    (5, 6, 5, 0),
+    (3, 3, 9, 3),
+    (70, 4, 3, 4),
+    (2, 1, 17, 3),
+    (20, 13, 2, 2),
+    (9, 9, 37, 1),
+]
 
 
 @kinds
@@ -75,28 +84,28 @@ def test_affinity_against_matrices(rng, backend, kind, channels, height, width, 
 
 
 @kinds
-@pytest.mark.parametrize("channels, height, width, radius", [(1, 1, 1, 1), (5, 7, 10, 2), (70, 3, 4, 3), (33, 5, 35, 1)])
+@pytest.mark.parametrize(
+    "channels, height, width, radius", [(1, 1, 1, 1), (5, 7, 10, 2), (70, 3, 4, 3), (33, 5, 35, 1)]
+)
 def test_gradients_against_the_reference(rng, backend, kind, channels, height, width, radius):
     features = drawn(rng, 1, channels, height, width)
     grad = torch.randn(1, (2 * radius + 1) ** 2, height, width, generator=rng).to(DEVICE)
     _, got = with_gradient(lambda f: feature_affinity(f, radius, kind), features, grad)
-    _, wanted = with_gradient(
-        lambda f: feature_affinity(f, radius, kind, backend="reference"), features.double(), grad
-    )
+    _, wanted = with_gradient(lambda f: feature_affinity(f, radius, kind, backend="reference"), features.double(), grad)
     # Features of length 0 stand in front of a slope of 1e8 times 0.
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * (1 + float(wanted.abs().max())))
 
 
 @kinds
-def test_a_wide_window_and_all_registers(rng, kind):
+@pytest.mark.parametrize("channels, height, width, radius", [(130, 7, 18, 8), (65, 4, 33, 12)])
+def test_a_wide_window_and_all_registers(rng, kind, channels, height, width, radius):
     """Three rows and every number of taps and channels at once in the registers of the CPU's kernels."""
-    for channels, height, width, radius in ((130, 7, 18, 8), (65, 4, 33, 12)):
-        features = drawn(rng, 1, channels, height, width)
-        grad = torch.randn(1, (2 * radius + 1) ** 2, height, width, generator=rng).to(DEVICE)
-        got, mine = with_gradient(lambda f: feature_affinity(f, radius, kind), features, grad)
-        assert relative_error(got, windowed(features, radius, kind)) < 1e-5
-        call = lambda f: feature_affinity(f, radius, kind, backend="reference")  # noqa: E731
-        assert relative_error(mine, with_gradient(call, features.double(), grad)[1]) < 1e-5
+    features = drawn(rng, 1, channels, height, width)
+    grad = torch.randn(1, (2 * radius + 1) ** 2, height, width, generator=rng).to(DEVICE)
+    got, mine = with_gradient(lambda f: feature_affinity(f, radius, kind), features, grad)
+    assert relative_error(got, windowed(features, radius, kind)) < 1e-5
+    call = lambda f: feature_affinity(f, radius, kind, backend="reference")
+    assert relative_error(mine, with_gradient(call, features.double(), grad)[1]) < 1e-5
 
 
 @kinds
@@ -212,9 +221,9 @@ def test_half_precision_errs_no_more_than_twice_the_same_in_pytorch(rng, backend
 
 @kinds
 def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend, kind):
-    features = drawn(rng, 2, 5, 4, 6)
-    grad = torch.randn(2, 9, 4, 6, generator=rng).to(DEVICE)
-    copy, call = features.clone(), lambda f: feature_affinity(f, 1, kind)  # noqa: E731
+    features = drawn(rng, 1, 5, 4, 6)
+    grad = torch.randn(1, 9, 4, 6, generator=rng).to(DEVICE)
+    copy, call = features.clone(), lambda f: feature_affinity(f, 1, kind)
     wanted = with_gradient(call, features, grad)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         again = with_gradient(call, features, grad)
@@ -229,8 +238,7 @@ def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend, kind):
         back = grad.transpose(1, 3).contiguous().transpose(1, 3)
         assert relative_error(out, wanted[0]) < 1e-6
         assert relative_error(torch.autograd.grad(out, leaf, back)[0], wanted[1]) < 1e-5
-    expanded = features[:1].expand(3, -1, -1, -1)
-    assert relative_error(call(expanded), call(features[:1]).expand(3, -1, -1, -1)) < 1e-6
+    assert relative_error(call(features.expand(3, -1, -1, -1)), wanted[0].expand(3, -1, -1, -1)) < 1e-6
     assert torch.equal(features, copy)
 
 
@@ -238,7 +246,7 @@ def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend, kind):
 def test_images_of_a_batch_and_threads_do_not_matter(rng, kind):
     features = drawn(rng, 3, 20, 9, 13)
     grad = torch.randn(3, 49, 9, 13, generator=rng).to(DEVICE)
-    call = lambda f: feature_affinity(f, 3, kind)  # noqa: E731
+    call = lambda f: feature_affinity(f, 3, kind)
     together = with_gradient(call, features, grad)
     for b in range(3):
         alone = with_gradient(call, features[b : b + 1], grad[b : b + 1])
@@ -299,9 +307,10 @@ def test_gradcheck_of_the_reference(rng, kind):
 def test_compiles_in_one_graph(rng, backend):
     leaf = drawn(rng, 1, 3, 3, 4).requires_grad_()
     labels = torch.randint(2, (1, 3, 4), generator=rng).to(DEVICE)
+    some = KINDS if backend == "native" else KINDS[:1]  # tracing takes seconds
 
     def step(features):
-        windows = [feature_affinity(features, 1, kind) for kind in KINDS]
+        windows = [feature_affinity(features, 1, kind) for kind in some]
         return sum(afa_kernels.affinity_loss(window, labels, 1)[0] for window in windows)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -311,10 +320,13 @@ def test_compiles_in_one_graph(rng, backend):
     assert relative_error(mine, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["abs_dot", "exp_l1", "relu_dot"])
-@pytest.mark.parametrize("backend_name", [name for name in available("feature_affinity") if name != "reference"])
+REGISTERED = [(name, kind) for name in available("feature_affinity")[1:] for kind in ("abs_dot", "exp_l1")]
+
+
+@pytest.mark.parametrize("backend_name, kind", REGISTERED)
 def test_operators_are_registered_right(rng, backend_name, kind):
-    features = torch.randn(1, 3, 3, 4, generator=rng).to(DEVICE)
+    """Schema, fake tensors, autograd and tracing of the operator and of its gradient."""
+    features = torch.randn(1, 3, 2, 3, generator=rng).to(DEVICE)
     inputs = (features.clone().requires_grad_(), 1, kind, True, backend_name)
     torch.library.opcheck(torch.ops.afa.feature_affinity.default, inputs)
     affinity, slopes = torch.ops.afa.feature_affinity(features, 1, kind, True, backend_name)
@@ -332,9 +344,9 @@ def sizes(features: torch.Tensor, radius: int, kind: str, grad: torch.Tensor) ->
     products = windowed(wide, radius, "relu_dot")
     grad = grad.double().abs()
     ends = afa_kernels.window_to_dense(grad, radius)
-    reached = (ends + ends.transpose(1, 2)) @ (
-        torch.ones_like(wide) if kind == "exp_l1" else wide
-    ).flatten(2).transpose(1, 2)
+    reached = (ends + ends.transpose(1, 2)) @ (torch.ones_like(wide) if kind == "exp_l1" else wide).flatten(
+        2
+    ).transpose(1, 2)
     reached = reached.transpose(1, 2).view_as(wide)
     return (torch.ones_like(products) if kind == "exp_l1" else products), reached
 
@@ -350,7 +362,7 @@ def test_on_inputs_nobody_chose(backend, data):
     kind, dtype = draw.choice("kind", ["exp_l1", "relu_dot"]), draw.choice("dtype", DTYPES)
     features = draw.tensor("features", batch, channels, height, width, dtype=dtype, low=-1)
     grad = draw.random(batch, (2 * radius + 1) ** 2, height, width).to(DEVICE, dtype)
-    call = lambda f: feature_affinity(f, radius, kind)  # noqa: E731
+    call = lambda f: feature_affinity(f, radius, kind)
     with fuzzing.running(backend, draw.generator):
         got = with_gradient(call, features, draw.layout("grad", grad))
     with use_backend("reference"):

@@ -46,6 +46,8 @@ OPERATORS = {
             a, c, torch.tensor([[1, 0]], device=a.device), (0.3, 0.5), RADIUS
         ),
     ),
+    "feature_affinity": ((MASKS,), lambda f: afa_kernels.feature_affinity(f - 0.5, RADIUS)),
+    "feature_affinity exp_l1": ((MASKS,), lambda f: afa_kernels.feature_affinity(f, RADIUS, "exp_l1")),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }

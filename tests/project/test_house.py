@@ -40,6 +40,7 @@ ROOMS = {
         "compat",
         "ops/bilateral",
         "ops/random_walk",
+        "ops/feature_affinity",
         "ops/par",
         "ops/affinity",
         "ops/diffusion",

@@ -38,9 +38,7 @@ def _check_kind(kind: str) -> str:
     return kind
 
 
-def feature_affinity(
-    features: Tensor, radius: int, kind: str = "cos", *, backend: str | None = None
-) -> Tensor:
+def feature_affinity(features: Tensor, radius: int, kind: str = "cos", *, backend: str | None = None) -> Tensor:
     """Affinity of every pixel to its window by how alike their features are, without a matrix of N x N.
 
     Args:
@@ -83,11 +81,9 @@ def _window_shape(features: Tensor, taps: int) -> tuple[int, int, int, int]:
 
 
 @operator("feature_affinity")
-def _feature_affinity(
-    features: Tensor, radius: int, kind: str, keep: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The affinity, and the signs of the slopes of its taps from the middle one on, [B, (taps + 1) / 2, H, W]: empty unless
-    they are to be kept, and for "exp_l1", whose slopes the affinity tells.
+def _feature_affinity(features: Tensor, radius: int, kind: str, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The affinity, and the slopes of its taps from the middle one on, [B, (taps + 1) / 2, H, W]: empty unless they are
+    to be kept, and for "exp_l1", whose slopes the affinity tells.
     """
     return implementation(__package__, backend).feature_affinity(features, radius, kind, keep)
 
@@ -103,9 +99,7 @@ def _(features, radius, kind, keep, backend):
 
 
 @operator("feature_affinity_backward")
-def _gradient(
-    features: Tensor, slopes: Tensor, grad: Tensor, radius: int, kind: str, backend: str
-) -> Tensor:
+def _gradient(features: Tensor, slopes: Tensor, grad: Tensor, radius: int, kind: str, backend: str) -> Tensor:
     """slopes [B, (taps + 1) / 2, H, W]: dA/ds, of "exp_l1" times -C, which is A."""
     return implementation(__package__, backend).feature_affinity_backward(features, slopes, grad, radius, kind)
 

@@ -27,17 +27,13 @@ def feature_affinity(features: Tensor, radius: int, kind: str, keep: bool) -> tu
     return out, slopes
 
 
-def feature_affinity_backward(
-    features: Tensor, slopes: Tensor, grad: Tensor, radius: int, kind: str
-) -> Tensor:
+def feature_affinity_backward(features: Tensor, slopes: Tensor, grad: Tensor, radius: int, kind: str) -> Tensor:
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     case = view(features), radius, CODES[kind]
     inputs = *case, view(slopes), view(grad), view(out)
     if native_module.on_cuda(features):
         scratch = workspace(native.feature_affinity_backward_cuda_workspace(*case), features.device)
-        native.feature_affinity_backward_cuda(
-            *inputs, scratch.data_ptr(), *native_module.cuda_stream(features.device)
-        )
+        native.feature_affinity_backward_cuda(*inputs, scratch.data_ptr(), *native_module.cuda_stream(features.device))
         return out
     threads = torch.get_num_threads()
     scratch = workspace(native.feature_affinity_backward_cpu_workspace(*case, threads), features.device)

@@ -4,7 +4,7 @@
     A_ij = exp(-mean_c |f_i,c - f_j,c|)        "exp_l1"
     A_ij = max(f_i . f_j, 0)                   "relu_dot"        for |dy| <= r and |dx| <= r, j = i + (dy, dx)
 
-One tap after the other, so that memory holds the features of one at a time (autograd keeps the differences of "exp_l1").
+One tap after the other, so that memory holds the features of one at a time; autograd keeps the differences of "exp_l1".
 A_ij = A_ji: half of the taps are computed, the others are their mirror images.
 """
 
