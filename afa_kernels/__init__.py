@@ -32,6 +32,7 @@ from .ops.bilateral import (
     dense_crf,
 )
 from .ops.diffusion import diffuse
+from .ops.feature_affinity import feature_affinity
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.path_affinity import path_affinity, propagate_to_edge
 from .ops.random_walk import random_walk, random_walk_with_background
@@ -56,6 +57,7 @@ __all__ = [
     "dense_crf",
     "dense_to_window",
     "diffuse",
+    "feature_affinity",
     "pamr",
     "pamr_weights",
     "par",

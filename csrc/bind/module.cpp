@@ -28,5 +28,6 @@ PYBIND11_MODULE(_native, module) {
   afa::bind_affinity(module);
   afa::bind_random_walk(module);
   afa::bind_path_affinity(module);
+  afa::bind_feature_affinity(module);
   afa::bind_bilateral(module);
 }

@@ -53,6 +53,14 @@ def refined_and_slope(images: torch.Tensor, scores: torch.Tensor, **options) -> 
     return torch.cat([q.detach(), 10 * grad], 1)
 
 
+def affinity_and_slope(features: torch.Tensor, kind: str) -> torch.Tensor:
+    """A window of features and the gradient of its squares in one vector."""
+    leaf = features.detach().requires_grad_()
+    window = afa_kernels.feature_affinity(leaf, 4, kind)
+    (grad,) = torch.autograd.grad(window, leaf, window.detach())
+    return torch.cat([window.detach().flatten(), grad.flatten()])
+
+
 def make(name: str) -> Case:
     random = lambda *shape: torch.rand(shape, device="cuda")
     present = torch.rand(2, 5, device="cuda") > 0.3
@@ -104,6 +112,12 @@ def make(name: str) -> Case:
             "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
         ),
         "path_affinity": Case("path_affinity", lambda e: afa_kernels.path_affinity(e, 5), random(2, 1, 15, 37)),
+        "feature_affinity": Case(
+            "feature_affinity", lambda f: affinity_and_slope(f, "cos"), random(2, 40, 15, 20) - 0.5
+        ),
+        "feature_affinity exp_l1": Case(
+            "feature_affinity", lambda f: affinity_and_slope(f.half(), "exp_l1").float(), random(2, 40, 15, 20)
+        ),
         "lattice_filter": Case(
             "lattice_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
         ),
@@ -141,6 +155,8 @@ NAMES = [
     "bilateral_filter of place",
     "random_walk",
     "path_affinity",
+    "feature_affinity",
+    "feature_affinity exp_l1",
     "lattice_filter",
     "lattice_filter bfloat16",
     "dense_crf",

@@ -107,6 +107,8 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         "walk_weights_kernel",
         "path_window_kernel",
         "path_gather_kernel",
+        "feature_affinity_kernel",
+        "feature_gradient_kernel",
         "exact_kernel",
         "gaussian_kernel",
     }
@@ -178,8 +180,9 @@ def test_streaming_kernels_load_16_bytes_at_a_time(module, kernels):
 def test_no_product_is_fused_in_front_of_an_exponential(module, kernels, arch):
     """exp(a - max) where max is one of the rounded a: fused into the difference, a would not be rounded as max is."""
     has(kernels, arch)
-    # The bilateral filters' are of distances: nothing is taken off them.
-    code = {name: body for name, body in code_of(module, arch).items() if not name.startswith(("exact_", "gaussian_"))}
+    # The bilateral filters' and those of features are of distances: nothing is taken off them.
+    distances = "exact_", "gaussian_", "feature_"
+    code = {name: body for name, body in code_of(module, arch).items() if not name.startswith(distances)}
     before = {name: machine_code.before_exponentials(body) for name, body in code.items()}
     refine = [name for name in code if "par_weights_kernel" in name or "ParWeights" in name]
     assert len(refine) >= 6 and all(len(before[name]) >= 16 for name in refine)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 # Bytes of shared memory a block may have: GeForce of Ampere and Ada, which run the layouts of 8.0 (an A100 has 163 KB),
 # H100, and GeForce of Blackwell.
 SHARED = {"80": 99 << 10, "90": 227 << 10, "120": 99 << 10}
-NO_MAXIMUM = ("_exact_sums", "_gaussian_axis")  # exponentials of distances: nothing is taken off them
+NO_MAXIMUM = ("_exact_sums", "_gaussian_axis", "_window")  # exponentials of distances: nothing is taken off them
 FEW_WORDS = 32  # bytes; the assembler gives up a few to have twice the warps on a multiprocessor, which is its to weigh
 # Triton multiplies half precision on tensor cores from 8.0 on only; on Turing the CUDA kernels are the ones to use.
 

@@ -51,6 +51,10 @@ OPERATORS = {
         [(BATCH, 3, HEIGHT, WIDTH)] * 2,
         lambda images, values: afa_kernels.bilateral_filter(images.detach().float(), values, 0.5, 3),
     ),
+    "feature_affinity": (
+        [(BATCH, 3, HEIGHT, WIDTH)],
+        lambda f: torch.cat([afa_kernels.feature_affinity(f, RADIUS, kind) for kind in ("relu_dot", "exp_l1")]),
+    ),
     "random_walk": (
         [(BATCH, 9, HEIGHT, WIDTH), (BATCH, 3, HEIGHT, WIDTH)],
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),

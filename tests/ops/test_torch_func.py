@@ -51,6 +51,8 @@ OPERATORS = {
         (MASKS, (1, 1, HEIGHT, WIDTH)),
         lambda c, e: afa_kernels.propagate_to_edge(c, e, 3, 2, 1),
     ),
+    "feature_affinity": ((MASKS,), lambda f: afa_kernels.feature_affinity(f - 0.5, RADIUS)),
+    "feature_affinity exp_l1": ((MASKS,), lambda f: afa_kernels.feature_affinity(f, RADIUS, "exp_l1")),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }

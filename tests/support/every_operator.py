@@ -36,6 +36,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.random_walk(window, masks, radius, num_steps=2),
         afa_kernels.path_affinity(masks[:, :1], 4),
         afa_kernels.propagate_to_edge(masks, masks[:, 1:2], 3, 4, 1),
+        *(afa_kernels.feature_affinity(masks, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
     ]
     colours, probs = (255 * images).float(), masks.softmax(1)
     results += [
@@ -73,6 +74,8 @@ def smallest() -> None:
         afa_kernels.attention_affinity_loss(scores, scores, head, head, labels, radius)[0].backward()
         afa_kernels.window_affinity(scores, scores, head, head, 1, 1, radius).sum().backward()
         afa_kernels.affinity_from_maps(scores, head, head, 1, 1, radius).sum().backward()
+        for kind in ("cos", "exp_l1", "relu_dot"):
+            afa_kernels.feature_affinity(scores, radius, kind).sum().backward()
 
 
 class Everything(torch.utils.data.Dataset):

@@ -74,7 +74,7 @@ def as_trained(dtype: torch.dtype) -> None:
     query, key, head = leaf(1, heads, side**2, 64), leaf(1, heads, side**2, 64), (leaf(heads), leaf(1))
     labels = torch.randint(3, (1, side, side))
     maps, window, cams = leaf(1, heads, side**2, side**2), leaf(1, 289, side, side), leaf(1, 21, side, side)
-    images, masks = torch.rand(1, 3, 32, 32), leaf(1, 21, 32, 32)
+    images, masks, features = torch.rand(1, 3, 32, 32), leaf(1, 21, 32, 32), leaf(1, 256, side, side)
     for result in (
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
         afa_kernels.window_affinity(query, key, *head, side, side, radius),
@@ -82,6 +82,7 @@ def as_trained(dtype: torch.dtype) -> None:
         afa_kernels.affinity_loss(window, labels, radius)[0],
         afa_kernels.random_walk(window, cams, radius),
         afa_kernels.path_affinity(cams[:, :1], 5),
+        *(afa_kernels.feature_affinity(features, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
         afa_kernels.par(images, masks),
         afa_kernels.pamr(images, masks),
         afa_kernels.bilateral_filter(images, masks, 15, 50),

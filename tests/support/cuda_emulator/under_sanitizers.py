@@ -126,6 +126,19 @@ def run_path(native, grid: tuple, kind: str) -> None:
         native.path_affinity_gradient_cuda(*inputs, view(grad_edge), scratch.ctypes.data, 0, 0)
 
 
+def run_feature_affinity(native, grid: tuple, dtype: str, kind: int) -> None:
+    """Channels of two parts and a half, forward with slopes, and backward."""
+    height, width, radius = grid
+    taps = (2 * radius + 1) ** 2
+    features, grad_features = (floats(2, 37, height, width, kind=dtype) for _ in range(2))
+    out, slopes = (floats(2, count, height, width, kind=dtype) for count in (taps, (taps + 1) // 2))
+    kept = None if kind == 2 else view(slopes)
+    native.feature_affinity_cuda(view(features), radius, kind, view(out), kept, 0, 0)
+    scratch = scratch_of(native.feature_affinity_backward_cuda_workspace(view(features), radius, kind))
+    options = view(slopes), view(out), view(grad_features), scratch.ctypes.data, 0, 0
+    native.feature_affinity_backward_cuda(view(features), radius, kind, *options)
+
+
 CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (6, 5, 2, 130)]  # points, dims, images, channels
 
 
@@ -206,6 +219,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
             # Rows of 8 numbers are loaded otherwise than rows of 5; both in every type, but not on every grid.
             for kind in kinds if order == 0 else kinds[turn % len(kinds) :][:1]:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
+            run_feature_affinity(emulator.native, grid, kinds[turn % len(kinds)], turn % 3)
             for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
         for grid, kind in zip([(5, 33, 3)] if races else [*GRIDS[1:], (18, 33, 4)], kinds[::-1] + kinds):
