@@ -26,6 +26,7 @@ from .ops.affinity import (
 from .ops.bilateral import DenseCRF, DenseEnergyLoss, bilateral_filter, dense_crf
 from .ops.diffusion import diffuse
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
+from .ops.pcm import pcm
 from .ops.random_walk import random_walk, random_walk_with_background
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "pamr_weights",
     "par",
     "par_weights",
+    "pcm",
     "random_walk",
     "random_walk_with_background",
     "self_check",

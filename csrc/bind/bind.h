@@ -46,6 +46,7 @@ void bind_par(pybind11::module_& module);
 void bind_affinity(pybind11::module_& module);
 void bind_random_walk(pybind11::module_& module);
 void bind_bilateral(pybind11::module_& module);
+void bind_pcm(pybind11::module_& module);
 
 }  // namespace afa
 

@@ -28,4 +28,5 @@ PYBIND11_MODULE(_native, module) {
   afa::bind_affinity(module);
   afa::bind_random_walk(module);
   afa::bind_bilateral(module);
+  afa::bind_pcm(module);
 }
