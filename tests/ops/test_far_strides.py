@@ -51,6 +51,10 @@ OPERATORS = {
         [(BATCH, 3, HEIGHT, WIDTH)] * 2,
         lambda images, values: afa_kernels.bilateral_filter(images.detach().float(), values, 0.5, 3),
     ),
+    "pcm": (
+        [(BATCH, 3, HEIGHT, WIDTH), (BATCH, 5, HEIGHT, WIDTH)],
+        lambda cams, features: afa_kernels.pcm(cams, features - 0.5),
+    ),
     "random_walk": (
         [(BATCH, 9, HEIGHT, WIDTH), (BATCH, 3, HEIGHT, WIDTH)],
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),

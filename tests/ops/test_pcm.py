@@ -6,14 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.common import DEVICE, available, relative_error
-from support.running import EMULATED, running
+from support.cuda_emulator import build
+from support.cuda_emulator.operators import emulated
+from support.running import CHIPS, EMULATED_CHIPS, running
 
 import afa_kernels
 from afa_kernels import use_backend
 from afa_kernels.core import native_module
 
 
-@pytest.fixture(params=[*available("pcm"), *EMULATED])
+# NaN and infinity are what some tests are about; Triton's interpreter has NumPy multiply them.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
+
+
+@pytest.fixture(params=[*available("pcm"), *EMULATED_CHIPS])
 def backend(request):
     with running(request.param) as name:
         yield name
@@ -229,6 +235,21 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
         torch.set_num_threads(threads)
     for others in found[1:]:
         assert all(map(torch.equal, others, found[0]))
+
+
+@pytest.mark.skipif(not EMULATED_CHIPS, reason="no emulator here")
+def test_any_order_of_cuda_threads_gives_the_same_bits(rng):
+    """On chips that have several blocks share a tile's sums, and channels."""
+    case = random_case(rng, classes=40, depth=70, height=9, width=15)
+    grad = torch.randn(case[0].shape, generator=rng)
+    for chip in CHIPS.values():
+        found = []
+        for order in range(3):
+            with emulated(build.load("plain"), order) as emulator:
+                emulator.set_device(*chip)
+                found.append((afa_kernels.pcm(*case), *gradients(afa_kernels.pcm, case, grad)))
+        for others in found[1:]:
+            assert all(map(torch.equal, others, found[0]))
 
 
 @pytest.mark.skipif(native_module.native is None, reason="no native module")

@@ -46,6 +46,8 @@ OPERATORS = {
             a, c, torch.tensor([[1, 0]], device=a.device), (0.3, 0.5), RADIUS
         ),
     ),
+    # Centred: of positive features all cosines are, and nothing is cut off.
+    "pcm": (((1, 2, 2, 3), (1, 5, HEIGHT, WIDTH)), lambda c, f: afa_kernels.pcm(c, f - 0.5)),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }
