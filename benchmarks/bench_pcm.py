@@ -2,8 +2,8 @@
 matrix.
 
 "dense" is how it is commonly written: cosines of N x N by a matrix product, cut off at 0, divided by the sums of their
-columns, times the CAMs; autograd keeps several such matrices for the gradients. The floor takes each cosine once, a
-matrix of them being symmetric, forward and backward; the kernels form them again for the gradients rather than keep them.
+columns, times the CAMs; autograd keeps several such matrices for the gradients. The floor takes each cosine once,
+forward and backward, a matrix of them being symmetric; the kernels form them again for the gradients.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.common import DEVICE
-from support.fuzzing import DTYPES, EXTREMES, Draw, agree, backends, fuzz, running, without_limit
+from support.fuzzing import DTYPES, Draw, agree, backends, fuzz, running, without_limit
 
 import afa_kernels
 from afa_kernels.core import native_module

@@ -14,7 +14,6 @@ import afa_kernels
 from afa_kernels import use_backend
 from afa_kernels.core import native_module
 
-
 # NaN and infinity are what some tests are about; Triton's interpreter has NumPy multiply them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
@@ -326,7 +325,7 @@ def test_compiles_in_one_graph(rng, backend):
 
 @pytest.mark.parametrize("backend_name", [name for name in available("pcm") if name != "reference"])
 def test_operators_are_registered_right(rng, backend_name):
-    """Schema, fake tensors, autograd and tracing of the sums, with the channel of ones and without, and the gradient."""
+    """Schema, fake tensors, autograd and tracing of the sums, with a channel of ones and without, and the gradient."""
     cams, features = random_case(rng, 1, 2, 3, 3, 4)
     for ones in (False, True):
         leaves = [cams.clone().requires_grad_(), features.clone().requires_grad_()]

@@ -42,8 +42,8 @@ def pcm(cams: Tensor, features: Tensor, *, backend: str | None = None) -> Tensor
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
 
     Returns:
-        [B, K, H, W] in the dtype of cams: means of cams over the image, weighted by the cosine with each pixel; 0 where a
-        pixel's features are 0. Cosines and sums are float32. Gradients reach both inputs.
+        [B, K, H, W] in the dtype of cams: means of cams over the image, weighted by the cosine with each pixel; 0 where
+        a pixel's features are 0. Cosines and sums are float32. Gradients reach both inputs.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
