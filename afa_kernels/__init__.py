@@ -35,6 +35,7 @@ from .ops.diffusion import diffuse
 from .ops.feature_affinity import feature_affinity
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.path_affinity import path_affinity, propagate_to_edge
+from .ops.pcm import pcm
 from .ops.random_walk import random_walk, random_walk_with_background
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ __all__ = [
     "par",
     "par_weights",
     "path_affinity",
+    "pcm",
     "propagate_to_edge",
     "random_walk",
     "random_walk_with_background",

@@ -48,6 +48,7 @@ void bind_random_walk(pybind11::module_& module);
 void bind_path_affinity(pybind11::module_& module);
 void bind_feature_affinity(pybind11::module_& module);
 void bind_bilateral(pybind11::module_& module);
+void bind_pcm(pybind11::module_& module);
 
 }  // namespace afa
 

@@ -30,4 +30,5 @@ PYBIND11_MODULE(_native, module) {
   afa::bind_path_affinity(module);
   afa::bind_feature_affinity(module);
   afa::bind_bilateral(module);
+  afa::bind_pcm(module);
 }

@@ -118,6 +118,7 @@ def make(name: str) -> Case:
         "feature_affinity exp_l1": Case(
             "feature_affinity", lambda f: affinity_and_slope(f.half(), "exp_l1").float(), random(2, 40, 15, 20)
         ),
+        "pcm": Case("pcm", lambda c, f: afa_kernels.pcm(c, f - 0.5), random(2, 21, 15, 20), random(2, 192, 15, 20)),
         "lattice_filter": Case(
             "lattice_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
         ),
@@ -157,6 +158,7 @@ NAMES = [
     "path_affinity",
     "feature_affinity",
     "feature_affinity exp_l1",
+    "pcm",
     "lattice_filter",
     "lattice_filter bfloat16",
     "dense_crf",

@@ -55,6 +55,10 @@ OPERATORS = {
         [(BATCH, 3, HEIGHT, WIDTH)],
         lambda f: torch.cat([afa_kernels.feature_affinity(f, RADIUS, kind) for kind in ("relu_dot", "exp_l1")]),
     ),
+    "pcm": (
+        [(BATCH, 3, HEIGHT, WIDTH), (BATCH, 5, HEIGHT, WIDTH)],
+        lambda cams, features: afa_kernels.pcm(cams, features - 0.5),
+    ),
     "random_walk": (
         [(BATCH, 9, HEIGHT, WIDTH), (BATCH, 3, HEIGHT, WIDTH)],
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),

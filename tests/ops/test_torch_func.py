@@ -53,6 +53,8 @@ OPERATORS = {
     ),
     "feature_affinity": ((MASKS,), lambda f: afa_kernels.feature_affinity(f - 0.5, RADIUS)),
     "feature_affinity exp_l1": ((MASKS,), lambda f: afa_kernels.feature_affinity(f, RADIUS, "exp_l1")),
+    # Centred: of positive features all cosines are, and nothing is cut off.
+    "pcm": (((1, 2, 2, 3), (1, 5, HEIGHT, WIDTH)), lambda c, f: afa_kernels.pcm(c, f - 0.5)),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }

@@ -40,6 +40,7 @@ ROOMS = {
         "compat",
         "ops/bilateral",
         "ops/path_affinity",
+        "ops/pcm",
         "ops/random_walk",
         "ops/feature_affinity",
         "ops/par",

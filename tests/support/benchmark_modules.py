@@ -11,7 +11,15 @@ import pytest
 
 from support.common import ROOT
 
-TABLES = ("bench_par", "bench_affinity", "bench_path_affinity", "bench_random_walk", "bench_bilateral", "bench_feature_affinity")
+TABLES = (
+    "bench_par",
+    "bench_affinity",
+    "bench_path_affinity",
+    "bench_random_walk",
+    "bench_bilateral",
+    "bench_feature_affinity",
+    "bench_pcm",
+)
 REAL = (
     "boundary_scores",
     "imagenet_cams",

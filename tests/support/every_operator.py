@@ -21,7 +21,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
     images, masks, weights = leaf(2, 3, height, width).detach(), leaf(2, 5, height, width), leaf(2, 8, height, width)
     query, key = leaf(2, heads, height * width, 8), leaf(2, heads, height * width, 8)
     maps, head = leaf(2, heads, height * width, height * width), (leaf(heads), leaf(1))
-    window = leaf(2, (2 * radius + 1) ** 2, height, width)
+    window, features = leaf(2, (2 * radius + 1) ** 2, height, width), leaf(2, 19, height, width)
     labels = torch.randint(3, (2, height, width), generator=generator).to(DEVICE)
     grid = height, width, radius
     results = [
@@ -37,6 +37,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.path_affinity(masks[:, :1], 4),
         afa_kernels.propagate_to_edge(masks, masks[:, 1:2], 3, 4, 1),
         *(afa_kernels.feature_affinity(masks, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
+        afa_kernels.pcm(masks[:, :, ::2, ::2], features),
     ]
     colours, probs = (255 * images).float(), masks.softmax(1)
     results += [
@@ -46,7 +47,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.dense_crf(colours, probs, 2, bi_xy_std=8, bi_rgb_std=60),
     ]
     sum(result.float().square().sum() for result in results if result.requires_grad).backward()
-    gradients = [tensor.grad for tensor in (masks, query, key, maps, *head, window)]
+    gradients = [tensor.grad for tensor in (masks, query, key, maps, *head, window, features)]
     return [*(result.detach() for result in results), *gradients]
 
 
@@ -65,6 +66,7 @@ def smallest() -> None:
         afa_kernels.dense_crf(images, masks, 2, method=method).sum().backward()
     afa_kernels.bilateral_filter(images, masks, None, 100).sum().backward()
     scores, head = leaf(1, 1, 1, 1), leaf(1)
+    afa_kernels.pcm(masks, scores).sum().backward()
     labels = torch.zeros(1, 1, 1, dtype=torch.long, device=DEVICE)
     for radius in (0, 1):
         window = leaf(1, (2 * radius + 1) ** 2, 1, 1)

@@ -75,6 +75,7 @@ def as_trained(dtype: torch.dtype) -> None:
     labels = torch.randint(3, (1, side, side))
     maps, window, cams = leaf(1, heads, side**2, side**2), leaf(1, 289, side, side), leaf(1, 21, side, side)
     images, masks, features = torch.rand(1, 3, 32, 32), leaf(1, 21, 32, 32), leaf(1, 256, side, side)
+    images, masks, features = torch.rand(1, 3, 32, 32), leaf(1, 21, 32, 32), leaf(1, 192, side, side)
     for result in (
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
         afa_kernels.window_affinity(query, key, *head, side, side, radius),
@@ -83,6 +84,7 @@ def as_trained(dtype: torch.dtype) -> None:
         afa_kernels.random_walk(window, cams, radius),
         afa_kernels.path_affinity(cams[:, :1], 5),
         *(afa_kernels.feature_affinity(features, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
+        afa_kernels.pcm(cams, features),
         afa_kernels.par(images, masks),
         afa_kernels.pamr(images, masks),
         afa_kernels.bilateral_filter(images, masks, 15, 50),

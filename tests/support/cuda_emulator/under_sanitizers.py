@@ -192,6 +192,18 @@ def run_bilateral(native, shape: tuple, kind: str) -> None:
     native.gaussian_cuda(view(values), view(out), 1.5, scratch.ctypes.data, 0, 0)
 
 
+def run_pcm(native, shape: tuple, kind: str, ones: bool) -> None:
+    batch, classes, height, width = shape
+    values, features, gradient = (floats(batch, c, height, width, kind=kind) for c in (classes, 67, 67))
+    sums = floats(batch, classes + ones, height, width)
+    tensors = view(values), view(features), view(sums)
+    scratch = scratch_of(native.pcm_cuda_workspace(*tensors, 0))
+    native.pcm_cuda(*tensors, scratch.ctypes.data, 0, 0)
+    tensors = view(sums), view(values), view(features), view(gradient)
+    scratch = scratch_of(native.pcm_features_gradient_cuda_workspace(*tensors, 0))
+    native.pcm_features_gradient_cuda(*tensors, scratch.ctypes.data, 0, 0)
+
+
 def main(sanitizer: str, fault: str | None = None) -> None:
     emulator = load(sanitizer)
     if fault is not None:
@@ -215,6 +227,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
             run_par(emulator.native, shape, dilations, kind, transpose, (calls + calls // 4) % 4, steps)
             calls += 1
         run_bilateral(emulator.native, SHAPES[-2 + order], kinds[order])
+        run_pcm(emulator.native, (2, 3, 7, 13), kinds[order], ones=bool(order))
         for turn, grid in enumerate([(5, 13, 2)] if races else GRIDS):
             # Rows of 8 numbers are loaded otherwise than rows of 5; both in every type, but not on every grid.
             for kind in kinds if order == 0 else kinds[turn % len(kinds) :][:1]:
