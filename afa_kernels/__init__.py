@@ -27,6 +27,7 @@ from .ops.bilateral import DenseCRF, DenseEnergyLoss, bilateral_filter, dense_cr
 from .ops.diffusion import diffuse
 from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.random_walk import random_walk, random_walk_with_background
+from .ops.sinkhorn import sinkhorn
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "random_walk",
     "random_walk_with_background",
     "self_check",
+    "sinkhorn",
     "use_backend",
     "window_affinity",
     "window_to_dense",

@@ -45,6 +45,7 @@ void bind_diffusion(pybind11::module_& module);
 void bind_par(pybind11::module_& module);
 void bind_affinity(pybind11::module_& module);
 void bind_random_walk(pybind11::module_& module);
+void bind_sinkhorn(pybind11::module_& module);
 void bind_bilateral(pybind11::module_& module);
 
 }  // namespace afa

@@ -27,5 +27,6 @@ PYBIND11_MODULE(_native, module) {
   afa::bind_par(module);
   afa::bind_affinity(module);
   afa::bind_random_walk(module);
+  afa::bind_sinkhorn(module);
   afa::bind_bilateral(module);
 }

@@ -39,6 +39,7 @@ ROOMS = {
         "par_modules",
         "compat",
         "ops/bilateral",
+        "ops/sinkhorn",
         "ops/random_walk",
         "ops/par",
         "ops/affinity",
