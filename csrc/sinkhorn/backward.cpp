@@ -27,48 +27,49 @@ struct SinkhornGradient {
   // c or r after half step k at row y: 1 where nothing has been divided yet.
   const double* scale_row(int64_t k, int64_t y) const { return k < 0 ? ones + band.margin : band.at(step(scales, k), y); }
 
-  void begin_row(const double* kept, const View<4>& grads, int64_t b, int64_t y) const {
-    band.copy_row(args.affinity, b, y, window);
-    band.copy_row(grads, b, y, grad);
+  void begin(const double* kept, const View<4>& grads, int64_t b, int64_t part) const {
+    band.copy(args.affinity, b, part, window);
+    band.copy(grads, b, part, grad);
     for (int64_t k = 0; k < steps; ++k) {
-      band.clear(step(scales, k), y), band.clear(step(slopes, k), y);
-      const double* from = scale_of(args, kept, b, k) + y * band.width;
-      std::copy(from, from + band.width, band.at(step(scales, k), y));
+      band.clear(step(scales, k), part), band.clear(step(slopes, k), part);
+      for (int64_t y = band.first_row(part); y < band.end_row(part); ++y) {
+        const double* from = scale_of(args, kept, b, k) + y * band.width;
+        std::copy(from, from + band.width, band.at(step(scales, k), y));
+      }
     }
   }
-  // (G + G') / 2 of the pairs whose tap is behind the centre, to both places: no other row touches these.
-  void average_row(int64_t y) const {
-    for (int64_t dy = 0; dy <= band.last_dy(y); ++dy)
-      for (int64_t dx = dy > 0 ? -band.reach_x : 1; dx <= band.reach_x; ++dx) {
-        float *own = band.at(grad, dy, dx, y), *back = band.at(grad, -dy, -dx, y + dy) + dx;
-        for (int64_t x = band.first_x(dx); x < band.end_x(dx); ++x) own[x] = back[x] = float((double(own[x]) + back[x]) * 0.5);
-      }
+  // (G + G') / 2 of the pairs whose tap is behind the centre, to both places: no other block touches these.
+  void average(int64_t part) const {
+    for (int64_t dy = 0; dy <= band.reach_y; ++dy)
+      for (int64_t dx = dy > 0 ? -band.reach_x : 1; dx <= band.reach_x; ++dx)
+        for (int64_t y = band.first_y(part, dy); y < band.end_y(part, dy); ++y) {
+          float *own = band.at(grad, dy, dx, y), *back = band.at(grad, -dy, -dx, y + dy) + dx;
+          for (int64_t x = band.first_x(dx); x < band.end_x(dx); ++x) own[x] = back[x] = float((double(own[x]) + back[x]) * 0.5);
+        }
   }
   // u or v of half step k.
-  void step_row(int64_t k, int64_t y) const {
+  void step_back(int64_t k, int64_t part) const {
     double* sums = band.own_sums();
     const double* after = k + 1 < steps ? step(slopes, k + 1) : nullptr;
     if (k == steps - 1)
-      band.sum_row<true>(window, grad, step(scales, k - 1), y, sums);
+      band.sum_rows<true>(window, grad, step(scales, k - 1), part, sums);
     else if (k == steps - 2)
-      band.sum_column<true>(window, grad, after, step(scales, k + 1), y, sums);
+      band.sum_columns<true>(window, grad, after, step(scales, k + 1), part, sums);
     else if (k % 2 == 1)
-      band.sum_row<false>(window, nullptr, after, y, sums);
+      band.sum_rows<false>(window, nullptr, after, part, sums);
     else
-      band.sum_column<false>(window, nullptr, after, nullptr, y, sums);
-    const double* scale = scale_row(k, y);
-    double* slope = band.at(step(slopes, k), y);
-    for (int64_t x = 0; x < band.width; ++x) slope[x] = -(scale[x] * sums[x]) * scale[x];
-    if (k + 2 < steps && args.eps > 0) {
-      const double* later = band.at(step(slopes, k + 2), y);
-      for (int64_t x = 0; x < band.width; ++x) slope[x] += args.eps * later[x];
+      band.sum_columns<false>(window, nullptr, after, nullptr, part, sums);
+    for (int64_t y = band.first_row(part); y < band.end_row(part); ++y, sums += band.row) {
+      const double *scale = scale_row(k, y), *later = k + 2 < steps ? band.at(step(slopes, k + 2), y) : nullptr;
+      double* slope = band.at(step(slopes, k), y);
+      for (int64_t x = 0; x < band.width; ++x) slope[x] = -(scale[x] * sums[x]) * scale[x];
+      for (int64_t x = 0; x < band.width && later && args.eps > 0; ++x) slope[x] += args.eps * later[x];
     }
   }
-  void write_row(const View<4>& out, int64_t b, int64_t y) const {
-    const double* own_r = scale_row(steps - 1, y);
-    band.write_row(out, b, y, [&](int64_t dy, int64_t dx, float* to) {
+  void write(const View<4>& out, int64_t b, int64_t part) const {
+    band.write(out, b, part, [this](int64_t dy, int64_t dx, int64_t y, float* to) {
       const float* from = band.at(grad, dy, dx, y);
-      const double* other_c = scale_row(steps - 2, y + dy) + dx;
+      const double *other_c = scale_row(steps - 2, y + dy) + dx, *own_r = scale_row(steps - 1, y);
       for (int64_t x = 0; x < band.row; x += kDoubles) {
         vdouble sum = wide(from + x) * load(other_c + x) * load(own_r + x);
         for (int64_t k = 0; k < steps; k += 2) {
@@ -93,22 +94,22 @@ Status sinkhorn_gradient(const SinkhornArgs& args, const double* scales, const V
   if (!fits(args, grad) || !fits(args, out) || threads < 1) return Status::bad_argument;
   Arena arena(workspace);
   const SinkhornGradient run(args, threads, arena);
-  const int64_t height = run.band.height;
+  const int64_t blocks = run.band.blocks;
   for (int64_t b = 0; b < out.size[0]; ++b) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-      for (int64_t y = 0; y < height; ++y) run.begin_row(scales, grad, b, y);
+      for (int64_t part = 0; part < blocks; ++part) run.begin(scales, grad, b, part);
       if (args.symmetric) {
 #pragma omp for schedule(static)
-        for (int64_t y = 0; y < height; ++y) run.average_row(y);
+        for (int64_t part = 0; part < blocks; ++part) run.average(part);
       }
       for (int64_t k = run.steps - 1; k >= 0; --k) {
 #pragma omp for schedule(static)
-        for (int64_t y = 0; y < height; ++y) run.step_row(k, y);
+        for (int64_t part = 0; part < blocks; ++part) run.step_back(k, part);
       }
 #pragma omp for schedule(static)
-      for (int64_t y = 0; y < height; ++y) run.write_row(out, b, y);
+      for (int64_t part = 0; part < blocks; ++part) run.write(out, b, part);
     }
   }
   return Status::ok;

@@ -24,6 +24,12 @@
 #include "common/common.h"
 #include "common/cpu.h"
 
+#ifdef __CUDACC__
+#define AFA_SINKHORN_SHARED __host__ __device__
+#else
+#define AFA_SINKHORN_SHARED
+#endif
+
 namespace afa {
 
 struct SinkhornArgs {
@@ -43,6 +49,13 @@ static inline bool fits(const SinkhornArgs& args, const View<4>& out) {
 template <class T>
 static inline T* scale_of(const SinkhornArgs& args, T* scales, int64_t b, int64_t k) {
   return scales + (b * 2 * args.num_iter + k) * args.affinity.size[2] * args.affinity.size[3];
+}
+
+// 1 / (sum + eps / before). A column or row of zeros has eps / before alone, which with eps > 0 must not become so small that its
+// inverse is infinite: 0 times that is no number, and it stays 0.
+AFA_SINKHORN_SHARED static inline double renewed_scale(double sum, double before, double eps) {
+  const double scale = 1 / (eps > 0 ? sum + eps / before : sum);
+  return eps > 0 && scale > 1e300 ? 1e300 : scale;
 }
 
 // Workspaces in bytes, one image at a time, 64-byte aligned.
