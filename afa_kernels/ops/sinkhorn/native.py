@@ -31,8 +31,8 @@ def sinkhorn_gradient(
     inputs = view(affinity), scales.data_ptr(), view(grad), view(out), radius, num_iter, eps, symmetric
     if native_module.on_cuda(affinity):
         size = native.sinkhorn_gradient_cuda_workspace(view(affinity), radius, num_iter)
-        place = native_module.cuda_stream(affinity.device)
-        native.sinkhorn_gradient_cuda(*inputs, workspace(size, affinity.device).data_ptr(), *place)
+        scratch = workspace(size, affinity.device)
+        native.sinkhorn_gradient_cuda(*inputs, scratch.data_ptr(), *native_module.cuda_stream(affinity.device))
         return out
     threads = torch.get_num_threads()
     size = native.sinkhorn_gradient_cpu_workspace(view(affinity), radius, num_iter, threads)
