@@ -103,6 +103,7 @@ def make(name: str) -> Case:
         "random_walk": Case(
             "random_walk", lambda a, c: afa_kernels.random_walk(a, c, 4), random(2, 81, 15, 20), random(2, 6, 15, 20)
         ),
+        "sinkhorn": Case("sinkhorn", lambda a: afa_kernels.sinkhorn(a, 4, symmetric=True), random(2, 81, 15, 20)),
         "lattice_filter": Case(
             "lattice_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
         ),
@@ -139,6 +140,7 @@ NAMES = [
     "bilateral_filter",
     "bilateral_filter of place",
     "random_walk",
+    "sinkhorn",
     "lattice_filter",
     "lattice_filter bfloat16",
     "dense_crf",

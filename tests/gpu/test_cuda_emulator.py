@@ -32,7 +32,7 @@ def device(request, either):
 
 def test_the_emulator_leaves_with_its_block(emulator):
     """Every operator's calls have it within, and none after: what one first imported within would keep it."""
-    operators = "affinity", "bilateral", "diffusion", "par", "random_walk"
+    operators = "affinity", "bilateral", "diffusion", "par", "random_walk", "sinkhorn"
     names = [*(f"afa_kernels.ops.{name}.native" for name in operators), "afa_kernels.ops.bilateral.native_cuda"]
     with emulated(emulator):
         assert all(sys.modules[name].native is emulator.native for name in names)

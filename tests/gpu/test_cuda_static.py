@@ -105,6 +105,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         "product_kernel",
         "window_loss_kernel",
         "walk_weights_kernel",
+        "sinkhorn_sum_kernel",
         "exact_kernel",
         "gaussian_kernel",
     }

@@ -55,6 +55,7 @@ OPERATORS = {
         [(BATCH, 9, HEIGHT, WIDTH), (BATCH, 3, HEIGHT, WIDTH)],
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),
     ),
+    "sinkhorn": ([(BATCH, 9, HEIGHT, WIDTH)], lambda window: afa_kernels.sinkhorn(window, RADIUS, 2, symmetric=True)),
 }
 
 

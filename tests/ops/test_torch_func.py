@@ -46,6 +46,7 @@ OPERATORS = {
             a, c, torch.tensor([[1, 0]], device=a.device), (0.3, 0.5), RADIUS
         ),
     ),
+    "sinkhorn": ((WINDOW,), lambda a: afa_kernels.sinkhorn(a, RADIUS, 2, 0.1, symmetric=True)),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }

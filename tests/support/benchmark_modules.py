@@ -11,7 +11,7 @@ import pytest
 
 from support.common import ROOT
 
-TABLES = ("bench_par", "bench_affinity", "bench_random_walk", "bench_bilateral")
+TABLES = ("bench_par", "bench_affinity", "bench_random_walk", "bench_sinkhorn", "bench_bilateral")
 REAL = (
     "boundary_scores",
     "imagenet_cams",

@@ -34,6 +34,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
         afa_kernels.affinity_loss(window, labels, radius)[0],
         afa_kernels.random_walk(window, masks, radius, num_steps=2),
+        afa_kernels.sinkhorn(window, radius, 2, symmetric=True),
     ]
     colours, probs = (255 * images).float(), masks.softmax(1)
     results += [
@@ -66,6 +67,7 @@ def smallest() -> None:
     for radius in (0, 1):
         window = leaf(1, (2 * radius + 1) ** 2, 1, 1)
         afa_kernels.random_walk(window, masks, radius).sum().backward()
+        afa_kernels.sinkhorn(window, radius, 1, 0.1).sum().backward()
         afa_kernels.affinity_loss(window, labels, radius)[0].backward()
         afa_kernels.attention_affinity_loss(scores, scores, head, head, labels, radius)[0].backward()
         afa_kernels.window_affinity(scores, scores, head, head, 1, 1, radius).sum().backward()

@@ -81,6 +81,7 @@ def as_trained(dtype: torch.dtype) -> None:
         afa_kernels.affinity_from_maps(maps, *head, side, side, radius),
         afa_kernels.affinity_loss(window, labels, radius)[0],
         afa_kernels.random_walk(window, cams, radius),
+        afa_kernels.sinkhorn(window, radius, symmetric=True),
         afa_kernels.par(images, masks),
         afa_kernels.pamr(images, masks),
         afa_kernels.bilateral_filter(images, masks, 15, 50),

@@ -115,6 +115,18 @@ def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:
     native.random_walk_affinity_gradient_cuda(view(affinity), view(cams), view(out), view(grad_affinity), *options)
 
 
+def run_sinkhorn(native, grid: tuple, kind: str, symmetric: bool) -> None:
+    height, width, radius = grid
+    affinity, grad, out = (floats(2, (2 * radius + 1) ** 2, height, width, kind=kind) for _ in range(3))
+    for num_iter in (0, 2):
+        scales = np.zeros((2, 2 * num_iter, height, width))
+        options = radius, num_iter, 0.1, symmetric
+        native.sinkhorn_cuda(view(affinity), view(out), scales.ctypes.data, *options, 0, 0)
+        scratch = scratch_of(native.sinkhorn_gradient_cuda_workspace(view(affinity), radius, num_iter))
+        place = *options, scratch.ctypes.data, 0, 0
+        native.sinkhorn_gradient_cuda(view(affinity), scales.ctypes.data, view(grad), view(out), *place)
+
+
 CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (6, 5, 2, 130)]  # points, dims, images, channels
 
 
@@ -197,6 +209,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
                 run_affinity(emulator.native, grid, kind, depth=(8, 5)[order])
             for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
+                run_sinkhorn(emulator.native, grid, kind, symmetric=bool(order))
         for turn, cloud in enumerate(CLOUDS[3:] if races else CLOUDS):
             run_lattice(emulator.native, cloud, transpose=bool(order + turn & 1))
         for count, bits in ((9001, 9),) if races else ((1, 1), (4097, 32), (9001, 9)):
