@@ -37,6 +37,7 @@ from .ops.par import PAMR, PAR, pamr, pamr_weights, par, par_weights
 from .ops.path_affinity import path_affinity, propagate_to_edge
 from .ops.pcm import pcm
 from .ops.random_walk import random_walk, random_walk_with_background
+from .ops.sinkhorn import sinkhorn
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "random_walk",
     "random_walk_with_background",
     "self_check",
+    "sinkhorn",
     "use_backend",
     "window_affinity",
     "window_to_dense",

@@ -47,6 +47,7 @@ void bind_affinity(pybind11::module_& module);
 void bind_random_walk(pybind11::module_& module);
 void bind_path_affinity(pybind11::module_& module);
 void bind_feature_affinity(pybind11::module_& module);
+void bind_sinkhorn(pybind11::module_& module);
 void bind_bilateral(pybind11::module_& module);
 void bind_pcm(pybind11::module_& module);
 

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_native, module) {
   afa::bind_random_walk(module);
   afa::bind_path_affinity(module);
   afa::bind_feature_affinity(module);
+  afa::bind_sinkhorn(module);
   afa::bind_bilateral(module);
   afa::bind_pcm(module);
 }

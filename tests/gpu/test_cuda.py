@@ -119,6 +119,7 @@ def make(name: str) -> Case:
             "feature_affinity", lambda f: affinity_and_slope(f.half(), "exp_l1").float(), random(2, 40, 15, 20)
         ),
         "pcm": Case("pcm", lambda c, f: afa_kernels.pcm(c, f - 0.5), random(2, 21, 15, 20), random(2, 192, 15, 20)),
+        "sinkhorn": Case("sinkhorn", lambda a: afa_kernels.sinkhorn(a, 4, symmetric=True), random(2, 81, 15, 20)),
         "lattice_filter": Case(
             "lattice_filter", lambda x, v: afa_kernels.bilateral_filter(255 * x, v, 60, 20, "lattice"), images, masks
         ),
@@ -159,6 +160,7 @@ NAMES = [
     "feature_affinity",
     "feature_affinity exp_l1",
     "pcm",
+    "sinkhorn",
     "lattice_filter",
     "lattice_filter bfloat16",
     "dense_crf",

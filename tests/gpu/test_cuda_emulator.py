@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support.common import relative_error
+from support.common import ROOT, relative_error
 from support.cuda_emulator import build
 from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
@@ -32,7 +32,7 @@ def device(request, either):
 
 def test_the_emulator_leaves_with_its_block(emulator):
     """Every operator's calls have it within, and none after: what one first imported within would keep it."""
-    operators = "affinity", "bilateral", "diffusion", "par", "path_affinity", "random_walk", "feature_affinity", "pcm"
+    operators = sorted(path.parent.name for path in (ROOT / "afa_kernels" / "ops").glob("*/native.py"))
     names = [*(f"afa_kernels.ops.{name}.native" for name in operators), "afa_kernels.ops.bilateral.native_cuda"]
     with emulated(emulator):
         assert all(sys.modules[name].native is emulator.native for name in names)

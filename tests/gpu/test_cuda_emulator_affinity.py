@@ -1,4 +1,4 @@
-"""The affinity's and the random walk's CUDA sources, run thread by thread on the CPU: what their tests do not name."""
+"""CUDA sources of the affinity and of what takes its window, run thread by thread on the CPU: what their tests do not name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 from support.memory import reserved
 
-from afa_kernels import affinity_from_maps, affinity_loss, attention_affinity_loss, random_walk, window_affinity
+from afa_kernels import (
+    affinity_from_maps,
+    affinity_loss,
+    attention_affinity_loss,
+    random_walk,
+    sinkhorn,
+    window_affinity,
+)
 from afa_kernels.core import native_module
 
 pytestmark = ON_THE_EMULATOR
@@ -21,7 +28,7 @@ pytestmark = ON_THE_EMULATOR
 
 
 def everything(dtype: torch.dtype, depth: int = 16) -> list[torch.Tensor]:
-    """Every kernel of the affinity and the random walk, forward and backward, on one seed's inputs."""
+    """Every kernel of the affinity, the random walk and the Sinkhorn normalisation, forward and backward, on one seed's inputs."""
     generator = torch.Generator().manual_seed(0)
     height, width, radius = 9, 18, 3
     pixels = height * width
@@ -39,6 +46,7 @@ def everything(dtype: torch.dtype, depth: int = 16) -> list[torch.Tensor]:
         affinity_loss(window, labels, radius)[0],
         affinity_from_maps(maps, *head, height, width, radius),
         random_walk(window, cams, radius, num_steps=2),
+        sinkhorn(window, radius, 2, symmetric=True),
     ]
     sum(result.float().square().sum() for result in results).backward()
     return [*(result.detach() for result in results), *(leaf.grad for leaf in (query, key, *head, maps, cams))]

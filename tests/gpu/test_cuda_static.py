@@ -109,6 +109,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         "path_gather_kernel",
         "feature_affinity_kernel",
         "feature_gradient_kernel",
+        "sinkhorn_sum_kernel",
         "exact_kernel",
         "gaussian_kernel",
         "pcm_kernel",

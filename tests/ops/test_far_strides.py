@@ -64,6 +64,7 @@ OPERATORS = {
         lambda window, cams: afa_kernels.random_walk(window, cams, RADIUS, num_steps=2),
     ),
     "path_affinity": ([(BATCH, 1, HEIGHT, WIDTH)], lambda edge: afa_kernels.path_affinity(edge, 3)),
+    "sinkhorn": ([(BATCH, 9, HEIGHT, WIDTH)], lambda window: afa_kernels.sinkhorn(window, RADIUS, 2, symmetric=True)),
 }
 
 

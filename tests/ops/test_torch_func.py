@@ -55,6 +55,7 @@ OPERATORS = {
     "feature_affinity exp_l1": ((MASKS,), lambda f: afa_kernels.feature_affinity(f, RADIUS, "exp_l1")),
     # Centred: of positive features all cosines are, and nothing is cut off.
     "pcm": (((1, 2, 2, 3), (1, 5, HEIGHT, WIDTH)), lambda c, f: afa_kernels.pcm(c, f - 0.5)),
+    "sinkhorn": ((WINDOW,), lambda a: afa_kernels.sinkhorn(a, RADIUS, 2, 0.1, symmetric=True)),
     "window_to_dense": ((WINDOW,), lambda a: afa_kernels.window_to_dense(a, RADIUS)),
     "dense_to_window": (((1, PIXELS, PIXELS),), lambda d: afa_kernels.dense_to_window(d, *GRID)),
 }

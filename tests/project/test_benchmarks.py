@@ -18,7 +18,7 @@ def providing() -> torch.Tensor:
     return torch.ones(3)
 
 
-@pytest.mark.parametrize("table", ["affinity", "path_affinity", "random_walk", "feature_affinity", "pcm"])
+@pytest.mark.parametrize("table", ["affinity", "path_affinity", "random_walk", "feature_affinity", "pcm", "sinkhorn"])
 def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
     assert table in bench.run.tables()
     monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)

@@ -41,6 +41,7 @@ ROOMS = {
         "ops/bilateral",
         "ops/path_affinity",
         "ops/pcm",
+        "ops/sinkhorn",
         "ops/random_walk",
         "ops/feature_affinity",
         "ops/par",

@@ -20,6 +20,7 @@ TABLES = (
     "bench_feature_affinity",
     "bench_pcm",
 )
+TABLES = ("bench_par", "bench_affinity", "bench_random_walk", "bench_sinkhorn", "bench_bilateral")
 REAL = (
     "boundary_scores",
     "imagenet_cams",

@@ -38,6 +38,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.propagate_to_edge(masks, masks[:, 1:2], 3, 4, 1),
         *(afa_kernels.feature_affinity(masks, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
         afa_kernels.pcm(masks[:, :, ::2, ::2], features),
+        afa_kernels.sinkhorn(window, radius, 2, symmetric=True),
     ]
     colours, probs = (255 * images).float(), masks.softmax(1)
     results += [
@@ -72,6 +73,7 @@ def smallest() -> None:
         window = leaf(1, (2 * radius + 1) ** 2, 1, 1)
         afa_kernels.random_walk(window, masks, radius).sum().backward()
         afa_kernels.path_affinity(masks, radius + 1).sum().backward()
+        afa_kernels.sinkhorn(window, radius, 1, 0.1).sum().backward()
         afa_kernels.affinity_loss(window, labels, radius)[0].backward()
         afa_kernels.attention_affinity_loss(scores, scores, head, head, labels, radius)[0].backward()
         afa_kernels.window_affinity(scores, scores, head, head, 1, 1, radius).sum().backward()

@@ -85,6 +85,7 @@ def as_trained(dtype: torch.dtype) -> None:
         afa_kernels.path_affinity(cams[:, :1], 5),
         *(afa_kernels.feature_affinity(features, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
         afa_kernels.pcm(cams, features),
+        afa_kernels.sinkhorn(window, radius, symmetric=True),
         afa_kernels.par(images, masks),
         afa_kernels.pamr(images, masks),
         afa_kernels.bilateral_filter(images, masks, 15, 50),

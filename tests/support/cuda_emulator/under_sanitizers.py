@@ -139,6 +139,18 @@ def run_feature_affinity(native, grid: tuple, dtype: str, kind: int) -> None:
     native.feature_affinity_backward_cuda(view(features), radius, kind, *options)
 
 
+def run_sinkhorn(native, grid: tuple, kind: str, symmetric: bool) -> None:
+    height, width, radius = grid
+    affinity, grad, out = (floats(2, (2 * radius + 1) ** 2, height, width, kind=kind) for _ in range(3))
+    for num_iter in (0, 2):
+        scales = np.zeros((2, 2 * num_iter, height, width))
+        options = radius, num_iter, 0.1, symmetric
+        native.sinkhorn_cuda(view(affinity), view(out), scales.ctypes.data, *options, 0, 0)
+        scratch = scratch_of(native.sinkhorn_gradient_cuda_workspace(view(affinity), radius, num_iter))
+        place = *options, scratch.ctypes.data, 0, 0
+        native.sinkhorn_gradient_cuda(view(affinity), scales.ctypes.data, view(grad), view(out), *place)
+
+
 CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (6, 5, 2, 130)]  # points, dims, images, channels
 
 
@@ -235,6 +247,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
             run_feature_affinity(emulator.native, grid, kinds[turn % len(kinds)], turn % 3)
             for kind in kinds:
                 run_walk(emulator.native, grid, kind, transpose=bool(order))
+                run_sinkhorn(emulator.native, grid, kind, symmetric=bool(order))
         for grid, kind in zip([(5, 33, 3)] if races else [*GRIDS[1:], (18, 33, 4)], kinds[::-1] + kinds):
             run_path(emulator.native, grid, kind)
         for turn, cloud in enumerate(CLOUDS[3:] if races else CLOUDS):
