@@ -4,7 +4,7 @@
 // direction the maxima of the path's points, each a row of keys moved by an offset, stay in registers while the points pass, and go out
 // as a row of the tap's plane and, moved, of the opposite tap's in the row that the path leads to: every row of every plane is
 // written once, by one thread. Floor: the window written once. Bound: that, and a load and a maximum for each point of a path and
-// vector of pixels: half as long as the stores at radius 5, as long at radius 20.
+// vector of pixels: less than the stores at radius 5, as much at radius 10.
 #include <type_traits>
 
 #include "path_affinity/paths.h"

@@ -34,7 +34,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
         afa_kernels.affinity_loss(window, labels, radius)[0],
         afa_kernels.random_walk(window, masks, radius, num_steps=2),
-        afa_kernels.path_affinity(masks[:, :1], 4),
+        afa_kernels.path_affinity(masks[:, :1], 3),
         afa_kernels.propagate_to_edge(masks, masks[:, 1:2], 3, 4, 1),
         *(afa_kernels.feature_affinity(masks, radius, kind) for kind in ("cos", "exp_l1", "relu_dot")),
         afa_kernels.pcm(masks[:, :, ::2, ::2], features),
