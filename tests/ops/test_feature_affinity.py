@@ -154,6 +154,16 @@ def test_what_is_no_number_stays_with_the_pixels_that_reach_it(rng, backend, kin
     assert grad[:, :, ~reached].isfinite().all()
 
 
+@kinds
+def test_a_row_of_one_channel_does_not_meet_the_next(rng, kind):
+    """16 pixels fill whole vectors: what a tap reads past the last of them must not be the next channel's first."""
+    features = drawn(rng, 1, 6, 2, 16)
+    features[0, 3, 0, 3] = math.nan
+    features.requires_grad_()
+    grad = torch.autograd.grad(feature_affinity(features, 7, kind).nansum(), features)[0]
+    assert grad[..., 11:].isfinite().all() and grad[..., :11].isnan().any()
+
+
 # --- what it feeds ------------------------------------------------------------------------------------------
 
 
