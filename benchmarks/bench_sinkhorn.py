@@ -67,12 +67,18 @@ def side_cases(side: int, device: str, compiling: bool) -> list[Case]:
     both = {"dense": partial(dense_way, partial(with_gradient, dense_sinkhorn, dense, dense_grad), side)}
     both |= {name: partial(with_gradient, way, affinity, grad) for name, way in ways.items()}
     title, window = f"N={count}, {NUM_ITER} iterations, symmetric", 4.0 * affinity.numel()
-    # A product and a sum of each weight and half step, then its two factors; backwards also its share of each half step.
+    # A product and a sum of each weight and half step, two factors; backwards also its share of each half step.
     steps = 2 * NUM_ITER
     return [
         Case(title, forward, bytes=2 * window, operations=pairs(side) * (2.0 * steps + 2)),
         # The window and the gradient in, the result and its gradient out.
-        Case(f"{title}, with gradient", both, bytes=4 * window, operations=pairs(side) * (6.0 * steps + 8), tolerance=1e-4),
+        Case(
+            f"{title}, with gradient",
+            both,
+            bytes=4 * window,
+            operations=pairs(side) * (6.0 * steps + 8),
+            tolerance=1e-4,
+        ),
     ]
 
 

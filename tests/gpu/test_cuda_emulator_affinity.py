@@ -1,4 +1,4 @@
-"""CUDA sources of the affinity and of what takes its window, run thread by thread on the CPU: what their tests do not name."""
+"""CUDA sources of the affinity and of what takes its window, emulated on the CPU: what their tests do not name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = ON_THE_EMULATOR
 
 
 def everything(dtype: torch.dtype, depth: int = 16) -> list[torch.Tensor]:
-    """Every kernel of the affinity, the random walk and the Sinkhorn normalisation, forward and backward, on one seed's inputs."""
+    """Every kernel of the affinity, the random walk and Sinkhorn's, forward and backward, on one seed's inputs."""
     generator = torch.Generator().manual_seed(0)
     height, width, radius = 9, 18, 3
     pixels = height * width

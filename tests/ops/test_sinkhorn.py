@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.common import DEVICE, available, relative_error
-from support.fuzzing import DTYPES, EXTREMES, Draw, agree, fuzz, without_limit
-from support.fuzzing import backends as fuzzed_backends
-from support.fuzzing import running as fuzzed
 from support.running import EMULATED, running
 
 import afa_kernels
-from afa_kernels import sinkhorn, use_backend
+from afa_kernels import sinkhorn
 
+RADIUS = 1  # where a test does not say another
 KERNELS = [name for name in available("sinkhorn") if name != "reference"]
 
 
@@ -26,7 +23,7 @@ def backend(request):
         yield name
 
 
-def random_window(rng, batch=2, height=6, width=9, radius=2, dtype=torch.float32):
+def random_window(rng, batch=1, height=6, width=9, radius=RADIUS, dtype=torch.float32):
     return torch.rand(batch, (2 * radius + 1) ** 2, height, width, generator=rng).to(DEVICE, dtype)
 
 
@@ -57,13 +54,13 @@ def inside(height, width, radius):
 
 @pytest.mark.parametrize(
     "height, width, radius",
-    [(1, 1, 0), (1, 1, 2), (4, 5, 0), (3, 9, 4), (7, 3, 8), (1, 17, 3), (19, 1, 2), (13, 37, 3), (40, 70, 1)],
+    [(1, 1, 0), (1, 1, 2), (4, 5, 0), (3, 9, 4), (7, 3, 8), (1, 17, 3), (19, 1, 2), (13, 37, 2), (40, 70, 1)],
 )
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_window_against_matrices(rng, backend, height, width, radius, symmetric):
     if DEVICE == "cpu" and backend == "triton" and radius > 4:
         pytest.skip("Triton's interpreter takes too long for it; smaller windows take the same path")
-    affinity = random_window(rng, 1 if height * width > 1000 else 2, height, width, radius)
+    affinity = random_window(rng, 1 + (height * width < 50), height, width, radius)
     if height * width > 1000:  # as dense it would be large
         wanted = sinkhorn(affinity.double(), radius, symmetric=symmetric, backend="reference")
     else:
@@ -71,21 +68,22 @@ def test_window_against_matrices(rng, backend, height, width, radius, symmetric)
     assert relative_error(sinkhorn(affinity, radius, symmetric=symmetric), wanted) < 2e-7
 
 
-@pytest.mark.parametrize("num_iter", [0, 1, 2, 5])
-@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.5, 3.0])
+@pytest.mark.parametrize("num_iter", [1, 2, 5])
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 3.0])
 def test_iterations_and_eps(rng, backend, num_iter, eps):
     affinity = random_window(rng, height=4, width=7)
-    wanted = window_of(dense_sinkhorn(affinity, 2, num_iter, eps), affinity, 2)
-    assert relative_error(sinkhorn(affinity, 2, num_iter, eps), wanted) < 2e-7
+    wanted = window_of(dense_sinkhorn(affinity, RADIUS, num_iter, eps), affinity, RADIUS)
+    assert relative_error(sinkhorn(affinity, RADIUS, num_iter, eps), wanted) < 2e-7
 
 
 def test_no_iteration_copies_what_is_inside(rng, backend):
     affinity = random_window(rng, height=3, width=4)
-    wanted = torch.where(inside(3, 4, 2), affinity, 0)
-    got = sinkhorn(affinity, 2, 0)
+    wanted = torch.where(inside(3, 4, RADIUS), affinity, 0)
+    got = sinkhorn(affinity, RADIUS, 0)
     assert torch.equal(got, wanted) and got.data_ptr() != affinity.data_ptr()
-    dense = afa_kernels.window_to_dense(affinity, 2)
-    assert relative_error(sinkhorn(affinity, 2, 0, symmetric=True), window_of((dense + dense.mT) / 2, affinity, 2)) < 1e-7
+    dense = afa_kernels.window_to_dense(affinity, RADIUS)
+    averaged = window_of((dense + dense.mT) / 2, affinity, RADIUS)
+    assert relative_error(sinkhorn(affinity, RADIUS, 0, symmetric=True), averaged) < 1e-7
 
 
 def test_the_published_walk(rng, backend):
@@ -104,13 +102,13 @@ def test_the_published_walk(rng, backend):
 
 
 def test_rows_sum_to_one_and_columns_come_to_it(rng, backend):
-    affinity = random_window(rng) + 0.05
+    affinity = random_window(rng, 1, 4, 5, 2) + 0.05
     off = []
-    for num_iter in (1, 3, 8, 30):
+    for num_iter in (1, 3, 6, 12):
         dense = afa_kernels.window_to_dense(sinkhorn(affinity, 2, num_iter).double(), 2)
         assert float((dense.sum(2) - 1).abs().max()) < 1e-6
         off.append(float((dense.sum(1) - 1).abs().max()))
-    assert off[0] > 1e-2 and off[1] < off[0] and off[2] < off[1] / 2 and off[3] < off[2] / 2 and off[3] < 1e-3
+    assert off[0] > 1e-2 and off[1] < off[0] / 2 and off[2] < off[1] / 2 and off[3] < off[2] / 2 and off[3] < 1e-3
 
 
 def test_a_doubly_stochastic_window_is_left_as_it_is(backend):
@@ -126,16 +124,16 @@ def test_a_doubly_stochastic_window_is_left_as_it_is(backend):
 @pytest.mark.parametrize("num_iter", [0, 3])
 def test_symmetric_to_the_bit(rng, backend, dtype, num_iter):
     affinity = random_window(rng, height=7, width=13, dtype=dtype)
-    dense = afa_kernels.window_to_dense(sinkhorn(affinity, 2, num_iter, 0.01, symmetric=True), 2)
+    dense = afa_kernels.window_to_dense(sinkhorn(affinity, RADIUS, num_iter, 0.01, symmetric=True), RADIUS)
     assert torch.equal(dense, dense.mT) and dense.dtype == dtype
-    plain = afa_kernels.window_to_dense(sinkhorn(affinity, 2, num_iter, 0.01), 2)
+    plain = afa_kernels.window_to_dense(sinkhorn(affinity, RADIUS, num_iter, 0.01), RADIUS)
     assert not torch.equal(plain, plain.mT)
 
 
 @pytest.mark.parametrize("factor", [2.0**60, 2.0**-60, 3e30, 7e-31])
 def test_a_constant_factor_changes_nothing(rng, backend, factor):
     affinity = random_window(rng, height=4, width=7) + 0.1
-    got, wanted = sinkhorn(affinity * factor, 2), sinkhorn(affinity, 2)
+    got, wanted = sinkhorn(affinity * factor, RADIUS), sinkhorn(affinity, RADIUS)
     if math.log2(factor).is_integer():
         assert torch.equal(got, wanted)
     assert relative_error(got, wanted) < 2e-7
@@ -148,14 +146,12 @@ def test_a_constant_factor_changes_nothing(rng, backend, factor):
 def test_affinities_of_any_size_side_by_side(rng, backend, eps):
     """1e-38 beside 1e38: factors of either sign's exponents, which float32 does not hold."""
     affinity = random_window(rng, height=4, width=7) + 0.1
-    affinity = affinity * 10.0 ** torch.linspace(-36, 36, 25).view(25, 1, 1).roll(7, 0).to(affinity)
+    affinity = affinity * 10.0 ** torch.linspace(-36, 36, 9).view(9, 1, 1).roll(4, 0).to(affinity)
     affinity[:, :, 1] *= 1e-2
     leaf, grad = affinity.clone().requires_grad_(), torch.rand(affinity.shape, generator=rng).to(DEVICE)
     wide = affinity.double().requires_grad_()
-    got, wanted = sinkhorn(leaf, 2, 3, eps), sinkhorn(wide, 2, 3, eps, backend="reference")
-    assert torch.equal(wanted.detach(), window_of(dense_sinkhorn(affinity, 2, 3, eps), affinity, 2)) or relative_error(
-        wanted, window_of(dense_sinkhorn(affinity, 2, 3, eps), affinity, 2)
-    ) < 1e-12
+    got, wanted = sinkhorn(leaf, RADIUS, 3, eps), sinkhorn(wide, RADIUS, 3, eps, backend="reference")
+    assert relative_error(wanted, window_of(dense_sinkhorn(affinity, RADIUS, 3, eps), affinity, RADIUS)) < 1e-12
     torch.testing.assert_close(got.double(), wanted, rtol=2e-7, atol=1e-37)
     (mine,) = torch.autograd.grad(got, leaf, grad)
     (theirs,) = torch.autograd.grad(wanted, wide, grad.double())
@@ -226,16 +222,16 @@ def test_what_taps_outside_the_image_hold_plays_no_part(rng, backend):
 def test_gradients_against_the_reference(rng, backend, num_iter, eps, symmetric):
     leaf = random_window(rng, height=5, width=7).requires_grad_()
     grad = torch.randn(leaf.shape, generator=rng).to(DEVICE)
-    (got,) = torch.autograd.grad(sinkhorn(leaf, 2, num_iter, eps, symmetric=symmetric), leaf, grad)
+    (got,) = torch.autograd.grad(sinkhorn(leaf, RADIUS, num_iter, eps, symmetric=symmetric), leaf, grad)
     wide = leaf.detach().double().requires_grad_()
-    reference = sinkhorn(wide, 2, num_iter, eps, symmetric=symmetric, backend="reference")
+    reference = sinkhorn(wide, RADIUS, num_iter, eps, symmetric=symmetric, backend="reference")
     assert relative_error(got, torch.autograd.grad(reference, wide, grad.double())[0]) < 5e-7
-    assert not got[:, ~inside(5, 7, 2)].any()
+    assert not got[:, ~inside(5, 7, RADIUS)].any()
 
 
-@pytest.mark.parametrize("height, width, radius", [(1, 1, 1), (3, 9, 4), (1, 17, 3), (14, 37, 3), (41, 70, 1)])
+@pytest.mark.parametrize("height, width, radius", [(1, 1, 1), (3, 9, 4), (1, 17, 3), (14, 37, 2), (41, 70, 1)])
 def test_gradients_of_other_shapes(rng, backend, height, width, radius):
-    leaf = random_window(rng, height=height, width=width, radius=radius).requires_grad_()
+    leaf = random_window(rng, 1 + (width == 9), height, width, radius).requires_grad_()
     grad = torch.randn(leaf.shape, generator=rng).to(DEVICE)
     (got,) = torch.autograd.grad(sinkhorn(leaf, radius, 2, 0.1, symmetric=True), leaf, grad)
     wide = leaf.detach().double().requires_grad_()
@@ -245,7 +241,7 @@ def test_gradients_of_other_shapes(rng, backend, height, width, radius):
 
 def test_the_gradient_has_no_part_along_a_constant_factor(rng, backend):
     leaf = (random_window(rng, height=4, width=7) + 0.1).requires_grad_()
-    (got,) = torch.autograd.grad(sinkhorn(leaf, 2).square().sum(), leaf)
+    (got,) = torch.autograd.grad(sinkhorn(leaf, RADIUS).square().sum(), leaf)
     along = got.double() * leaf.detach()
     assert abs(float(along.sum())) < 1e-6 * float(along.abs().sum())
 
@@ -253,7 +249,7 @@ def test_the_gradient_has_no_part_along_a_constant_factor(rng, backend):
 def test_gradcheck_of_the_reference(rng):
     leaf = random_window(rng, 1, 2, 3, 1, torch.float64).add(0.1).requires_grad_()
     for options in ({"num_iter": 2}, {"eps": 0.3, "symmetric": True}):
-        assert torch.autograd.gradcheck(lambda a: sinkhorn(a, 1, **options, backend="reference"), leaf)
+        assert torch.autograd.gradcheck(partial(sinkhorn, radius=1, **options, backend="reference"), leaf)
 
 
 # --- types, modes, bad input --------------------------------------------------------------------------------
@@ -263,10 +259,10 @@ def test_gradcheck_of_the_reference(rng):
 def test_half_precision_is_rounded_once(rng, backend, dtype):
     leaf = random_window(rng, dtype=dtype).requires_grad_()
     grad = random_window(rng, dtype=dtype)
-    got = sinkhorn(leaf, 2, symmetric=True)
+    got = sinkhorn(leaf, RADIUS, symmetric=True)
     (slope,) = torch.autograd.grad(got, leaf, grad)
     wide = leaf.detach().double().requires_grad_()
-    wanted = sinkhorn(wide, 2, symmetric=True, backend="reference")
+    wanted = sinkhorn(wide, RADIUS, symmetric=True, backend="reference")
     (wanted_slope,) = torch.autograd.grad(wanted, wide, grad.double())
     assert got.dtype == slope.dtype == dtype
     unit = torch.finfo(dtype).eps / 2
@@ -281,7 +277,7 @@ def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend):
 
     def both(affinity, grad):
         leaf = affinity.detach().requires_grad_()
-        out = sinkhorn(leaf, 2, eps=0.1, symmetric=True)
+        out = sinkhorn(leaf, RADIUS, eps=0.1, symmetric=True)
         return out.detach(), *torch.autograd.grad(out, leaf, grad)
 
     wanted = both(affinity, grad)
@@ -292,15 +288,15 @@ def test_any_stride_autocast_same_bits_inputs_untouched(rng, backend):
         assert all(torch.equal(*pair) for pair in zip(both(*case), wanted))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert all(torch.equal(*pair) for pair in zip(both(affinity, grad), wanted))
-    expanded = sinkhorn(affinity[:1].expand(3, -1, -1, -1), 2, eps=0.1, symmetric=True)
+    expanded = sinkhorn(affinity[:1].expand(3, -1, -1, -1), RADIUS, eps=0.1, symmetric=True)
     assert torch.equal(expanded, wanted[0][:1].expand(3, -1, -1, -1))
     assert torch.equal(affinity, copy)
 
 
 def test_images_of_a_batch_do_not_see_each_other(rng, backend):
     affinity = random_window(rng, batch=3)
-    together = sinkhorn(affinity, 2)
-    assert all(torch.equal(together[b : b + 1], sinkhorn(affinity[b : b + 1], 2)) for b in range(3))
+    together = sinkhorn(affinity, RADIUS)
+    assert all(torch.equal(together[b : b + 1], sinkhorn(affinity[b : b + 1], RADIUS)) for b in range(3))
 
 
 @pytest.mark.skipif("native" not in KERNELS or DEVICE != "cpu", reason="no native CPU kernels")
@@ -311,7 +307,7 @@ def test_the_number_of_threads_changes_no_bit(rng):
         for count in (1, 2, 5, 16):
             torch.set_num_threads(count)
             leaf = affinity.clone().requires_grad_()
-            out = sinkhorn(leaf, 2, symmetric=True, backend="native")
+            out = sinkhorn(leaf, RADIUS, symmetric=True, backend="native")
             results.append((out, *torch.autograd.grad(out, leaf, grad)))
     finally:
         torch.set_num_threads(threads)
@@ -349,6 +345,7 @@ def test_bad_input_names_the_argument(argument, value, error):
         sinkhorn(**{**case, argument: value})
 
 
+@pytest.mark.parametrize("backend", available("sinkhorn")[:2], indirect=True)  # the others' graphs are the second's
 def test_compiles_in_one_graph(rng, backend):
     leaf = random_window(rng, height=3, width=4, radius=1).requires_grad_()
 
@@ -372,36 +369,3 @@ def test_operators_are_registered_right(rng, backend_name):
     assert scales.shape == (1, 4, 3, 4) and scales.dtype == torch.float64
     inputs = (affinity, scales, affinity, 1, 0.1, True, backend_name)
     torch.library.opcheck(torch.ops.afa.sinkhorn_gradient.default, inputs)
-
-
-# --- inputs nobody chose ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", fuzzed_backends("sinkhorn"))
-@without_limit
-@fuzz
-@given(st.data())
-def test_fuzz(backend, data):
-    draw = Draw(data)
-    radius, height, width = draw.integer("radius", 0, 6), draw.integer("h", 1, 12), draw.integer("w", 1, 20)
-    shape = draw.integer("B", 1, 2), (2 * radius + 1) ** 2, height, width
-    extremes = [*(value for value in EXTREMES if not value < 0), 1.0]
-    affinity = draw.tensor("affinity", *shape, dtype=draw.choice("affinity", DTYPES), extremes=extremes)
-    options = draw.integer("num_iter", 0, 4), draw.choice("eps", [0.0, 1e-4, 0.1])
-    symmetric = draw.flag("symmetric")
-    grad = draw.layout("grad", draw.random(*shape).to(DEVICE, affinity.dtype)) if draw.flag("backward") else None
-
-    def run(affinity):
-        leaf = affinity.detach().requires_grad_(grad is not None)
-        out = sinkhorn(leaf, radius, *options, symmetric=symmetric)
-        return [out.detach(), *([] if grad is None else torch.autograd.grad(out, leaf, grad.to(out.dtype)))]
-
-    with fuzzed(backend, draw.generator):
-        got = run(affinity)
-    with use_backend("reference"):
-        want, wide = run(affinity), run(affinity.double())
-    agree(got[0], want[0], want[0].abs(), 1e-6)
-    if grad is not None and wide[1].isfinite().all() and wide[0].isfinite().all():
-        # Terms of the size of result / affinity cancel.
-        size = (wide[1].abs().flatten(1).amax(1)).view(-1, 1, 1, 1).expand(shape)
-        agree(got[1], want[1], size, 1e-6)

@@ -13,7 +13,7 @@ the half steps backwards on vectors too: with G = dL/dT,
     gc_j <- sum_i r_i A_ij G_ij,   gr_i <- sum_j A_ij c_j G_ij                   of the last of each, and
     u_i = -r_i^2 gr_i is dL/d(sum_j A_ij c_j) of a half step over rows, adds A' u to gc and eps u to u of the one before
     v_j = -c_j^2 gc_j, over columns, adds A v to gr, and eps v to v of the one before
-    dL/dA_ij = r_i c_j G_ij + the sum over half steps of u_i c_j (rows) and r_i v_j (columns), r and c those it was given
+    dL/dA_ij = r_i c_j G_ij + sums over half steps of u_i c_j (rows) and r_i v_j (columns), r and c those it was given
 """
 
 from __future__ import annotations

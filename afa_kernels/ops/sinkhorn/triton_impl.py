@@ -151,7 +151,7 @@ def _gradient(
 
 def _launch(affinity: Tensor, radius: int) -> tuple[tuple[int, int], dict[str, int]]:
     batch, _, height, width = affinity.shape
-    pixels = 4096 if interpreted() else 128
+    pixels = min(4096, triton.next_power_of_2(height * width)) if interpreted() else 128
     return (triton.cdiv(height * width, pixels), batch), {"RADIUS": radius, "PIXELS": pixels}
 
 
