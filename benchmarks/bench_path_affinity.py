@@ -32,8 +32,8 @@ Groups = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def groups_of(height: int, width: int, radius: int, device: str) -> Groups:
-    """For each number of points: those of all paths [pairs, points], as indices into the map, and where the window, flat,
-    holds both taps of each pair.
+    """For each number of points: those of all paths [pairs, points], as indices into the map, and where the window,
+    flat, holds both taps of each pair.
     """
     numbers, side, found = torch.arange(height * width).view(height, width), 2 * radius + 1, {}
     for dy, dx in directions(radius, height - 1, width - 1):

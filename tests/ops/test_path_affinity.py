@@ -49,7 +49,7 @@ def search_paths(radius: int) -> list[list[tuple[int, int]]]:
 
 
 def ends(points, height, width):
-    """The pixels that the paths of one direction start from and lead to, and all their points: [n], [n], [points, n]."""
+    """The pixels that the paths of one direction start from and lead to, and their points: [n], [n], [points, n]."""
     (dy, dx), numbers = points[0], torch.arange(height * width).view(height, width)
     left, right = max(0, -dx), max(0, dx)
     here = [numbers[py : height - dy + py, left + px : width - right + px].flatten() for py, px in [(0, 0), *points]]
