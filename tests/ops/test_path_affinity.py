@@ -10,6 +10,7 @@ from support.running import EMULATED_CHIPS, running
 
 import afa_kernels
 from afa_kernels import path_affinity, propagate_to_edge, use_backend
+from afa_kernels.ops.path_affinity import native as path_native
 from afa_kernels.ops.path_affinity.reference import path
 
 BACKENDS = available("path_affinity")
@@ -48,7 +49,7 @@ def search_paths(radius: int) -> list[list[tuple[int, int]]]:
 
 
 def ends(points, height, width):
-    """The pixels that one direction's paths start from and lead to, and all their points: [n], [n], [points, n]."""
+    """The pixels that the paths of one direction start from and lead to, and their points: [n], [n], [points, n]."""
     (dy, dx), numbers = points[0], torch.arange(height * width).view(height, width)
     left, right = max(0, -dx), max(0, dx)
     here = [numbers[py : height - dy + py, left + px : width - right + px].flatten() for py, px in [(0, 0), *points]]
@@ -295,6 +296,20 @@ def test_an_image_does_not_hear_of_the_others(rng, backend):
     edge, grad = random_edge(rng, 3, 5, 7), torch.randn(3, 25, 5, 7, generator=rng).to(DEVICE)
     alone = path_affinity(edge[1:2], 2), gradient(edge[1:2], 2, grad[1:2])
     assert torch.equal(path_affinity(edge, 2)[1:2], alone[0]) and torch.equal(gradient(edge, 2, grad)[1:2], alone[1])
+
+
+@pytest.mark.parametrize("kernels", ["native"] * ("native" in BACKENDS) + EMULATED_CHIPS[:2])
+def test_what_scratch_memory_held_plays_no_part(rng, kernels, monkeypatch):
+    """Neither NaN nor 255, but numbers of points and slopes that are as good as any other."""
+    edge, grad = random_edge(rng, 2, 5, 7), torch.randn(2, 49, 5, 7, generator=rng).to(DEVICE)
+    wanted, alike = gradient(edge, 3, grad, "reference"), torch.tensor([0, 1, 2, 0x41], dtype=torch.uint8)
+
+    def used(size: int, device: torch.device) -> torch.Tensor:
+        return alike[torch.randint(4, (max(size, 1),), generator=rng)].to(device)
+
+    monkeypatch.setattr(path_native, "workspace", used)
+    with running(kernels):
+        assert relative_error(gradient(edge, 3, grad), wanted) < 1e-6
 
 
 @pytest.mark.skipif("native" not in BACKENDS or DEVICE != "cpu", reason="no native CPU kernels")
