@@ -1,4 +1,4 @@
-// Affinity along straight paths over an edge map (IRN, Eq. 2):
+// Affinity along straight paths over an edge map (IRN):
 //
 //   A_ij = 1 - max of edge over the path from i to j = i + (dy, dx),   dy^2 + dx^2 < radius^2
 //

@@ -1,4 +1,4 @@
-// The pixel correlation module (SEAM, Sec. 3.4): sums over all pairs of pixels of an image,
+// The pixel correlation module (SEAM): sums over all pairs of pixels of an image,
 //
 //   out_j = sum_i a_ij values_i,   a_ij = max(f_i . f_j, 0)
 //

@@ -46,7 +46,7 @@ def feature_affinity(features: Tensor, radius: int, kind: str = "cos", *, backen
         radius: of the square window, in pixels, at least 0; it may reach across the whole grid.
         kind: ``"cos"``, |cos(f_i, f_j)|, features shorter than 1e-8 divided by that (ToCo: Ru et al., CVPR 2023, whose
             patch token contrast takes absolute cosines); ``"exp_l1"``, exp(-mean_c |f_i,c - f_j,c|) (AffinityNet: Ahn
-            and Kwak, CVPR 2018, Eq. 2 with the L1 norm; its public code takes the mean over channels, as here);
+            and Kwak, CVPR 2018, with the L1 norm; its public code takes the mean over channels, as here);
             ``"relu_dot"``, max(f_i . f_j, 0) (the pixel correlation of SEAM: Wang et al., CVPR 2020, within a window,
             when the features have been normalised before).
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.

@@ -1,5 +1,5 @@
 """Affinity along straight paths over an edge map, and class activation spread along it (IRN: Ahn, Cho, Kwak, CVPR 2019,
-"Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", Sec. 4.2 and 5.1).
+"Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations").
 
     A_ij = 1 - max of edge over the path from i to j,   j within the radius of i
     T_ij = A_ij^beta / sum_k A_kj^beta,   out = cams (1 - edge) T^(2^exp_times)
@@ -28,7 +28,7 @@ MOST_SQUARINGS = MOST_STEPS.bit_length() - 1
 
 
 def path_affinity(edge: Tensor, radius: int, *, backend: str | None = None) -> Tensor:
-    """Affinity of each pixel to its window, by the strongest edge on the straight path between the two (IRN, Eq. 2).
+    """Affinity of each pixel to its window, by the strongest edge on the straight path between the two (IRN).
 
     A_ij = 1 - max of edge over the path from i to j = i + (dy, dx), both of them included, for
     dy^2 + dx^2 < radius^2. A path has all whole points of the box between its ends whose distance from the line through
@@ -65,7 +65,7 @@ def propagate_to_edge(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Spread class activation maps up to the edges around them (IRN, Eq. 8 and 9).
+    """Spread class activation maps up to the edges around them, as IRN does.
 
     With A of `path_affinity`, T_ij = A_ij^beta / sum_k A_kj^beta: the result is (cams * (1 - edge)) T^(2^exp_times),
     the maps as row vectors. T is applied 2^exp_times times to the window, which costs

@@ -1,6 +1,6 @@
 """Affinity along straight paths in plain PyTorch: the oracle of the other backends.
 
-    A_ij = 1 - max of edge over the path from i to j = i + (dy, dx),   dy^2 + dx^2 < radius^2        (IRN, Eq. 2)
+    A_ij = 1 - max of edge over the path from i to j = i + (dy, dx),   dy^2 + dx^2 < radius^2        (IRN)
 
 The path of (dy, dx) has all whole points (py, px) of the box between the two pixels whose distance from the line
 through them is below 1. Where several of them hold the maximum, its gradient is that of the first, by descending

@@ -1,4 +1,4 @@
-"""The pixel correlation module of SEAM (Wang et al., CVPR 2020, Sec. 3.4): class activation maps averaged over all
+"""The pixel correlation module of SEAM (Wang et al., CVPR 2020): class activation maps averaged over all
 pixels that are alike.
 
     u_i = f_i / (|f_i| + 1e-5),   a_ij = max(u_i . u_j, 0),   out_j = sum_i cams_i a_ij / (sum_i a_ij + 1e-5)
@@ -32,7 +32,7 @@ EPS = 1e-5  # of norms and of sums
 
 
 def pcm(cams: Tensor, features: Tensor, *, backend: str | None = None) -> Tensor:
-    """Refine class activation maps by the likeness of all pairs of pixels (SEAM, Wang et al. 2020, Sec. 3.4).
+    """Refine class activation maps by the likeness of all pairs of pixels (SEAM, Wang et al., CVPR 2020).
 
     Args:
         cams: [B, K, h, w], any range; resized to H x W (bilinear, aligned corners) where they are of another size.

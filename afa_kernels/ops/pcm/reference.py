@@ -2,7 +2,7 @@
 
     u_i = f_i / (|f_i| + 1e-5),   a_ij = max(u_i . u_j, 0),   out_j = sum_i cams_i a_ij / (sum_i a_ij + 1e-5)
 
-over all pairs of pixels of an image (SEAM, Sec. 3.4), the matrix a of N x N formed. CAMs of another size are
+over all pairs of pixels of an image (SEAM), the matrix a of N x N formed. CAMs of another size are
 resized to that of the features first, bilinear with aligned corners.
 """
 
