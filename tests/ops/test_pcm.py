@@ -310,11 +310,13 @@ def test_gradcheck_of_the_reference(rng):
         assert torch.autograd.gradcheck(afa_kernels.pcm, (small, leaves[1]))
 
 
-def test_compiles_in_one_graph(rng, backend):
+@pytest.mark.parametrize("backend_name", available("pcm"))
+def test_compiles_in_one_graph(rng, backend_name):
     leaves = [leaf.requires_grad_() for leaf in random_case(rng, height=3, width=4)]
 
     def step(cams, features):
-        return afa_kernels.pcm(cams[:, :, 1:, ::2], features) + afa_kernels.pcm(cams, features)
+        small = afa_kernels.pcm(cams[:, :, 1:, ::2], features, backend=backend_name)
+        return small + afa_kernels.pcm(cams, features, backend=backend_name)
 
     got, wanted = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), step(*leaves)
     assert relative_error(got, wanted) < 1e-6
