@@ -39,7 +39,7 @@ struct SinkhornArgs {
   bool symmetric = false;  // (T + T') / 2 is returned, and G is its gradient
 };
 
-// What holds for every device. 2^30 half steps of one pixel are 8 GB already.
+// What holds for every device.
 static inline bool fits(const SinkhornArgs& args, const View<4>& out) {
   const int64_t side = 2 * args.radius + 1;
   return args.radius >= 0 && args.affinity.size[1] == side * side && same_size(args.affinity, out) && !is_empty(out) &&
