@@ -28,7 +28,7 @@ from ...runtime.progress import in_threads
 from ...runtime.writing import whole, writable_folder
 from ..files import write_label
 from .downloads import Archive, obtain, unpack
-from .record import write_classes, write_labels, write_lines, write_vectors
+from .record import class_lines, write_labels, write_lines, write_vectors
 from .voc import list_path
 
 SPLITS = ("train", "val")
@@ -82,7 +82,7 @@ def prepare_coco(
         labels |= found
         empty = sum(not own for own in found.values())
         lines.append(f"COCO 2014 {split} in {root}: {len(found)} photographs with masks, {empty} of no class")
-    write_classes(root, names)
+    write_lines(root / "classes.txt", class_lines(names))
     write_labels(root, labels)
     write_vectors(root, labels, names)
     return [*lines, f"next: afa train --config coco --data.root {root}"]

@@ -28,7 +28,7 @@ from ..photographs import MAX_PIXELS
 from ..texts import lines_of
 from .labels import Said, given_classes, labels_of
 from .photographs import Names, Source, copy_photograph, digest, free_name, photographs_in
-from .record import Photograph, Record, read_record, write_classes, write_labels, write_lines
+from .record import Photograph, Record, class_lines, read_record, write_labels, write_lines
 from .split import validation_share
 
 TRAIN, VAL, REFUSED = "train_aug", "val", "refused.txt"
@@ -137,11 +137,15 @@ def prepare_folder(source: str | Path, root: str | Path, settings: FolderSetting
     refused += said.problems
     record.classes = _classes(record, said, settings, root)
     kept = _kept(said, record, settings, refused)
+    if not kept and not record.photographs:
+        raise DataError("source: no photograph can be taken", refused)
+    lines = class_lines(record.classes)  # what is wrong with a name is told before the work
     _place(record, said, kept, root)
     _split(record, settings, source, sources)
     record.settings |= {"val": settings.val, "seed": settings.seed}
     record.write(root)  # before the photographs: a run that is stopped leaves what it had planned
     added = _copy(record, root, settings, refused)
+    write_lines(root / "classes.txt", lines)
     return _written(record, root, added, refused)
 
 
@@ -308,7 +312,7 @@ def _copy(record: Record, root: Path, settings: FolderSettings, refused: list[st
 
 
 def _written(record: Record, root: Path, added: int, refused: list[str]) -> Prepared:
-    """Write lists, labels and classes of the photographs that are there."""
+    """Write lists and labels of the photographs that are there."""
     photographs = record.photographs
     if refused:
         write_lines(root / REFUSED, refused)
@@ -318,7 +322,6 @@ def _written(record: Record, root: Path, added: int, refused: list[str]) -> Prep
     val = [name for name in sorted(photographs) if photographs[name].val]
     if not train:
         raise DataError("source: no photograph to train on" if val else "source: no photograph can be taken", refused)
-    write_classes(root, record.classes)
     write_labels(root, {name: photographs[name].labels for name in sorted(photographs)})
     write_lines(root / _LISTS / f"{TRAIN}.txt", train)
     if val:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,29 +91,28 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def write_classes(root: Path, classes: Sequence[str]) -> None:
-    """``classes.txt``, the background first; with numbers where names alone would be read otherwise (``3 apples``).
+def class_lines(classes: Sequence[str]) -> list[str]:
+    """The lines of ``classes.txt``, the background first; with numbers where names alone would be read otherwise, such
+    as ``3 apples``.
 
     Raises:
         DataError: a name that no such file can hold.
     """
-    names = ("background", *classes)
-    path = root / "classes.txt"
-    for lines in (names, [f"{number}: {name}" for number, name in enumerate(names)]):
-        try:
-            with whole(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-                try:
-                    read = read_class_file(temporary)
-                except DataError as error:
-                    raise DataError(str(error).replace(str(temporary), "class names")) from None
-                if read != names:
-                    odd = next((b for a, b in zip(read, names) if a != b), names[-1])
-                    raise DataError(f"class names: {odd!r} cannot be written to {path.name}; give it another name")
-            return
-        except DataError as error:
-            wrong = error
-    raise wrong
+    names, wrong = ["background", *classes], ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "classes.txt"
+        for lines in (names, [f"{number}: {name}" for number, name in enumerate(names)]):
+            write_lines(path, lines)
+            try:
+                read = read_class_file(path)
+            except DataError as error:
+                wrong = wrong or str(error).removeprefix(f"{path}: ")
+                continue
+            if read == tuple(names):
+                return lines
+            wrong = wrong or f"{next(name for name in names if name not in read)!r} would be read as another name"
+    raise DataError(f"classes: {wrong} (the lines would be {', '.join(names[:20])}); rename it, or leave it out by"
+                    " --classes")  # fmt: skip
 
 
 def write_labels(root: Path, labels: Mapping[str, Sequence[str]]) -> None:

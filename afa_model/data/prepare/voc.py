@@ -22,7 +22,7 @@ from ..image_labels import objects_in
 from ..label_file import LabelFile
 from ..texts import lines_of
 from .downloads import Archive, obtain, unpack
-from .record import write_classes, write_labels, write_vectors
+from .record import class_lines, write_labels, write_lines, write_vectors
 
 LISTS = "ImageSets/Segmentation"
 _INSIDE = "VOCdevkit/VOC2012"
@@ -129,7 +129,7 @@ def write_voc_labels(root: Path, names: Sequence[str]) -> None:
     """
     classes = VOC_CLASSES[1:]
     if not (root / "classes.txt").is_file():
-        write_classes(root, classes)
+        write_lines(root / "classes.txt", class_lines(classes))
     files = [root / "cls_labels.json", root / "cls_labels_onehot.npy"]
     if all(_holds(path, names) for path in files):
         return
