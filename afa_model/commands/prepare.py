@@ -67,7 +67,7 @@ def _folder(argv: Sequence[str]) -> int:
     print(f"wrote {made.added} photograph{'s' * (made.added != 1)} to {root}{before}: {made.train} in train_aug,"
           f" {made.val} in val, {len(made.classes)} class{'es' * (len(made.classes) != 1)} in classes.txt")  # fmt: skip
     empty = " --data.allow_empty true" if settings.allow_empty else ""
-    print(f"next: afa train --data.root {root}{empty} --model.pretrained mit_b1.pth")
+    print(f"next: afa train --data.root {root}{empty} --out runs/{root.name} --model.pretrained mit_b1.pth")
     return 0
 
 

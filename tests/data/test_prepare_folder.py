@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +337,7 @@ def test_what_cannot_be_taken_is_told_and_ends_nothing(pile, tmp_path, capsys):
     told = (tmp_path / "data" / "refused.txt").read_text().splitlines()
     assert len(told) == 4 and f"4 refused (also in {tmp_path / 'data' / 'refused.txt'})" in shown.err
     assert all(line in shown.err for line in told)
-    assert [Path(line.split(":")[0]).name for line in told] == ["film.mov", "loose.jpg", "broken.jpg", "cut.jpg"]
+    assert [line.split(":")[0] for line in told] == ["cat/film.mov", "loose.jpg", "cat/broken.jpg", "cat/cut.jpg"]
     assert len(opened(tmp_path / "data")) == 10
     assert cli.main(["prepare", "folder", str(pile / "cat"), "--root", str(tmp_path / "d")]) == 2
     for path in (pile / "cat").glob("cat*"):
@@ -345,6 +347,21 @@ def test_what_cannot_be_taken_is_told_and_ends_nothing(pile, tmp_path, capsys):
     (pile / "cat").rename(tmp_path / "only" / "cat")
     with pytest.raises(DataError, match="source: no photograph can be taken"):
         prepare_folder(tmp_path / "only", tmp_path / "d2")
+
+
+def test_a_phones_own_format_is_read_where_its_package_is(tmp_path, monkeypatch):
+    photo(tmp_path / "pile" / "cat" / "a.jpg")
+    (tmp_path / "pile" / "cat" / "b.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    made = prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(val="0"))
+    assert made.train == 1
+    (told,) = made.refused
+    assert told.startswith("cat/b.heic: cannot be decoded") and told.endswith("pip install pillow-heif")
+    called = []
+    package = types.SimpleNamespace(register_heif_opener=lambda: called.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(val="0"))
+    assert called
 
 
 def test_names_hold_nothing_that_a_list_could_misread():

@@ -144,7 +144,7 @@ def prepare_folder(source: str | Path, root: str | Path, settings: FolderSetting
     _split(record, settings, source, sources)
     record.settings |= {"val": settings.val, "seed": settings.seed}
     record.write(root)  # before the photographs: a run that is stopped leaves what it had planned
-    added = _copy(record, root, settings, refused)
+    added = _copy(record, source, root, settings, refused)
     write_lines(root / "classes.txt", lines)
     return _written(record, root, added, refused)
 
@@ -282,7 +282,7 @@ def _listed(path: Path, record: Record, source: Path, sources: Sequence[Source])
     return chosen
 
 
-def _copy(record: Record, root: Path, settings: FolderSettings, refused: list[str]) -> int:
+def _copy(record: Record, source: Path, root: Path, settings: FolderSettings, refused: list[str]) -> int:
     """Write the photographs that are not there; those that cannot be read leave the record. How many were written."""
 
     def copied(name: str) -> str | int:
@@ -290,7 +290,8 @@ def _copy(record: Record, root: Path, settings: FolderSettings, refused: list[st
         try:
             return copy_photograph(Path(item.source), _image(root, name), settings.long_side, settings.max_pixels)
         except AfaError as error:
-            return str(error)
+            phone = Path(item.source).suffix.lower() in (".heic", ".heif")
+            return f"{error}" + "; to read it: pip install pillow-heif" * phone
 
     names = [name for name in sorted(record.photographs) if not _image(root, name).is_file()]
     try:
@@ -299,7 +300,7 @@ def _copy(record: Record, root: Path, settings: FolderSettings, refused: list[st
         raise DataError(f"root: {root} cannot be written ({reason(error)})") from error
     for name, outcome in zip(names, outcomes):
         if isinstance(outcome, str):
-            refused.append(outcome)
+            refused.append(outcome.removeprefix(f"{source.absolute()}{os.sep}"))
             del record.photographs[name]
     written = sorted(outcome for outcome in outcomes if isinstance(outcome, int))
     if settings.long_side is None and written and written[len(written) // 2] > _LARGE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -49,6 +50,7 @@ def photographs_in(folder: Path, without: Iterable[Path]) -> tuple[list[Source],
     """The photographs in a folder and below, sorted, but for hidden ones and those in the folders ``without``; and a
     line for each other file that is none.
     """
+    _read_heic()
     left_out = {path.resolve() for path in without}
     suffixes = {*IMAGE_SUFFIXES, *Image.registered_extensions()}
     found, refused = [], []
@@ -70,6 +72,14 @@ def photographs_in(folder: Path, without: Iterable[Path]) -> tuple[list[Source],
                 stat = path.stat()
                 found.append(Source(path, inside, stat.st_size, stat.st_mtime_ns))
     return found, refused
+
+
+def _read_heic() -> None:
+    """The format of phones, which Pillow reads by a package of its own."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def digest(path: Path) -> str:
