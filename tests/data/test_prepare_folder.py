@@ -368,7 +368,7 @@ def test_names_hold_nothing_that_a_list_could_misread():
     taken: set[str] = set()
     for inside, expected in (
         ("cat/IMG 1 (2).jpg", "cat/IMG_1_(2)"),
-        ("cat/img_1_(2).png", "cat/img_1_(2)_2"),
+        ("cat/Img_1_(2).png", "cat/Img_1_(2)_2"),
         ("# a,b;c.jpg.png", "_a_b_c_jpg"),
         ("Cafe\u0301.jpg", "Caf\u00e9"),
     ):
@@ -490,8 +490,10 @@ def test_the_split_takes_of_each_class_and_is_the_same_everywhere():
     assert validation_share(dict(reversed(labels.items())), 0.1, 0, {}) == chosen
     assert validation_share(labels, 0.1, 1, {}) != chosen
     more = labels | {f"d{i}": ["common"] for i in range(20)}
-    again = validation_share(more, 0.1, 0, {name: name in chosen for name in labels})
-    assert chosen <= again and len(again) == len(chosen) + 2 and not (again - chosen) & set(labels)
+    for seed in range(5):
+        again = validation_share(more, 0.1, seed, {name: name in chosen for name in labels})
+        assert chosen <= again and len(again) == len(chosen) + 2 and not (again - chosen) & set(labels)
+        assert validation_share({"a": ["x", "y"], "b": ["x"]}, 0.5, seed, {}) == {"b"}, "y would have none to train on"
     everything = validation_share({"a": ["x"], "b": ["x"], "c": ["y"]}, 0.99, 0, {})
     assert len(everything) == 1 and "c" not in everything, "of no class all photographs"
     assert validation_share(labels, 0, 0, {}) == set()

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -135,6 +136,7 @@ def test_voc_and_sbd_become_train_aug(sbd):
     settings = DataSettings(root=str(root), num_workers=0)
     assert len(EvaluationSet(settings)) == 2
     assert not (root / "SegmentationObject").exists()
+    shutil.rmtree(root / "SegmentationClassAug")  # as where the archive was unpacked by hand
     lines = prepare_sbd(root, True, archive, SBD_COUNTS, VOC_COUNTS)
     assert any("5 photographs in train_aug" in line for line in lines)
     assert names_in(root, "train_aug") == [*TRAIN, *NAMES[4:7]], "VOC's train and SBD's, without VOC's val"
@@ -259,12 +261,12 @@ def rle(key: int, kind: int, rows: slice, image: int = 0, **more) -> dict:
 
 def test_of_annotations_that_overlap_the_smaller_is_on_top_and_crowds_are_below():
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
-    crowd = rle(1, 1, slice(0, 12), iscrowd=1)
+    crowd = rle(1, 1, slice(4, 6), iscrowd=1)  # of fewer pixels than the large one
     small, large = box(2, 90, 4, 4, 4), box(3, 18, 2, 2, 16)
     empty = {**box(4, 1, 0, 0, 1), "segmentation": [[1, 1, 2, 2]]}
     mask = mask_of([small, large, crowd, empty], NUMBER, SIZE)
     assert (mask[5:7, 5:7] == 3).all() and (mask[14:17, 4:16] == 2).all()
-    assert mask[0, 0] == 255 and mask[11, 31] == 255 and mask[12, 31] == 0
+    assert mask[4, 0] == 255 and mask[5, 31] == 255 and mask[6, 31] == 0 and (mask[4:6, 9:17] == 2).all()
     assert (mask == mask_of([large, empty, crowd, small], NUMBER, SIZE)).all(), "whatever their order"
     first, second = box(7, 1, 4, 4, 6), box(8, 18, 4, 4, 6)
     assert mask_of([second, first], NUMBER, SIZE)[6, 6] == 2, "of as many pixels the one of the higher id"
