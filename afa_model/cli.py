@@ -12,6 +12,7 @@ from .runtime.machine import share_the_machine
 
 # name -> what it does; commands/NAME.py has a `main` that takes the rest of the line and may return an exit code
 COMMANDS = {
+    "prepare": "make a data set of any photographs, or of VOC, SBD or COCO, that `afa train` takes as it is",
     "train": "train on a data set in VOC layout, set up by YAML and dotted options",
     "evaluate": "score a checkpoint: CAM, refined CAM, random walk, segmentation",
     "predict": "label photographs: a palette PNG and an explaining panel for each",
@@ -23,7 +24,7 @@ COMMANDS = {
     "bench": "measure operators, training step or data loading",
 }
 # name -> words that may follow it
-SUBCOMMANDS = {"bench": ("data",)}
+SUBCOMMANDS = {"bench": ("data",), "prepare": ("folder", "voc", "sbd", "coco")}
 
 
 def usage() -> str:

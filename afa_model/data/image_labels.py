@@ -30,11 +30,7 @@ def labels_from_xml(path: str | Path, names: Sequence[str], empty: bool = False,
     Raises:
         ValueError: no object in it, an object of an unknown class, or no XML; OSError if it cannot be read.
     """
-    # only the direct children: an <object> has <part>s (head, hand) with names of their own
-    objects = [item for item in _parsed(Path(path)) if _local(item) == "object"]
-    said = [next((part.text for part in item if _local(part) == "name"), None) for item in objects]
-    found = [" ".join((text or "").split()) for text in said]
-    found = [name for name in found if name not in skip]
+    found = [name for name in objects_in(path) if name not in skip]
     if not found and not empty:
         raise ValueError("empty annotation: no object")
     unknown = sorted(set(found) - set(names))
@@ -46,12 +42,24 @@ def labels_from_xml(path: str | Path, names: Sequence[str], empty: bool = False,
     return multi_hot([names.index(name) for name in found], len(names))
 
 
+def objects_in(path: str | Path) -> list[str]:
+    """The names of the objects in a VOC annotation, one for each object.
+
+    Raises:
+        ValueError: no XML; OSError if it cannot be read.
+    """
+    # only the direct children: an <object> has <part>s (head, hand) with names of their own
+    objects = [item for item in parsed_xml(Path(path)) if _local(item) == "object"]
+    said = [next((part.text for part in item if _local(part) == "name"), None) for item in objects]
+    return [" ".join((text or "").split()) for text in said]
+
+
 def _local(item: ElementTree.Element) -> str:
     """A tag without its namespace."""
     return str(item.tag).rpartition("}")[2]
 
 
-def _parsed(path: Path) -> ElementTree.Element:
+def parsed_xml(path: Path) -> ElementTree.Element:
     """The root of an XML file, also where its encoding is none that the parser knows, or another than it says."""
     try:
         return ElementTree.parse(path).getroot()

@@ -155,10 +155,10 @@ def _as_number(name: str) -> int | None:
 
 
 def _json(path: Path, names: Sequence[str]) -> Any:
-    return json.loads(read_text(path), object_pairs_hook=_once)
+    return json.loads(read_text(path), object_pairs_hook=each_key_once)
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Python's reader keeps the last of two entries of one name."""
     table = dict(pairs)
     if len(table) != len(pairs):

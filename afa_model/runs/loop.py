@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import afa_kernels
 
 from ..config import Config
 from ..data.order import death_told
+from ..data.prepare.record import without_masks
 from ..errors import CheckpointError
 from ..runtime.collectives import agreeing, gather_from_all
 from ..runtime.processes import Here, autocast, processes
@@ -46,7 +47,8 @@ class Summary:
 
 
 def train(config: Config, until: int | None = None) -> Summary:
-    """Train as ``config`` says, afresh or from a checkpoint; checkpoints, logs and pictures go to ``out``.
+    """Train as ``config`` says, afresh or from a checkpoint; checkpoints, logs and pictures go to ``out``. Where the
+    data set was prepared without masks nothing is evaluated.
 
     Args:
         config: of the run.
@@ -59,6 +61,8 @@ def train(config: Config, until: int | None = None) -> Summary:
         TrainingError: the loss became NaN or infinite; the batch is saved.
         ProcessError: another process ended, or did not answer in time.
     """
+    if config.eval.every and without_masks(config.data):
+        config = replace(config, eval=replace(config.eval, every=0))
     with processes(config.device, config.process_timeout) as here:
         if here.device.type == "cpu":
             keep_freed_memory()

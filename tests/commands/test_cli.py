@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "refine", "figures", "demo", "doctor", "bench"):
+    for command in ("prepare", "train", "evaluate", "predict", "refine", "figures", "demo", "doctor", "bench"):
         assert f"\n  {command} " in printed
     assert cli.main([]) == 2
     assert "usage: afa" in capsys.readouterr().err
@@ -69,6 +69,16 @@ def test_help_of_bench_lists_what_there_is(capsys):
     assert "data" in printed
     for name in bench.benchmarks():
         assert f"bench_{name}.py" in printed
+
+
+def test_help_of_prepare_lists_its_kinds_and_theirs_their_options(capsys):
+    assert cli.main(["prepare", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "prepare folder SOURCE --root DIR" in printed and "voc|sbd|coco --root DIR [--offline]" in printed
+    for kind, option in (("folder", "--long_side"), ("voc", "--offline"), ("coco", "--offline")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["prepare", kind, "--help"])
+        assert end.value.code == 0 and option in capsys.readouterr().out
 
 
 def test_version(capsys):
@@ -183,7 +193,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "figures", "demo", "bench"])
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "predict", "figures", "demo", "bench"])
 @pytest.mark.parametrize(("error", "code"), ENDS)
 def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):
     def broken(argv):
