@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import afa_kernels
 
 from ..config import Config
 from ..data.order import death_told
-from ..data.prepare.record import without_masks
 from ..errors import CheckpointError
 from ..runtime.collectives import agreeing, gather_from_all
 from ..runtime.processes import Here, autocast, processes
@@ -61,8 +60,6 @@ def train(config: Config, until: int | None = None) -> Summary:
         TrainingError: the loss became NaN or infinite; the batch is saved.
         ProcessError: another process ended, or did not answer in time.
     """
-    if config.eval.every and without_masks(config.data):
-        config = replace(config, eval=replace(config.eval, every=0))
     with processes(config.device, config.process_timeout) as here:
         if here.device.type == "cpu":
             keep_freed_memory()

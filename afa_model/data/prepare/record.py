@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError, reason
-from ...runtime.notices import notice
 from ...runtime.writing import whole
 from ..class_file import read_class_file
-from ..datasets import DataSettings
 
 RECORD = "prepare.json"
 _MADE_BY = "afa prepare folder"
@@ -134,24 +132,3 @@ def write_vectors(root: Path, labels: Mapping[str, Sequence[str]], classes: Sequ
         vectors[name][[number[label] for label in own]] = 1
     with whole(root / "cls_labels_onehot.npy") as path:
         np.save(path, np.array(vectors, dtype=object), allow_pickle=True)
-
-
-def without_masks(settings: DataSettings) -> bool:
-    """Whether a data set was prepared from image-level labels alone, and nobody has laid masks beside them since: it
-    can be trained on, and no segmentation of it scored.
-    """
-    root = Path(settings.root)
-    if (root / settings.mask_dir).is_dir():
-        return False
-    try:
-        content = json.loads((root / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    found = isinstance(content, dict) and content.get("made_by") == _MADE_BY and content.get("masks") is False
-    if found:
-        notice(
-            f"no masks {root}",
-            f"{root} was prepared without masks: it is trained on without evaluation (masks in"
-            f" {root / settings.mask_dir}, called as the photographs, would be scored)",
-        )
-    return found
