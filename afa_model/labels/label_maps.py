@@ -119,6 +119,8 @@ def label_maps(
             labels["segmentation"] = strongest(seg_logits[0], size)
         if "segmentation_crf" in kinds:
             labels["segmentation_crf"] = crf_label(image.float(), seg_logits, how.dense_crf)
+        if plain is None:
+            plain = model(small, decode=False)
         seen = _evidence(model, small, settings, how, cls_labels, plain, with_cam=not _DECODED.issuperset(kinds))
 
     if seen.cam is not None:
@@ -136,14 +138,14 @@ def label_maps(
 class Evidence(NamedTuple):
     """What the CAM's label maps of one photograph are made of.
 
-    probabilities  [K-1] in 0..1, the classifier's, of the photograph at scale 1
+    probabilities  [K-1] in 0..1, the classifier's, of the photograph at scale 1, or None
     cls_labels     [K-1] of 0 and 1, the classes taken as present, given or found
     slots          of these classes
     cam            [1, S, h, w] in 0..1, in the size in which the photograph went through the model, or None
     affinity       [1, (2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention or CAM
     """
 
-    probabilities: Tensor
+    probabilities: Tensor | None
     cls_labels: Tensor
     slots: ClassSlots
     cam: Tensor | None
@@ -162,11 +164,13 @@ def evidence(
     """What the model says of the classes of a photograph, float32 [1, 3, H, W], normalised, on the model's device.
 
     cls_labels: [K-1] multi-hot; None takes the classes that the classifier gives more than ``threshold``, or the
-    likeliest.
+    likeliest. Where they are given the classifier is asked only if its pass is to give the affinity: that is an eighth
+    of the work.
     """
     with evaluating(model):
         small = _resize_long_side(image, settings.long_side)
-        return _evidence(model, small, settings, how, cls_labels, None, threshold)
+        plain = model(small, decode=False) if cls_labels is None or settings.affinity_of == "plain" else None
+        return _evidence(model, small, settings, how, cls_labels, plain, threshold)
 
 
 def _evidence(
@@ -179,13 +183,11 @@ def _evidence(
     threshold: float = 0.5,
     with_cam: bool = True,
 ) -> Evidence:
-    """``plain``: what the model said of ``small``, if it was asked already."""
+    """``plain``: what the model said of ``small``; None where neither classes nor affinity are to be had of it."""
     radius = how.radius if model.has_affinity else None
     plain_affinity = radius is not None and settings.affinity_of == "plain"
-    if plain is None:
-        plain = model(small, decode=False)
-    probabilities = plain.cls_logits[0].float().sigmoid()
-    given = found_classes(probabilities, threshold) if cls_labels is None else cls_labels.to(probabilities)
+    probabilities = None if plain is None else plain.cls_logits[0].float().sigmoid()
+    given = found_classes(probabilities, threshold) if cls_labels is None else cls_labels.to(small)
     slots = ClassSlots.of(given[None], limit=int((given > 0).sum()))
     cam = affinity = None
     if with_cam:
