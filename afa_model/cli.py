@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from .errors import AfaError, ConfigError, DataError
 from .runtime.machine import share_the_machine
 
-# name -> what it does; commands/NAME.py has a `main` that takes the rest of the line and may return an exit code
+# name -> what it does; commands/NAME.py (_ for -) has a `main` that takes the rest of the line, may return an exit code
 COMMANDS = {
     "prepare": "make a data set of any photographs, or of VOC, SBD or COCO, that `afa train` takes as it is",
     "train": "train on a data set in VOC layout, set up by YAML and dotted options",
     "evaluate": "score a checkpoint: CAM, refined CAM, random walk, segmentation",
     "predict": "label photographs: a palette PNG and an explaining panel for each",
+    "pseudo-labels": "labels, CAMs and random walks of many photographs as files, to train a second network on",
     "refine": "refine CAMs and label maps that are there as files, by dense CRF, PAR or PAMR",
     "figures": "draw the figures of the paper's supplement, of your own models and photographs",
     "reproduce": "the tables of the paper's supplement: train and score each row, our numbers beside the paper's",
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     share_the_machine()  # before a command loads torch, and with it libgomp
     try:
-        command = importlib.import_module(f"afa_model.commands.{argv[0]}")
+        command = importlib.import_module(f"afa_model.commands.{argv[0].replace('-', '_')}")
         end = argv.index("--") if "--" in argv else len(argv)
         return command.main([*map(_with_underscores, argv[1:end]), *argv[end:]]) or 0
     except AfaError as error:

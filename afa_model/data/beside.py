@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..runtime.notices import notice
 from .classes import class_names
-from .image_labels import multi_hot
+from .image_labels import labels_from_xml, multi_hot
 from .label_file import LabelFile, find_label_file
 from .lists import find_file, mask_beside
 from .masks import MASK_SUFFIXES, MaskRules, read_mask
@@ -99,13 +99,48 @@ class Beside:
         mask = None if path is None else self._read(path, size)
         table, name = self._labels_for(Path(photo), place)
         if table is not None:
-            try:
-                return Known(mask, table[name], "label file")
-            except ValueError as error:
-                raise DataError(f"{photo}: {error}") from error
-        if mask is not None:
-            return Known(mask, multi_hot(np.unique(mask).astype(np.int64), len(self.names)), "mask")
-        return Known()
+            return Known(mask, self._entry(table, name, photo), "label file")
+        return Known() if mask is None else Known(mask, self._in_mask(mask), "mask")
+
+    def _entry(self, table: LabelFile, name: str, photo: str | Path) -> Tensor:
+        try:
+            return table[name]
+        except ValueError as error:
+            raise DataError(f"{photo}: {error}") from error
+
+    def _in_mask(self, mask: np.ndarray) -> Tensor:
+        return multi_hot(np.unique(mask).astype(np.int64), len(self.names))
+
+    def classes_of(self, photo: str | Path, name: str | None = None) -> Known:
+        """Which classes a photograph shows, by what training on its data set would go by; no mask is given out.
+
+        That is the label file given, which must have an entry for it; else the data set's label file or its annotation
+        in XML, as ``label_source`` says; its mask only where that is ``masks``. ``name``: what it is called where it
+        lies in no data set.
+
+        Raises:
+            DataError: no entry in the label file given, or a label that is there and cannot be used.
+        """
+        place = place_of(photo, self.settings.image_dir)
+        if self._given is not None:
+            called = place.name if place is not None else name or Path(photo).stem
+            return Known(None, self._entry(self._given, called, photo), "label file")
+        if place is None or not self._of_these_classes(place.root):
+            return Known()
+        wanted = self.settings.label_source
+        if wanted == "masks":
+            path = self._mask_path(Path(photo), place)
+            return Known() if path is None else Known(None, self._in_mask(self._read(path, None)), "mask")
+        table = self._table_of(place.root) if wanted != "xml" else None
+        if table is not None and place.name in table:
+            return Known(None, self._entry(table, place.name, photo), "label file")
+        path = place.root / self.settings.xml_dir / f"{place.name}.xml"
+        if wanted == "file" or not path.is_file():
+            return Known()
+        try:
+            return Known(None, labels_from_xml(path, self.names, True, self.settings.xml_skip), "annotation")
+        except (ValueError, OSError) as error:
+            raise DataError(f"{path}: {reason(error)}") from error
 
     def _mask_path(self, photo: Path, place: Place | None) -> Path | None:
         if self.masks is not None:
@@ -132,11 +167,17 @@ class Beside:
         name = photo.stem if place is None else place.name
         table = self._given
         if table is None and place is not None:
-            if place.root not in self._files:
-                path = find_label_file(place.root, self.settings.list_dir)
-                self._files[place.root] = None if path is None else LabelFile(path, self.names)
-            table = self._files[place.root]
+            table = self._table_of(place.root)
         return (table, name) if table is not None and name in table else (None, name)
+
+    def _table_of(self, root: Path) -> LabelFile | None:
+        """The label file of a data set: the one in the settings if it is there, else the one it brings along."""
+        if root not in self._files:
+            named = self.settings.label_file
+            found = next((path for path in (Path(named), root / named) if path.is_file()), None) if named else None
+            path = found or find_label_file(root, self.settings.list_dir)
+            self._files[root] = None if path is None else LabelFile(path, self.names)
+        return self._files[root]
 
     def _of_these_classes(self, root: Path) -> bool:
         if root not in self._fits:
@@ -145,5 +186,6 @@ class Beside:
             except DataError:  # another number of them
                 self._fits[root] = False
             if not self._fits[root]:
-                notice(f"classes of {root}", f"{root} names other classes than the model has: its masks are not used")
+                told = "names other classes than the model has: its masks and labels are not used"
+                notice(f"classes of {root}", f"{root} {told}")
         return self._fits[root]

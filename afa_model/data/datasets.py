@@ -27,7 +27,7 @@ from .classes import class_names
 from .files import read_photo
 from .image_labels import labels_from_xml, multi_hot
 from .label_file import LabelFile, find_label_file
-from .lists import entries_of, list_file, list_lines, locate, mask_beside
+from .lists import entries_of, folder_of_split, list_file, list_lines, mask_beside, masks_of_split
 from .masks import MaskRules, read_mask
 from .settings import DataSettings
 from .transforms import AugmentSettings, TrainingTransform, normalize
@@ -60,10 +60,10 @@ class VOCData(Dataset):
                 raise
             raise DataError(f"{error} (to train without evaluation: --eval.every 0)") from None
         lines = list_lines(path)
-        self.image_dir = self._of_split(settings.image_dir, lines[0][1])
+        self.image_dir = folder_of_split(self.root, split, settings.image_dir, lines[0][1])
         entries = entries_of(path, lines, self.root, self.image_dir, settings.mask_dir)
         self.names = [entry.name for entry in entries]
-        self.mask_dir = self._mask_dir(settings.mask_dir, self.names[0])
+        self.mask_dir = masks_of_split(self.root, split, settings.mask_dir, self.names[0])
         self.class_names = class_names(settings.root, settings.num_classes)
         self.num_classes = len(self.class_names)
         self.rules = MaskRules(
@@ -143,30 +143,6 @@ class VOCData(Dataset):
             return torch.from_numpy(read_mask(path, self.rules, self.settings.exif).classes.copy()).long()
         except ValueError as error:
             raise DataError(f"{path}: {error}") from error
-
-    def _of_split(self, folder: str, first: str) -> str:
-        """The folder in the root where the split's first photograph is: itself, or one in it, first the split's own."""
-        places, own = self._places(folder)
-        found = next((place for place in places if self._in_place(first, place)), None)
-        return found or (f"{folder}/{own}" if f"{folder}/{own}" in places else folder)
-
-    def _in_place(self, text: str, place: str) -> bool:
-        """Whether a line (or its first column) names a photograph in this folder."""
-        return any(
-            locate(part, self.root, self.root / place) is not None for part in dict.fromkeys([text, text.split()[0]])
-        )
-
-    def _mask_dir(self, folder: str, first: str) -> str:
-        places, own = self._places(folder)
-        found = next((place for place in places if mask_beside(self.root / place, first) is not None), None)
-        return found or (f"{folder}/{own}" if f"{folder}/{own}" in places else folder)
-
-    def _places(self, folder: str) -> tuple[list[str], str]:
-        """A folder in the root and the folders in it, the split's own before the others; and that one's name."""
-        path = Path(self.split)
-        own = path.stem if path.suffix == ".txt" else path.name
-        inside = sorted(child.name for child in (self.root / folder).glob("*") if child.is_dir())
-        return [folder, *(f"{folder}/{name}" for name in sorted(inside, key=lambda name: name != own))], own
 
     def _choose_source(self, for_training: bool) -> tuple[str, Path | None]:
         settings = self.settings

@@ -48,6 +48,11 @@ def made_here(path: str | Path) -> bool:
         return False
 
 
+def write_grey(path: str | Path, values: torch.Tensor) -> None:
+    """Write a map [H, W] in 0..1 as a grey PNG of 8 bits, 255 for 1."""
+    Image.fromarray(values.float().mul(255).round().to(torch.uint8).cpu().numpy()).save(path, pnginfo=_made_here())
+
+
 def write_label(path: str | Path, label: torch.Tensor | np.ndarray) -> None:
     """Write a label [H, W] of indices 0..255 as a PNG of mode P with the VOC palette; the folder is made if
     need be.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -280,3 +280,27 @@ def mask_beside(folder: Path, name: str) -> Path | None:
     if found is None and "/" in name and not (folder / name).parent.is_dir():
         found = find_file(folder, name.rsplit("/", 1)[-1], MASK_SUFFIXES)
     return found
+
+
+def folder_of_split(root: Path, split: str, folder: str, first: str) -> str:
+    """The folder in the root where the photograph of a split's first line is: itself, or one in it (COCO), first the
+    split's own.
+    """
+    parts = dict.fromkeys([first, first.split()[0]])
+    return _place_of_split(
+        root, split, folder, lambda place: any(locate(part, root, root / place) is not None for part in parts)
+    )
+
+
+def masks_of_split(root: Path, split: str, folder: str, first: str) -> str:
+    """Likewise of the masks; ``first`` is the name of the first image."""
+    return _place_of_split(root, split, folder, lambda place: mask_beside(root / place, first) is not None)
+
+
+def _place_of_split(root: Path, split: str, folder: str, is_there: Callable[[str], bool]) -> str:
+    path = Path(split)
+    own = path.stem if path.suffix == ".txt" else path.name
+    inside = sorted(child.name for child in (root / folder).glob("*") if child.is_dir())
+    places = [folder, *(f"{folder}/{name}" for name in sorted(inside, key=lambda name: name != own))]
+    found = next((place for place in places if is_there(place)), None)
+    return found or (f"{folder}/{own}" if f"{folder}/{own}" in places else folder)

@@ -3,8 +3,8 @@
 - ``.npy``, ``.npz`` with one array ``[C, h, w]``: a channel for each class;
 - ``.npy`` with a dictionary ``{class: [h, w]}`` of the classes shown (AffinityNet), or ``.npz`` with the classes'
   numbers as names of its arrays;
-- either with ``keys [n]`` and ``high_res [n, h, w]``, or ``cam`` in its place (IRN);
-- ``.npz`` with ``classes [n]`` and ``scores [n, h, w]``, class 0 the background: what is written here.
+- either with ``keys [n]`` and ``high_res [n, h, w]``, or ``cam`` in its place (IRN); :func:`write_cams`;
+- ``.npz`` with ``classes [n]`` and ``scores [n, h, w]``, class 0 the background: :func:`write_scores`.
 
 But in the last, whether number 0 is the background or the first class after it is for the reader to say.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,16 @@ def read_scores(path: str | Path) -> ClassScores:
             raise DataError(f"scores {path}: {error}") from None
 
 
-def write_scores(path: str | Path, numbers: tuple[int, ...], maps: Tensor) -> None:
+def write_scores(path: str | Path, numbers: Sequence[int], maps: Tensor) -> None:
     """``.npz`` of ``classes`` [C] uint8, the background 0, and ``scores`` float16 [C, H, W]."""
     with open(path, "wb") as file:
         np.savez_compressed(file, classes=np.array(numbers, np.uint8), scores=maps.to(torch.float16).cpu().numpy())
+
+
+def write_cams(path: str | Path, numbers: Sequence[int], maps: Tensor) -> None:
+    """``.npz`` of ``keys`` [C] uint8, 0 the first class after the background, and ``high_res`` float16 [C, H, W]."""
+    with open(path, "wb") as file:
+        np.savez_compressed(file, keys=np.array(numbers, np.uint8), high_res=maps.to(torch.float16).cpu().numpy())
 
 
 class _TensorUnpickler(ArrayUnpickler):
@@ -124,6 +130,8 @@ def _ordered(numbers: list[int], maps: Any) -> tuple[tuple[int, ...], Tensor]:
         if len(shapes) > 1:
             raise ValueError(f"maps of different sizes: {', '.join(map(str, sorted(shapes)[:3]))}")
     maps = np.asarray(maps)
+    if not numbers and maps.ndim == 3 and maps.shape[0] == 0 and 0 not in maps.shape[1:]:
+        return (), torch.zeros(maps.shape)  # of a photograph that shows no class
     if maps.ndim != 3 or not maps.size or maps.dtype.kind not in "fiu":
         raise ValueError(f"expected numbers [C, h, w], or a map [h, w] for each class, got {maps.dtype} {maps.shape}")
     if len(numbers) != len(maps):

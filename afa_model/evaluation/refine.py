@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +24,11 @@ from ..labels.large import PIXELS, is_large, strongest
 from ..labels.refinement import refine
 from ..labels.settings import LabelSettings
 from ..runtime.processes import share_of
-from ..runtime.progress import progress
-from ..runtime.writing import whole, writable_folder
+from ..runtime.progress import told
+from ..runtime.writing import refuse_to_mix, whole, writable_folder
 from .predict import photos
 
 RECORD = "refine.json"  # in the folder written to: what its files were made by
-_TOLD_EVERY = 60.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 @dataclass
@@ -150,7 +148,7 @@ def refine_files(
     index, count = settings.share()
     share = found[index::count]
     result, start = Refinement(), time.monotonic()
-    for name in _told(share, settings.progress, result):
+    for name in told(share, "refining", lambda: result.done, settings.progress):
         target = (out / name).with_suffix(".png")
         try:
             if _finished(masks / name, target, settings.soft):
@@ -329,10 +327,7 @@ def _record(out: Path, values: Mapping[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise ConfigError(f"out: {path} cannot be read ({reason(error)}); remove it to refine all of it anew") from None
-    changed = [name for name in values if before.get(name) != values[name]]
-    if changed:
-        told = ", ".join(f"{name} {before.get(name)}, now {values[name]}" for name in changed)
-        raise ConfigError(f"out: {out} holds masks that were refined otherwise ({told}); choose another folder")
+    refuse_to_mix(out, before, values, "masks that were refined otherwise")
 
 
 def _finished(mask: Path, target: Path, soft: bool) -> bool:
@@ -341,15 +336,3 @@ def _finished(mask: Path, target: Path, soft: bool) -> bool:
         return min(path.stat().st_mtime for path in made) >= mask.stat().st_mtime
     except FileNotFoundError:
         return False
-
-
-def _told(share: list[Path], show: bool, result: Refinement) -> Iterator[Path]:
-    """The files one by one, with a bar on a terminal, elsewhere a line each minute."""
-    start = last = time.monotonic()
-    for number, name in enumerate(progress(share, "refining", show=show, rate=True)):
-        now = time.monotonic()
-        if show and not sys.stderr.isatty() and now - last >= _TOLD_EVERY:
-            last = now
-            rate = result.done / (now - start)
-            print(f"refining: {number} of {len(share)}, {rate:.2g} images a second", file=sys.stderr, flush=True)
-        yield name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +110,6 @@ def label_maps(
     size = tuple(image.shape[-2:])
     image = image[None].to(next(model.parameters()).device)
     small = _resize_long_side(image, settings.long_side)
-    radius = how.radius if model.has_affinity else None
-    plain_affinity = radius is not None and settings.affinity_of == "plain"
     labels: dict[str, Tensor] = {}
     with evaluating(model):
         plain = None
@@ -124,26 +122,81 @@ def label_maps(
             labels["segmentation_crf"] = crf_label(image.float(), seg_logits, how.dense_crf)
         if plain is None:
             plain = model(small, decode=False)
-        probabilities = plain.cls_logits[0].float().sigmoid()
-        given = found_classes(probabilities) if cls_labels is None else cls_labels.to(probabilities)
-        slots = ClassSlots.of(given[None], limit=int((given > 0).sum()))
-        cam = affinity = None
-        if not _DECODED.issuperset(kinds):
-            by = how.cam_scales, None if plain_affinity else radius, slots
-            cam, affinity = multi_scale_cam(model, small, *by)
-        if plain_affinity and cam is not None:
-            affinity = model.affinity(plain, radius)[:1].float()
+        seen = _evidence(model, small, settings, how, cls_labels, plain, with_cam=not _DECODED.issuperset(kinds))
 
-    if cam is not None:
-        label_of = _labeller(image, size, cam, affinity, slots, how)
+    if seen.cam is not None:
+        label_of = _labeller(image, size, seen.cam, seen.affinity, seen.slots, how)
         labels |= {kind: label_of(kind) for kind in kinds if kind not in labels}
     return LabelMaps(
-        probabilities=probabilities,
-        cls_labels=given,
-        cam=None if cam is None else slots.spread(cam * slots.present[:, :, None, None])[0],
-        affinity=None if affinity is None else affinity[0],
+        probabilities=seen.probabilities,
+        cls_labels=seen.cls_labels,
+        cam=None if seen.cam is None else seen.slots.spread(seen.cam * seen.slots.present[:, :, None, None])[0],
+        affinity=None if seen.affinity is None else seen.affinity[0],
         labels={kind: labels[kind] for kind in kinds},
     )
+
+
+class Evidence(NamedTuple):
+    """What the CAM's label maps of one photograph are made of.
+
+    probabilities  [K-1] in 0..1, the classifier's, of the photograph at scale 1, or None
+    cls_labels     [K-1] of 0 and 1, the classes taken as present, given or found
+    slots          of these classes
+    cam            [1, S, h, w] in 0..1, in the size in which the photograph went through the model, or None
+    affinity       [1, (2r+1)^2, h, w] in 0..1 on the grid of the pass that gave it; None without attention or CAM
+    """
+
+    probabilities: Tensor | None
+    cls_labels: Tensor
+    slots: ClassSlots
+    cam: Tensor | None
+    affinity: Tensor | None
+
+
+@torch.no_grad()
+def evidence(
+    model: nn.Module,
+    image: Tensor,
+    settings: MapSettings,
+    how: LabelSettings,
+    cls_labels: Tensor | None = None,
+    threshold: float = 0.5,
+) -> Evidence:
+    """What the model says of the classes of a photograph, float32 [1, 3, H, W], normalised, on the model's device.
+
+    cls_labels: [K-1] multi-hot; None takes the classes that the classifier gives more than ``threshold``, or the
+    likeliest. Where they are given the classifier is asked only if its pass is to give the affinity: that is an eighth
+    of the work.
+    """
+    with evaluating(model):
+        small = _resize_long_side(image, settings.long_side)
+        plain = model(small, decode=False) if cls_labels is None or settings.affinity_of == "plain" else None
+        return _evidence(model, small, settings, how, cls_labels, plain, threshold)
+
+
+def _evidence(
+    model: nn.Module,
+    small: Tensor,
+    settings: MapSettings,
+    how: LabelSettings,
+    cls_labels: Tensor | None,
+    plain: Any,
+    threshold: float = 0.5,
+    with_cam: bool = True,
+) -> Evidence:
+    """``plain``: what the model said of ``small``; None where neither classes nor affinity are to be had of it."""
+    radius = how.radius if model.has_affinity else None
+    plain_affinity = radius is not None and settings.affinity_of == "plain"
+    probabilities = None if plain is None else plain.cls_logits[0].float().sigmoid()
+    given = found_classes(probabilities, threshold) if cls_labels is None else cls_labels.to(small)
+    slots = ClassSlots.of(given[None], limit=int((given > 0).sum()))
+    cam = affinity = None
+    if with_cam:
+        by = how.cam_scales, None if plain_affinity else radius, slots
+        cam, affinity = multi_scale_cam(model, small, *by)
+        if plain_affinity:
+            affinity = model.affinity(plain, radius)[:1].float()
+    return Evidence(probabilities, given, slots, cam, affinity)
 
 
 def _labeller(

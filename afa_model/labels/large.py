@@ -22,6 +22,7 @@ from torch import Tensor
 from afa_kernels import random_walk_with_background
 
 from ..conventions import resize
+from ..runtime.phases import phase
 from .crf import crf_size
 from .refinement import reach, refine
 from .settings import LabelSettings
@@ -38,16 +39,23 @@ def is_large(size: Sequence[int]) -> bool:
     return size[0] * size[1] > PIXELS
 
 
-def strongest(maps: Tensor, size: Sequence[int], least: float | None = None) -> Tensor:
+def strongest(
+    maps: Tensor, size: Sequence[int], least: float | None = None, share: Tensor | None = None
+) -> Tensor:
     """Which of the channels is strongest when they are resized to ``size``.
 
     maps: float [C, h, w], C up to 255 -> uint8 [H, W] in 0..C-1. With ``least``: 0 where none exceeds it, else the
-    channel's number counted from 1.
+    channel's number counted from 1. ``share`` [H, W] is filled with the strongest one's share of all channels' sum;
+    with ``least`` that is a channel before them, and the share is of the softmax.
     """
     label = torch.empty(tuple(size), dtype=torch.uint8, device=maps.device)
     for rows, values in _bands(maps, size[1], _Lines.of(maps.shape[1], size[0])):
         value, index = values.max(0)
         label[rows] = (index if least is None else torch.where(value > least, index + 1, 0)).to(torch.uint8)
+        if share is not None and least is None:
+            share[rows] = value / values.sum(0).clamp_min(torch.finfo(values.dtype).tiny)
+        elif share is not None:
+            share[rows] = value.clamp(min=least).exp() / (values.exp().sum(0) + math.exp(least))
     return label
 
 
@@ -60,6 +68,7 @@ def large_label(
     affinity: Tensor | None,
     slots: ClassSlots,
     how: LabelSettings,
+    share: Tensor | None = None,
 ) -> Tensor:
     """One of the CAM's label maps of one photograph -> uint8 [H, W] in 0..K-1.
 
@@ -69,10 +78,11 @@ def large_label(
         size: H, W of the photograph.
         cam: [1, S, h, w] in 0..1, of any size, a channel for each slot.
         affinity: [1, (2r + 1)^2, h', w'], for the random walk.
+        share: [H, W], filled with the winning channel's share of what decided the pixel.
     """
     shown, half = slots.with_background[0], half_images01.shape[2:]
     if kind == "cam":
-        label = strongest(cam[0] * slots.present[0, :, None, None], size, *how.one_score)
+        label = strongest(cam[0] * slots.present[0, :, None, None], size, *how.one_score, share)
     elif kind == "refined_cam":
         # softmax over the background's score and the classes shown, whose sum is the same for every turn of classes
         background = math.exp(*how.one_score)
@@ -85,24 +95,29 @@ def large_label(
                 return background / total[rows]
             return _twice(cam[0, channel - 1], size, half, rows=rows).exp_().div_(total[rows])
 
-        label = _refined(half_images01, size, softmax, shown, how)
+        label = _refined(half_images01, size, softmax, shown, how, share)
     else:
-        grid = affinity.shape[2:]
-        small = torch.stack([_twice(channel.float(), size, grid) for channel in cam[0]])[None]
-        by = how.radius, how.walk_power, how.walk_eps
-        walked = random_walk_with_background(affinity.float(), small, slots.present, *how.one_walk_score, *by)[0]
+        walked = large_walk(size, cam, affinity, slots, how)[0]
         if kind == "random_walk" or how.refinement == "none":
-            label = strongest(walked, size)
+            label = strongest(walked, size, share=share)
         else:
 
             def resized(channel: int, rows: slice) -> Tensor:
                 return _twice(walked[channel], size, half, aligned=True, rows=rows)
 
-            label = _refined(half_images01, size, resized, shown, how)
+            label = _refined(half_images01, size, resized, shown, how, share)
     names = F.pad((slots.classes[0] + 1).to(torch.uint8), (1, 0))
     for rows in range(0, size[0], 1024):
         label[rows : rows + 1024] = names[label[rows : rows + 1024].int()]
     return label
+
+
+def large_walk(size: Sequence[int], cam: Tensor, affinity: Tensor, slots: ClassSlots, how: LabelSettings) -> Tensor:
+    """The random walk of a large photograph with the background score of evaluation -> [1, S + 1, h', w']."""
+    with phase("random walk"):
+        small = torch.stack([_twice(channel.float(), size, affinity.shape[2:]) for channel in cam[0]])[None]
+        by = how.radius, how.walk_power, how.walk_eps
+        return random_walk_with_background(affinity.float(), small, slots.present, *how.one_walk_score, *by)
 
 
 class _Lines(NamedTuple):
@@ -165,6 +180,7 @@ def _refined(
     channel_of: Callable[[int, slice], Tensor],
     shown: Tensor,
     how: LabelSettings,
+    share: Tensor | None = None,
 ) -> Tensor:
     """The strongest channel after refinement at half size -> uint8 [H, W].
 
@@ -174,7 +190,7 @@ def _refined(
     channels = shown.nonzero().flatten().tolist()
     margin = reach(how)
     if margin is None:
-        return _refined_whole(half_images01, size, channel_of, channels, how)
+        return _refined_whole(half_images01, size, channel_of, channels, how, share)
     turns = [channels[i : i + REFINED_CLASSES] for i in range(0, len(channels), REFINED_CLASSES)]
     lines = _Lines.of(height, size[0])
     label = torch.empty(tuple(size), dtype=torch.uint8, device=half_images01.device)
@@ -183,6 +199,7 @@ def _refined(
         inner, outer = min(stop + 1, height), slice(max(start - margin, 0), min(stop + 1 + margin, height))
         begin, end = (int(torch.searchsorted(lines.lower, row)) for row in (start, stop))
         best = torch.full((end - begin, size[1]), -torch.inf, device=label.device)
+        total = torch.zeros_like(best) if share is not None else None
         for turn in turns:
             maps = torch.stack([channel_of(channel, outer) for channel in turn])[None]
             everything = torch.ones(1, len(turn), dtype=torch.bool, device=maps.device)
@@ -195,6 +212,10 @@ def _refined(
                 best[rows] = torch.where(wins, value, best[rows])
                 target = label[begin + rows.start : begin + rows.stop]
                 target.copy_(torch.where(wins, numbers[index], target))
+                if total is not None:
+                    total[rows] += values.sum(0)
+        if share is not None:
+            share[begin:end] = best.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
     return label
 
 
@@ -204,12 +225,13 @@ def _refined_whole(
     channel_of: Callable[[int, slice], Tensor],
     channels: Sequence[int],
     how: LabelSettings,
+    share: Tensor | None,
 ) -> Tensor:
     """As :func:`_refined`, all ``channels`` at once."""
     small = crf_size(half_images01.shape[2:], len(channels))
     maps = torch.cat([resize(channel_of(channel, slice(None))[None, None], small) for channel in channels], 1)
     everything = torch.ones(1, len(channels), dtype=torch.bool, device=maps.device)
-    label = strongest(refine(half_images01, maps, everything, how)[0], size)
+    label = strongest(refine(half_images01, maps, everything, how)[0], size, share=share)
     numbers = torch.tensor(channels, dtype=torch.uint8, device=maps.device)
     for rows in range(0, size[0], 1024):
         label[rows : rows + 1024] = numbers[label[rows : rows + 1024].int()]

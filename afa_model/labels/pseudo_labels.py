@@ -76,9 +76,8 @@ def refine_label(
     This for all scores at once (channels of one diffusion).
     """
     _check(cam, slots, scores, img_box)
+    refined = soft_label("refined_cam", images01, cam, None, slots, settings, scores)
     with phase("PAR"):
-        stacks = _softmax_stacks(halve(cam.float()), slots, scores)
-        refined = _refined(halve(images01.float()), stacks, slots, settings)
         return _outside_ignored(_decide(refined, cam.shape[2:], slots), img_box)
 
 
@@ -149,6 +148,36 @@ def refine_propagated(
                 y0, y1, x0, x1 = boxes[i]
                 label[i, y0:y1, x0:x1] = one
         return label
+
+
+@torch.no_grad()
+def soft_label(
+    kind: str,
+    images01: Tensor,
+    cam: Tensor,
+    affinity: Tensor | None,
+    slots: ClassSlots,
+    settings: LabelSettings,
+    scores: Sequence[float],
+) -> Tensor:
+    """What decides the label of whole photographs; resized to them, the strongest channel wins.
+
+    kind: cam, refined_cam, random_walk or refined_random_walk.
+
+    -> [B, S + 1, h, w] for each of the scores side by side, of any size: background, then the slots; absent classes 0.
+    """
+    _check(cam, slots, scores)
+    if kind == "cam":
+        return _softmax_stacks(cam.float(), slots, scores)
+    if kind == "refined_cam":
+        with phase("PAR"):
+            stacks = _softmax_stacks(halve(cam.float()), slots, scores)
+            return _refined(halve(images01.float()), stacks, slots, settings)
+    walked = propagate(affinity, cam, slots, settings, scores)
+    if kind == "random_walk":
+        return walked
+    with phase("PAR"):
+        return _refined(halve(images01.float()), resize(walked, images01.shape[2:]), slots, settings)
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,6 +25,8 @@ from .processes import place
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+
+_TOLD_EVERY = 60.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 def in_threads(work: Callable[[Item], Outcome], items: Sequence[Item], title: str) -> list[Outcome]:
@@ -54,3 +58,18 @@ def progress(
         *columns, console=console, transient=True, disable=not (show and console.is_terminal)
     ) as bar:
         yield from bar.track(items, total=total, description=title)
+
+
+def told(items: Sequence[Item], title: str, done: Callable[[], int], show: bool = True) -> Iterator[Item]:
+    """The photographs of long work one by one, with a bar and the rate on a terminal, elsewhere a line each minute.
+
+    done: how many were worked on, rather than skipped.
+    """
+    start = last = time.monotonic()
+    for number, item in enumerate(progress(items, title, show=show, rate=True)):
+        now = time.monotonic()
+        if show and not sys.stderr.isatty() and now - last >= _TOLD_EVERY:
+            last = now
+            rate = done() / (now - start)
+            print(f"{title}: {number} of {len(items)}, {rate:.2g} images a second", file=sys.stderr, flush=True)
+        yield item

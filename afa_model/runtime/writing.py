@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -44,6 +46,17 @@ def writable_file(path: str | Path, name: str) -> Path:
     return path
 
 
+def refuse_to_mix(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """
+    Raises:
+        ConfigError: the files in ``out`` were made by other settings than those of now; ``what`` they are.
+    """
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} {before.get(name)}, now {now[name]}" for name in changed)
+        raise ConfigError(f"out: {out} holds {what} ({told}); choose another folder")
+
+
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A file beside ``path``, of the same ending, to write into; it takes the place of ``path`` when the block is done:
@@ -51,7 +64,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -28,7 +28,8 @@ def root(tmp_path_factory):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("prepare", "train", "evaluate", "predict", "refine", "figures", "demo", "doctor", "bench"):
+    shown = ("prepare", "train", "evaluate", "predict", "pseudo-labels", "refine", "figures", "demo", "doctor", "bench")
+    for command in shown:
         assert f"\n  {command} " in printed
     assert cli.main([]) == 2
     assert "usage: afa" in capsys.readouterr().err
@@ -50,6 +51,7 @@ def test_help_lists_every_command(capsys):
         ("evaluate", ["--checkpoint", "--json", "--csv", "--crf", "--data.root", "--eval.scales"]),
         ("predict", ["IMAGE", "--checkpoint", "--out", "--crf", "--labels", "--affinity_at", "--head_weights"]),
         ("refine", ["IMAGES", "MASKS", "--out", "--method {crf,par,pamr}", "--dense_crf.bi_w", "--shard", "IRN"]),
+        ("pseudo-labels", ["--images IMAGES", "--out", "--save WHAT", "--labels", "--kind", "--shard", "--data.root"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -114,6 +116,7 @@ def test_it_runs_as_a_module_without_the_entry_point():
             "afa train: error: data root /nowhere/voc is not a folder",
         ),
         (["evaluate"], "afa evaluate: error: --checkpoint is required (a run's folder"),
+        (["pseudo-labels", "--images", "x"], "afa pseudo-labels: error: --checkpoint is required (a run's folder"),
         (["refine"], "afa refine: error: images is required (folder of photographs"),
         (
             ["train", "--device", "gpu"],

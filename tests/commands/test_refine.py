@@ -21,6 +21,7 @@ from afa_model.errors import DataError
 from afa_model.evaluation import refine as module
 from afa_model.evaluation.refine import RefineSettings, refine_files
 from afa_model.labels import crf as crf_module
+from afa_model.runtime import progress as progress_module
 
 SIZE = 20, 28
 CRF = {"num_iter": 3, "pos_w": 0.3, "pos_xy_std": 2.0, "bi_w": 0.5, "bi_xy_std": 9.0, "bi_rgb_std": 40.0}
@@ -236,7 +237,7 @@ def test_shares_are_of_all_files_and_what_is_finished_is_skipped(several, capsys
 
 
 def test_where_there_is_no_terminal_lines_tell_how_far_it_is(several, capsys, monkeypatch):
-    monkeypatch.setattr(module, "_TOLD_EVERY", 1e-9)
+    monkeypatch.setattr(progress_module, "_TOLD_EVERY", 1e-9)
     assert run(several) == 0
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("refining: 6 of 7, ") and told[-1].endswith(" images a second")

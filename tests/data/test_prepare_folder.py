@@ -77,7 +77,7 @@ def test_the_loader_takes_it_as_it_is(pile, tmp_path):
     assert len(opened(tmp_path / "data", train_split="val")) == 2
 
 
-def test_it_is_trained_on_by_root_alone_and_nothing_is_scored(pile, tmp_path, capsys):
+def test_it_is_trained_on_by_root_alone_and_the_classifier_is_scored(pile, tmp_path, capsys):
     """Evaluation is due by default, and would need masks; masks that are laid there later are scored."""
     root = tmp_path / "data"
     assert cli.main(["prepare", "folder", str(pile), "--root", str(root)]) == 0
@@ -86,7 +86,9 @@ def test_it_is_trained_on_by_root_alone_and_nothing_is_scored(pile, tmp_path, ca
     forget_notices()
     few = {"schedule__max_iters": 1, "schedule__warmup_iters": 0, "step__aff_iters": 0, "eval__every": 2_000}
     assert cli.main(["train", *tiny_args(root, tmp_path / "run", **few)]) == 0
-    assert f"{root} was prepared without masks: it is trained on without evaluation" in capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert f"{root} has no masks to score against" in printed and "on the 2 photographs of val" in printed
+    assert "evaluation after step 1, classifier F1 " in printed
     (root / "SegmentationClassAug").mkdir()
     assert cli.main(["train", *tiny_args(root, tmp_path / "run2", **few)]) == 2
     assert "SegmentationClassAug" in capsys.readouterr().err

@@ -1,0 +1,293 @@
+"""Pseudo-labels, CAMs and random walks of many photographs as files, for training something else on."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..conventions import IGNORE, require, resize
+from ..data.beside import Beside, Known
+from ..data.datasets import DataSettings
+from ..data.files import read_photo, write_grey, write_label
+from ..data.score_files import write_cams, write_scores
+from ..data.transforms import normalize
+from ..errors import AfaError, ConfigError, SavingError, reason
+from ..labels.kinds import CAM_KINDS
+from ..labels.label_maps import MapSettings, evidence
+from ..labels.photograph_labels import photograph_label, photograph_walk
+from ..labels.settings import LabelSettings
+from ..runtime.phases import PhaseTimer, phase
+from ..runtime.processes import announced_rank, share_of
+from ..runtime.progress import told
+from ..runtime.writing import whole, writable_folder
+from .asked import asked_photos
+from .evaluate import EvaluateSettings
+from .manifest import Manifest
+
+ENDINGS = {"cams": ".npz", "walks": ".npz", "labels": ".png", "confidence": ".png"}  # of what may be written
+WALKS = ("random_walk", "refined_random_walk")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass
+class PseudoLabelSettings:
+    """What is written, and how it is made.
+
+    Args:
+        save: what to write, some of cams, walks, labels and confidence. None: all that the model gives but the last.
+        kind: which label map is the label: cam, refined_cam, random_walk or refined_random_walk. None takes the last,
+            refined_cam for a model without attention.
+        unknown: pixels on which the two background scores of training (low_score, high_score) disagree are 255; false:
+            the one background score of evaluation (bkg_score, walk_score), no pixel 255.
+        labels: a file of image-level labels, which must have every photograph; classifier: the classes that the
+            classifier finds. None takes the data set's label file or XML annotations (its masks only with
+            data.label_source masks), and the classifier's for photographs that have none.
+        threshold: the classifier finds the classes it gives more than this, or at least the likeliest.
+        protocol: training (the photograph at its own size) or test (its longer side 512). None: test.
+        long_side: photographs are resized (bilinear) so that the longer side has this many pixels; 0: as they are.
+            None, here and below: as the protocol has it.
+        affinity_of: which pass gives the affinity of the random walk: largest (of the CAM's scales) or plain.
+        shard: I/N: label only the I-th of N shares of the photographs, I in 1..N; under torchrun each process takes
+            its own.
+        progress: show a progress bar on a terminal.
+    """
+
+    save: tuple[str, ...] | None = None
+    kind: Literal["cam", "refined_cam", "random_walk", "refined_random_walk"] | None = None
+    unknown: bool = True
+    labels: str | None = None
+    threshold: float = 0.5
+    protocol: Literal["training", "test"] | None = None
+    long_side: int | None = None
+    affinity_of: Literal["largest", "plain"] | None = None
+    shard: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.save is not None:
+            right = bool(self.save) and set(self.save) <= set(ENDINGS)
+            require(right, "save", f"some of {', '.join(ENDINGS)}", " ".join(self.save))
+        require(self.kind is None or self.kind in (*CAM_KINDS, *WALKS), "kind", "a kind of label map", self.kind)
+        require(0 <= self.threshold <= 1, "threshold", "a probability in 0..1", self.threshold)
+        self.evaluation()
+        self.share()
+
+    def evaluation(self) -> EvaluateSettings:
+        """What makes `afa evaluate` see photographs in these sizes."""
+        return EvaluateSettings(self.protocol, long_side=self.long_side, affinity_of=self.affinity_of).by("test")
+
+    def share(self) -> tuple[int, int]:
+        """Which share of the photographs, from 0, of how many."""
+        return share_of(self.shard)
+
+
+@dataclass
+class Written:
+    """What became of the photographs of one share.
+
+    Attributes:
+        saved: what was asked for.
+        done: labelled now.
+        skipped: those that were finished before.
+        problems: why the others are not, a line for each.
+        sources: of those labelled now, how many have their classes from where.
+        seconds: that it took.
+        phases: seconds of each part of the work.
+    """
+
+    saved: tuple[str, ...]
+    done: int = 0
+    skipped: int = 0
+    problems: list[str] = field(default_factory=list)
+    sources: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    phases: Counter[str] = field(default_factory=Counter)
+
+
+def write_pseudo_labels(
+    model: nn.Module,
+    images: Sequence[str],
+    out: str | Path,
+    class_names: Sequence[str],
+    checkpoint: dict[str, Any],
+    settings: PseudoLabelSettings | None = None,
+    how: LabelSettings | None = None,
+    data: DataSettings | None = None,
+) -> Written:
+    """Write ``cams/NAME.npz``, ``walks/NAME.npz``, ``labels/NAME.png`` and ``confidence/NAME.png`` of each photograph.
+
+    docs/second_stage.md says what is in them. Finished photographs are left alone; each file appears when it is whole.
+
+    Args:
+        model: an :class:`~afa_model.networks.afa.AFA` on any device.
+        images: as :func:`~afa_model.evaluation.asked.asked_photos` takes them.
+        out: folder to write into; made if need be.
+        class_names: K names, background first.
+        checkpoint: what the manifest says of it, with its ``sha256``.
+        settings: what is written.
+        how: training makes labels from the CAM.
+        data: the data set's folders, label file and settings of photographs.
+
+    Raises:
+        ConfigError: ``out`` cannot be written into or was made otherwise, or the model gives no such label.
+        DataError: no photographs, photographs that would share a name, or a label file that cannot be read.
+        SavingError: the disk is full.
+    """
+    settings, data = settings or PseudoLabelSettings(), data or DataSettings()
+    out = Path(out).expanduser()
+    work = _Work(model, out, tuple(class_names), settings, how or LabelSettings(), data)
+    asked = asked_photos(images, data, out)
+    given = None if settings.labels == "classifier" else settings.labels
+    beside = Beside(work.class_names, data, label_file=given)
+    writable_folder(out, "out")
+    share = settings.share()
+    about = {"checkpoint": checkpoint, "class_names": work.class_names, "settings": work.record()}
+    manifest = Manifest(out, about, share)
+    names = sorted({**asked.photos, **asked.problems})[share[0] :: share[1]]
+    result, start = Written(work.save), time.monotonic()
+    timer = PhaseTimer(work.device)
+    show = settings.progress and announced_rank() == 0
+    try:
+        with timer:
+            for name in told(names, "labelling", lambda: result.done, show):
+                _label(name, asked.photos.get(name), asked.problems.get(name), work, beside, manifest, result)
+                result.phases.update(timer.seconds())
+    finally:
+        manifest.write()
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def _label(
+    name: str, path: Path | None, problem: str | None, work: _Work, beside: Beside, manifest: Manifest, result: Written
+) -> None:
+    """One photograph, whatever becomes of it."""
+    if path is None:
+        result.problems.append(problem)
+        return
+    try:
+        known = Known() if work.settings.labels == "classifier" else beside.classes_of(path, name)
+        about = {"photo": str(path), "bytes": path.stat().st_size}
+        before = manifest.images.get(name)
+        if work.finished(name, before, about["bytes"], known.labels):
+            result.skipped += 1
+            return
+        entry = {**about, **work.label(name, path, known), "files": list(work.save)}
+        if before is not None and all(before[key] == entry[key] for key in ("bytes", "classes")):
+            entry["files"] = [kind for kind in ENDINGS if kind in (*before["files"], *entry["files"])]
+        manifest.add(name, entry)
+        result.done += 1
+        result.sources[entry["classes_from"]] += 1
+    except AfaError as error:
+        result.problems.append(str(error))
+    except torch.OutOfMemoryError:
+        result.problems.append(f"{path}: too large for the memory of {work.device} (--long_side makes it smaller)")
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            finished = f"{result.done + result.skipped} photographs are finished and stay so"
+            raise SavingError(f"out: {work.out} cannot be written ({reason(error)}); {finished}") from error
+        result.problems.append(f"{path}: {reason(error)}")
+
+
+class _Work:
+    """How one photograph is labelled and where its files go."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        out: Path,
+        class_names: tuple[str, ...],
+        settings: PseudoLabelSettings,
+        how: LabelSettings,
+        data: DataSettings,
+    ):
+        if len(class_names) != model.num_classes:
+            raise ValueError(f"class_names: expected the model's {model.num_classes} names, got {len(class_names)}")
+        self.kind = settings.kind or ("refined_random_walk" if model.has_affinity else "refined_cam")
+        usual = ("cams", "walks", "labels") if model.has_affinity else ("cams", "labels")
+        self.save = tuple(kind for kind in ENDINGS if kind in (settings.save or usual))
+        for name, value, walks in (("kind", self.kind, self.kind in WALKS), ("save", "walks", "walks" in self.save)):
+            if walks and not model.has_affinity:
+                raise ConfigError(f"{name}: {value} needs attention; the backbone {model.backbone} has none")
+        evaluation = settings.evaluation()
+        self.sizes: MapSettings = evaluation.maps()
+        self.how = evaluation.labels(how)
+        self.model, self.out, self.class_names, self.settings, self.data = model, out, class_names, settings, data
+        self.device = next(model.parameters()).device
+
+    def record(self) -> dict[str, Any]:
+        """What decides how the files look."""
+        own = {name: getattr(self.settings, name) for name in ("unknown", "threshold")}
+        sizes = {name: getattr(self.sizes, name) for name in ("long_side", "affinity_of")}
+        return {"kind": self.kind, **own, **sizes, "exif": self.data.exif, **asdict(self.how)}
+
+    def path(self, what: str, name: str) -> Path:
+        return self.out / what / f"{name}{ENDINGS[what]}"
+
+    def finished(self, name: str, entry: dict[str, Any] | None, size: int, labels: Tensor | None) -> bool:
+        """Whether the files asked for are there, of this photograph and these classes."""
+        if entry is None or entry["bytes"] != size or not set(self.save) <= set(entry["files"]):
+            return False
+        of_classifier = entry["classes_from"] == "classifier"
+        same = of_classifier if labels is None else not of_classifier and entry["classes"] == self._shown(labels)
+        return same and all(self.path(what, name).is_file() for what in self.save)
+
+    def label(self, name: str, path: Path, known: Known) -> dict[str, Any]:
+        """Write the files; what the manifest says of them."""
+        save, how = self.save, self.how
+        with phase("reading"):
+            photo = read_photo(path, self.data.exif, self.data.max_pixels)
+            image = normalize(photo)[None].to(self.device)
+        size = tuple(image.shape[2:])
+        with phase("CAM"):
+            seen = evidence(self.model, image, self.sizes, how, known.labels, self.settings.threshold)
+        walk = photograph_walk(size, seen, how) if "walks" in save else None
+        label = confidence = None
+        if "labels" in save or "confidence" in save:
+            made = photograph_label(self.kind, image, seen, how, self.settings.unknown, "confidence" in save)
+            label, confidence = made.label.cpu(), made.confidence
+        classes = seen.slots.classes[0, seen.slots.present[0]].tolist()
+        with phase("writing"):
+            if "cams" in save:
+                with whole(self.path("cams", name)) as file:
+                    write_cams(file, classes, _at_size(seen.cam[0, seen.slots.present[0]], size))
+            if "walks" in save:
+                with whole(self.path("walks", name)) as file:
+                    write_scores(file, (0, *(index + 1 for index in classes)), walk)
+            if "confidence" in save:
+                with whole(self.path("confidence", name)) as file:
+                    write_grey(file, confidence)
+            if "labels" in save:
+                with whole(self.path("labels", name)) as file:
+                    write_label(file, label)
+        return {
+            "size": list(size),
+            "classes": self._shown(seen.cls_labels),
+            "classes_from": known.source or "classifier",
+            "shares": {} if label is None else self._shares(label),
+        }
+
+    def _shown(self, labels: Tensor) -> list[str]:
+        return [self.class_names[index] for index in (labels.nonzero().flatten() + 1).tolist()]
+
+    def _shares(self, label: Tensor) -> dict[str, float]:
+        """Which share of its pixels each class has, and what is left open."""
+        counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
+        names = {**dict(enumerate(self.class_names)), IGNORE: "unknown"}
+        return {names[i]: round(int(counts[i]) / label.numel(), 5) for i in counts.nonzero().flatten().tolist()}
+
+
+def _at_size(cam: Tensor, size: Sequence[int]) -> Tensor:
+    """[n, h, w] -> float16 [n, H, W], one after the other: no more than one is held in float32."""
+    resized = cam.new_empty(len(cam), *size, dtype=torch.float16)
+    for out, one in zip(resized, cam):
+        out.copy_(resize(one[None, None], size)[0, 0])
+    return resized
