@@ -83,7 +83,7 @@ _SEPARATE = Layout("query, key and value each alone", _OURS, _ALONE, "head.")
 
 LAYOUTS = {
     "mit": Layout(
-        "MiT, mit_b*.pth",
+        "mit_b*.pth",
         _OURS,
         _ALONE
         | {
@@ -93,7 +93,7 @@ LAYOUTS = {
         "head.",
     ),
     "huggingface": Layout(
-        "MiT, Hugging Face",
+        "Hugging Face",
         {
             "embed": "encoder.patch_embeddings.{i}.",
             "block": "encoder.block.{i}.{j}.",
@@ -120,7 +120,7 @@ LAYOUTS = {
         wrapper="segformer.",
     ),
     "mmseg": Layout(
-        "MiT, mmsegmentation",
+        "mmsegmentation",
         {"embed": "layers.{i}.0.", "block": "layers.{i}.1.{j}.", "norm": "layers.{i}.2."},
         {
             "embed": {"projection.": ("proj.",), "norm.": ("norm.",)},
@@ -137,7 +137,7 @@ LAYOUTS = {
         convolved=("ffn.layers.0.", "ffn.layers.4."),
     ),
     "transformers": Layout(
-        "MiT, transformers 5 in memory",
+        "transformers 5 in memory",
         {"embed": "stages.{i}.patch_embeddings.", "block": "stages.{i}.blocks.{j}.", "norm": "stages.{i}.layer_norm."},
         {
             "embed": {"proj.": ("proj.",), "layer_norm.": ("norm.",)},
