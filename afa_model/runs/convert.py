@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +104,8 @@ def convert(source: str | Path, target: str | Path, settings: ConvertSettings | 
     if differences.lines():
         _refuse(given, part, differences, settings)
         part = part.fitting()
+    heads = [name for name in part.state if settings.to == "mmseg" and name.startswith("head.")]
+    part = replace(part, state={name: value for name, value in part.state.items() if name not in heads})
     if settings.to == "afa":
         _write_checkpoint(target, _with_settings(part, settings))
     elif settings.to == "hub":
@@ -112,10 +114,8 @@ def convert(source: str | Path, target: str | Path, settings: ConvertSettings | 
         names = part.state if part.whole else renamed(part.state, "mit" if settings.to == "public" else settings.to)
         write_tensors(target, {settings.prefix + name: value for name, value in names.items()})
     same = bool(differences.lines()) or _same(part.state, read_source(target).state)
-    kept = {f"encoder.{name}" for name in part.state} if found.whole and not part.whole else set(part.state)
-    left = [name for name in found.state if name not in kept] if settings.to in _BACKBONES else []
-    if settings.to == "mmseg":
-        left += [name for name in part.state if name.startswith("head.")]
+    alone = found.whole and not part.whole  # the backbone of an AFA
+    left = heads + [name for name in found.state if alone and not name.startswith("encoder.")]
     return Converted(found.title, target, len(part.state), grouped(left) if left else "", differences, same)
 
 
@@ -206,10 +206,8 @@ def read_scores(path: str | Path) -> dict[str, Any]:
 
 
 def _same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors that both have are the same, and none of ours is missing but a head that was left out."""
-    lost = [name for name in ours if name not in theirs and not name.startswith("head.")]
-    shared = [name for name in ours if name in theirs]
-    return not lost and all(_bits(ours[name], theirs[name]) for name in shared)
+    """Whether all of ours are among theirs, equal."""
+    return all(name in theirs and _bits(ours[name], theirs[name]) for name in ours)
 
 
 def _bits(a: Tensor, b: Tensor) -> bool:
