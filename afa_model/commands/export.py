@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{run.path}, {run.trained}")
     for item in compared:
         if settings.gives == "labels":
-            difference = f"{100 * item.difference:.3g} % of the labels differ, all of them ties"
+            difference = f"{100 * item.difference:.2g} % of the labels differ, where classes tie"
+            difference = difference if item.difference else "the same labels"
         else:
             difference = f"largest difference {item.difference:.1e} of the largest logit"
         print(f"  {' x '.join(map(str, item.shape))} beside PyTorch: {difference}")

@@ -121,8 +121,8 @@ def grouped(names: Collection[str], most: int = 5) -> str:
         if len(finer) > most:
             break
         groups = finer
-    alone = set(names)
-    shown = [group if group in alone else f"{group}.* ({count})" for group, count in groups.items()]
+    first = {group: next(name for name in names if f"{name}.".startswith(f"{group}.")) for group in groups}
+    shown = [first[group] if count == 1 else f"{group}.* ({count})" for group, count in groups.items()]
     more = f", and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(shown[:most]) + more
 

@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "refine", "figures", "demo", "doctor", "bench"):
+    for command in cli.COMMANDS:
         assert f"\n  {command} " in printed
     assert cli.main([]) == 2
     assert "usage: afa" in capsys.readouterr().err
@@ -50,6 +50,8 @@ def test_help_lists_every_command(capsys):
         ("evaluate", ["--checkpoint", "--json", "--csv", "--crf", "--data.root", "--eval.scales"]),
         ("predict", ["IMAGE", "--checkpoint", "--out", "--crf", "--labels", "--affinity_at", "--head_weights"]),
         ("refine", ["IMAGES", "MASKS", "--out", "--method {crf,par,pamr}", "--dense_crf.bi_w", "--shard", "IRN"]),
+        ("convert", ["SOURCE TARGET", "--to {public,afa,hub,mit,huggingface,mmseg}", "--partial", "--scores"]),
+        ("export", ["--checkpoint", "--out", "--format", "--size", "--dynamic", "--takes", "--gives"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -104,6 +106,8 @@ def test_it_runs_as_a_module_without_the_entry_point():
             "afa train: error: data root /nowhere/voc is not a folder",
         ),
         (["evaluate"], "afa evaluate: error: --checkpoint is required (a run's folder"),
+        (["convert", "a.pth"], "afa convert: error: target is required (the file to write"),
+        (["export", "--out", "m.onnx"], "afa export: error: --checkpoint is required (a run's folder"),
         (["refine"], "afa refine: error: images is required (folder of photographs"),
         (
             ["train", "--device", "gpu"],
@@ -183,7 +187,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "figures", "demo", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "figures", "convert", "export", "demo", "bench"])
 @pytest.mark.parametrize(("error", "code"), ENDS)
 def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):
     def broken(argv):

@@ -63,7 +63,7 @@ def test_torchscript_of_any_size_by_the_command(folder, model, tmp_path, capsys)
     line = ["export", "--checkpoint", str(folder), "--out", str(tmp_path / "m.ts"), "--size", "64", "96", "--dynamic"]
     assert cli.main(line) == 0
     told = capsys.readouterr().out
-    assert "2 x 3 x 64 x 96 beside PyTorch: 0 % of the labels differ" in told and "1 x 3 x 65 x 109" in told
+    assert "2 x 3 x 64 x 96 beside PyTorch: the same labels" in told and "1 x 3 x 65 x 109" in told
     extra = {"afa": ""}
     script = torch.jit.load(str(tmp_path / "m.ts"), _extra_files=extra)
     assert json.loads(extra["afa"])["class_names"] == list(NAMES)
@@ -77,7 +77,8 @@ def test_logits_of_torch_export(model, tmp_path):
     path, compared = export_model(model, tmp_path / "m.pt2", NAMES, ExportSettings(size=(64, 64), gives="logits"))
     assert [item.shape for item in compared] == [(1, 3, 64, 64)] and compared[0].difference < 1e-5
     images = 255 * torch.rand(1, 3, 64, 64)
-    got, want = torch.export.load(str(path)).module()(images), Segmenter(model, gives="logits")(images)
+    with torch.no_grad():
+        got, want = torch.export.load(str(path)).module()(images), Segmenter(model, gives="logits")(images)
     assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
 
 
@@ -109,7 +110,7 @@ def test_what_differs_from_pytorch_is_not_written(model, tmp_path, monkeypatch, 
 
     monkeypatch.setitem(export._READERS, "torchscript", read)
     (tmp_path / "m.ts").write_text("the one before")
-    with pytest.raises(SavingError, match=r"m\.ts was not written: on images \[1, 3, 64, 64\].* differs from PyTorch by"):
+    with pytest.raises(SavingError, match=r"m\.ts was not written: on images \[1, 3, 64, 64\].* differs from PyTorch"):
         export_model(model, tmp_path / "m.ts", NAMES, ExportSettings(size=(64, 64), gives=gives))
     assert (tmp_path / "m.ts").read_text() == "the one before" and len(list(tmp_path.iterdir())) == 1
 
