@@ -122,14 +122,15 @@ def export_model(
 
 
 def _require_packages(kind: Format) -> None:
-    missing = []
-    for name in _NEEDED.get(kind, ()):
+    needed = _NEEDED.get(kind, ())
+    for name in needed:
         try:
             importlib.import_module(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise ConfigError(f"format: {kind} needs what is not installed: pip install {' '.join(missing)}")
+        except ImportError as error:
+            install = f"pip install {' '.join(needed)}"
+            raise ConfigError(
+                f"format: {kind} needs {name}, which cannot be imported ({reason(error)}): {install}"
+            ) from error
 
 
 def _images(shape: Sequence[int], takes: Takes, seed: int) -> Tensor:

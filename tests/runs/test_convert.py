@@ -79,8 +79,8 @@ def test_the_backbone_goes_through_every_layout_unchanged(here, state, capsys):
     assert "left out, for mit has no place for it: decoder.* (16), attn_proj.* (2), classifier.weight" in told
     assert same(torch.load("back.pth"), encoder) and same(torch.load("own.pth"), encoder)
     hugging_face = load_file("hf.safetensors")
-    assert torch.equal(hugging_face["segformer.encoder.block.0.0.attention.self.value.bias"],
-                       encoder["block1.0.attn.kv.bias"][32:])  # fmt: skip
+    assert torch.equal(hugging_face["segformer.encoder.block.0.0.attention.self.value.weight"],
+                       encoder["block1.0.attn.kv.weight"][32:])  # fmt: skip
     assert hugging_face["classifier.weight"].shape == (7, 256)
     mmseg = torch.load("mm.pth")
     packed = torch.cat([encoder["block4.1.attn.q.weight"], encoder["block4.1.attn.kv.weight"]])
