@@ -31,6 +31,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-compile 'afa[export]'
 	AFA_EMULATE=all $(BIN)/python -m pytest $(WORKERS) -m ''
 
 bench: $(VENV)/installed

@@ -20,6 +20,8 @@ COMMANDS = {
     "refine": "refine CAMs and label maps that are there as files, by dense CRF, PAR or PAMR",
     "figures": "draw the figures of the paper's supplement, of your own models and photographs",
     "reproduce": "the tables of the paper's supplement: train and score each row, our numbers beside the paper's",
+    "convert": "weights into other names and files: public, SegFormer, mmsegmentation, Hugging Face, a Hub folder",
+    "export": "the segmentation network as ONNX, TorchScript or a torch.export program, run beside PyTorch",
     "demo": "generate a data set, train on it from scratch, show what each part adds",
     "doctor": "what is installed, which backends run here, and why the others do not",
     "bench": "measure operators, training step or data loading",

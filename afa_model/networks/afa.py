@@ -17,6 +17,7 @@ from afa_kernels import window_affinity
 from .backbone import Abilities, Pyramid, pyramid
 from .create import create_backbone
 from .decoder import SegFormerHead
+from .hub import HubModel
 
 
 class AFAResult(NamedTuple):
@@ -45,7 +46,7 @@ class Attended(NamedTuple):
     key: Tensor | None
 
 
-class AFA(nn.Module):
+class AFA(nn.Module, HubModel):
     """AFA with a MiT backbone, or the CAM-only baseline of the paper's Figure 3a with a CNN of timm's.
 
     Args:
@@ -61,6 +62,8 @@ class AFA(nn.Module):
         embedding: width of the decoder.
         decoder_dropout: probability of dropping a whole channel of it.
         backbone_args: further arguments for ``timm.create_model``, e.g. ``{"drop_path_rate": 0.1}``.
+
+    ``AFA.from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are the Hugging Face Hub's: see :mod:`.hub`.
 
     Raises:
         ValueError: an argument is out of range, timm has no such backbone, or the weights do not fit it.
@@ -88,6 +91,15 @@ class AFA(nn.Module):
             raise ValueError(f"stride: expected four integers such as (4, 2, 2, 1), got {tuple(stride)}")
         self.backbone, self.num_classes, self.pooling = backbone, num_classes, pooling
         self.stride = tuple(int(s) for s in stride)
+        self.arguments = {
+            "backbone": backbone,
+            "num_classes": int(num_classes),
+            "stride": list(self.stride),
+            "pooling": pooling,
+            "embedding": int(embedding),
+            "decoder_dropout": float(decoder_dropout),
+            "backbone_args": dict(backbone_args or {}),
+        }
         self.encoder = create_backbone(backbone, self.stride, pretrained, dict(backbone_args or {}))
         abilities = self.abilities = Abilities.of(self.encoder)
         dim = abilities.widths[-1]

@@ -67,11 +67,13 @@ class SegFormerHead(nn.Module):
             (self.linear_c4.proj, self.linear_c3.proj, self.linear_c2.proj, self.linear_c1.proj),
             self.linear_fuse.conv.weight.flatten(1).split(self.embedding, 1),
         )
-        by_size: dict[tuple[int, int], Tensor] = {}
+        parts: list[Tensor] = []
         for x, linear, fuse in branches:
             part = pointwise(x, fuse @ linear.weight, fuse @ linear.bias)
-            key = (x.shape[2], x.shape[3])
-            by_size[key] = by_size[key] + part if key in by_size else part
-        parts = [part if key == tuple(size) else resize(part, size) for key, part in by_size.items()]
+            if parts and parts[-1].shape[2:] == part.shape[2:]:  # as the two coarsest have it in AFA
+                parts[-1] = parts[-1] + part
+            else:
+                parts.append(part)
+        parts = [part if part.shape[2:] == size else resize(part, size) for part in parts]
         x = self.dropout(F.relu(self.linear_fuse.bn(sum(parts[1:], parts[0]))))
         return pointwise(x, self.linear_pred.weight.flatten(1), self.linear_pred.bias)

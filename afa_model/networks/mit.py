@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def _at_least_one_patch(self, x: Tensor, height: int, width: int) -> Tensor:
         """Tokens as a map; one smaller than the reduction kernel (image side < 29) repeats its border."""
         image = _tokens_to_image(x, height, width)
-        if min(height, width) >= self.sr_ratio:
+        if height >= self.sr_ratio and width >= self.sr_ratio:  # apart: exported sizes must not depend on each other
             return image
         padding = (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0))
         return F.pad(image, padding, mode="replicate")

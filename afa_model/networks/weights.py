@@ -1,70 +1,21 @@
-"""Reads MiT weights from every layout in circulation and renames them to this project's (the public) names.
+"""Reads MiT weights from every layout in circulation (`layouts.py`), and says what files hold instead.
 
-Public (mit_b*.pth)  patch_embed1.proj, block1.0.attn.{q,kv,proj,sr,norm}, block1.0.mlp.{fc1,fc2}, norm1, head
-Hugging Face         encoder.patch_embeddings.0, encoder.block.0.0.attention.self.{query,key,value,sr}, ...
-                     and, in memory since transformers 5, stages.0.blocks.0.attention.{q,k,v,o}_proj, ...
-AFA, SegFormer       the public names behind ``encoder.`` or ``backbone.``, beside a decoder
-
-They lie at the top of the file, or in ``state_dict``, ``model_state_dict``, ``model`` or ``net`` of it, and any wrapper
-(``module.``, ``model.``, ``model.backbone.``) may stand before their names.
+They lie at the top of the file, or in ``state_dict``, ``model_state_dict``, ``model`` or ``net`` of it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..runtime.tensor_files import read_tensors
+from .layouts import find_mit
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net")  # where files keep weights beside other things
-_HF_WRAPPERS = re.compile(r"^(?:module\.|model\.|net\.|_orig_mod\.)+(?=segformer\.|encoder\.|stages\.)")
-_HF_STAGE = re.compile(
-    r"^(?:segformer\.)?(?:encoder\.(?P<kind>patch_embeddings|block|layer_norm)\.(?P<old>\d)"
-    r"|stages\.(?P<new>\d)\.(?P<kind5>patch_embeddings|blocks|layer_norm))\."
-)
-_STAGE_NAMES = {"patch_embeddings": "patch_embed", "block": "block", "blocks": "block", "layer_norm": "norm"}
-_HF_RENAMES = (
-    (re.compile(r"attention\.(self\.query|q_proj)\."), "attn.q."),
-    (re.compile(r"attention\.(self\.sr|sequence_reduction\.sequence_reduction)\."), "attn.sr."),
-    (re.compile(r"attention\.(self|sequence_reduction)\.layer_norm\."), "attn.norm."),
-    (re.compile(r"attention\.(output\.dense|o_proj)\."), "attn.proj."),
-    (re.compile(r"(layer_norm_1|layernorm_before)\."), "norm1."),
-    (re.compile(r"(layer_norm_2|layernorm_after)\."), "norm2."),
-    (re.compile(r"layer_norm\."), "norm."),
-    (re.compile(r"mlp\.dense([12])\."), r"mlp.fc\1."),
-)
-_HF_KEY = re.compile(r"attention\.(?:self\.key|k_proj)\.")
-_HF_VALUE = re.compile(r"attention\.(?:self\.value|v_proj)\.")
-
-
-def _from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' Segformer names -> public names. Its separate key and value are stacked into ``kv``."""
-    out: dict[str, Tensor] = {}
-    values = {_HF_VALUE.sub("attn.kv.", name): state[name] for name in state if _HF_VALUE.search(name)}
-    for name, value in state.items():
-        stage = _HF_STAGE.match(name)
-        if name.startswith("classifier."):
-            out["head." + name.removeprefix("classifier.")] = value
-        if stage is None or _HF_VALUE.search(name):
-            continue  # the decode head of a segmentation checkpoint; values join their keys below
-        public = f"{_STAGE_NAMES[stage['kind'] or stage['kind5']]}{int(stage['old'] or stage['new']) + 1}."
-        rest = name[stage.end() :]
-        if _HF_KEY.search(name):
-            both = [value, values[_HF_KEY.sub("attn.kv.", name)]]
-            out[public + _HF_KEY.sub("attn.kv.", rest)] = torch.cat(both)
-            continue
-        for pattern, ours in _HF_RENAMES:
-            rest, found = pattern.subn(ours, rest)
-            if found:
-                break
-        out[public + rest] = value
-    return out
 
 
 def weights_in(content: Any) -> dict[str, Tensor]:
@@ -113,11 +64,8 @@ def checkpoint_filter_fn(state: Mapping[str, Any], model: nn.Module) -> dict[str
         ValueError: there are no weights, or those of several networks.
     """
     state = weights_in(state)
-    plain = {_HF_WRAPPERS.sub("", name): value for name, value in state.items()}
-    if any(_HF_STAGE.match(name) for name in plain):
-        state = _from_hugging_face(plain)
-    else:
-        state = under_prefix(state, [name for name in model.state_dict() if not name.startswith("head.")])
+    found = find_mit(state)
+    state = state if found is None else found.state
     head = getattr(model.head, "weight", None)
     if head is None or getattr(state.get("head.weight"), "shape", None) != head.shape:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}

@@ -273,6 +273,11 @@ def unpack(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         CheckpointError: the checkpoint belongs to another model, naming what does not fit.
     """
+    if "optimizer" not in state:
+        raise CheckpointError(
+            "the checkpoint holds a model without the state of its training (`afa convert` wrote it): it can be"
+            " evaluated, not gone on with; model.pretrained takes its backbone"
+        )
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,6 @@
-"""Reads files of tensors (of ``torch.save``, safetensors) without running code from them, and says what is wrong."""
+"""Files of tensors (of ``torch.save``, safetensors): read without running code from them, saying what is wrong, and
+written whole.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,14 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import AfaError, CheckpointError, naming, reason
+from ..errors import AfaError, CheckpointError, SavingError, naming, reason
+from .writing import whole
 
 _FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -71,6 +74,28 @@ def read_tensors(
                 return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # broken bytes make the unpickler raise whatever they lead it to
             raise kind(f"{what} {path} {damaged}: {told(error)}{_hint(error)}") from error
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Tensors by name as safetensors, where the file's ending says so, else as of ``torch.save``; on the CPU, none of
+    them a part of another's memory. The file is whole or as it was.
+
+    Raises:
+        SavingError: with the path and the system's reason.
+    """
+    path = Path(path)
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    try:
+        with whole(path) as temporary:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import save_file
+
+                save_file(plain, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(plain, temporary)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        raise SavingError(f"could not write {path}: {reason(error)}") from error
+    return path
 
 
 def _something_else(start: bytes) -> str | None:

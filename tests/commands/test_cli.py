@@ -28,8 +28,7 @@ def root(tmp_path_factory):
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    shown = ("prepare", "train", "evaluate", "predict", "pseudo-labels", "refine", "figures", "demo", "doctor", "bench")
-    for command in shown:
+    for command in cli.COMMANDS:
         assert f"\n  {command} " in printed
     assert cli.main([]) == 2
     assert "usage: afa" in capsys.readouterr().err
@@ -52,6 +51,8 @@ def test_help_lists_every_command(capsys):
         ("predict", ["IMAGE", "--checkpoint", "--out", "--crf", "--labels", "--affinity_at", "--head_weights"]),
         ("refine", ["IMAGES", "MASKS", "--out", "--method {crf,par,pamr}", "--dense_crf.bi_w", "--shard", "IRN"]),
         ("pseudo-labels", ["--images IMAGES", "--out", "--save WHAT", "--labels", "--kind", "--shard", "--data.root"]),
+        ("convert", ["SOURCE TARGET", "--to {public,afa,hub,mit,huggingface,mmseg}", "--partial", "--scores"]),
+        ("export", ["--checkpoint", "--out", "--format", "--size", "--dynamic", "--takes", "--gives"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -117,6 +118,8 @@ def test_it_runs_as_a_module_without_the_entry_point():
         ),
         (["evaluate"], "afa evaluate: error: --checkpoint is required (a run's folder"),
         (["pseudo-labels", "--images", "x"], "afa pseudo-labels: error: --checkpoint is required (a run's folder"),
+        (["convert", "a.pth"], "afa convert: error: target is required (the file to write"),
+        (["export", "--out", "m.onnx"], "afa export: error: --checkpoint is required (a run's folder"),
         (["refine"], "afa refine: error: images is required (folder of photographs"),
         (
             ["train", "--device", "gpu"],
@@ -196,7 +199,9 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "predict", "figures", "demo", "bench"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "train", "evaluate", "predict", "figures", "convert", "export", "demo", "bench"]
+)
 @pytest.mark.parametrize(("error", "code"), ENDS)
 def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):
     def broken(argv):

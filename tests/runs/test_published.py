@@ -49,15 +49,22 @@ def test_another_network_under_the_same_names_is_refused(tmp_path, state):
         load_model(tmp_path / "w.pth")
 
 
-def test_commands_take_it(tmp_path, state, capsys):
+@pytest.mark.parametrize("kind", ["w.pth", "model.safetensors"])
+def test_commands_take_it(tmp_path, state, capsys, kind):
+    """The file, or the folder that ``save_pretrained`` writes."""
     make_voc(tmp_path / "voc", count=2)
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pth")
-    checkpoint = ["--checkpoint", str(tmp_path / "w.pth")]
+    checkpoint = ["--checkpoint", str(tmp_path / kind)]
+    if kind == "model.safetensors":
+        model = AFA("mit_b0", 21)
+        model.load_state_dict(state)
+        model.save_pretrained(tmp_path / "hub")
+        checkpoint = ["--checkpoint", str(tmp_path / "hub")]
     small = [word if word[:2] != "--" or word == "--device" else f"--labels.{word[2:]}" for word in SMALL[2:]]
     data = ["--data.root", str(tmp_path / "voc"), "--eval.long_side", "64", "--eval.limit", "1", "--eval.scales", "[1]"]
     assert cli.main(["evaluate", *checkpoint, *data, *small]) == 0
     printed = capsys.readouterr().out
-    assert "w.pth, published weights, on val of" in printed and re.search(r"mIoU", printed)
+    assert f"{kind}, published weights, on val of" in printed and re.search(r"mIoU", printed)
     photo = next((tmp_path / "voc" / "JPEGImages").iterdir())
     out = ["--out", str(tmp_path / "out"), "--panels", "false"]
     assert cli.main(["predict", str(photo), *checkpoint, *out, "--scales", "[1]", *SMALL]) == 0
