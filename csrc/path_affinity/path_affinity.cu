@@ -10,7 +10,7 @@
 // of every path that may lie on it, eight threads sharing the directions, and adds up in a fixed order.
 // Floor: the window written once; backward its gradient read once. Bound: the stores up to a radius of about 10, then
 // the walks: a load from shared memory and a maximum for each point.
-// Occupancy: path_window_kernel 256 x 4, path_choice_kernel 256 x 4, path_gather_kernel 256 x 6 (threads x blocks a
+// Occupancy: path_window_kernel 256 x 4, path_choice_kernel 256 x 4, path_gather_kernel 256 x 4 (threads x blocks a
 // multiprocessor, by registers).
 #include <type_traits>
 
