@@ -60,7 +60,7 @@ class Replacements(list):
         if row is not None:
             self.append(row)
             if self.verbose:
-                print(row, flush=True)
+                print(row, file=sys.stderr, flush=True)
 
 
 _active: list[Replacements] = []
@@ -107,8 +107,8 @@ def patch(
         pydensecrf: also have ``import pydensecrf`` and its parts give `afa_kernels.compat.pydensecrf`, here and in
             modules that have imported it.
         rloss: also have ``import bilateralfilter`` give `afa_kernels.compat.rloss`, likewise.
-        verbose: print a line for each class that is served, and for each of that name that is not, with the reason;
-            and for what the other two changed. What a proof finds different is always said, once, on stderr.
+        verbose: print a line on stderr for each class that is served, and for each of that name that is not, with the
+            reason; and for what the other two changed. What a proof finds different is always said there, once.
 
     Returns:
         What was found, a list of `Replacement` and `stand_ins.StandIn`; its ``undo()`` puts all of it back (what was
@@ -127,7 +127,7 @@ def patch(
             done += stand_in(package, [module for module in foreign if _foreign(module)])
     _active.append(done)
     if verbose:
-        print(*done, sep="\n", end="\n" if done else "", flush=True)
+        print(*done, sep="\n", end="\n" if done else "", file=sys.stderr, flush=True)
     return done
 
 

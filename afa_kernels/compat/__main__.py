@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
         everything(verbose=True)
         # As Python itself: a script's own folder comes first on the path, a module's is where one stands.
         sys.argv = rest
-        sys.path[0] = os.getcwd() if as_module else str(Path(rest[0]).resolve().parent)
+        if not getattr(sys.flags, "safe_path", False):  # told not to (Python 3.11)
+            sys.path[0] = os.getcwd() if as_module else str(Path(rest[0]).resolve().parent)
         try:
             if as_module:
                 runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -207,7 +207,7 @@ def test_classes_made_later_are_served_everywhere(rng, capsys):
     before = len(done)
     module = repository(name="imported.later")
     assert [row.owner for row in done[before:]] == [module.PAR, module.PAMR]
-    assert "PAR is served by the kernels where they are proven to give the same" in capsys.readouterr().out
+    assert "PAR is served by the kernels where they are proven to give the same" in capsys.readouterr().err
     module.PAR([1], 1)(*pair(rng))
     assert calls(done[before]) == (1, 0) and done[before].served in compat.served()
     done.undo()
@@ -237,7 +237,7 @@ def test_what_cannot_be_served_is_left_alone_with_the_reason(capsys, change, rea
     before = module.PAR.forward
     (row, _) = compat.patch([module])
     assert row.served is None and module.PAR.forward is before
-    assert f"PAR alone: its forward {reason}" in capsys.readouterr().out
+    assert f"PAR alone: its forward {reason}" in capsys.readouterr().err
 
 
 def test_further_arguments_go_to_their_own_forward(rng, capsys):

@@ -67,10 +67,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *arguments: str) -> subprocess.CompletedProcess:
+def run(folder, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "afa_kernels.compat", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **variables}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has it from 3.11 on")
+def test_a_path_that_is_to_stay_as_it_is_does(folder):
+    (folder / "path.py").write_text("import sys; print(sys.path[0])")
+    done = run(folder, "path.py", PYTHONSAFEPATH="1")
+    assert done.returncode == 0 and done.stdout.strip() == str(ROOT), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("how", [("train.py",), ("-m", "train")], ids=" ".join)
@@ -84,6 +91,7 @@ def test_a_script_runs_as_it_is_and_what_was_served_is_told(folder, how):
     assert "1 calls by its own forward: it differs from PAMR" in done.stderr
     assert "pydensecrf's inference: 1 calls in " in done.stderr and "bilateralfilter_batch: 1 calls in " in done.stderr
     assert "Traceback" not in done.stderr
+    assert "afa_kernels.compat: " not in done.stdout  # what a script prints may be read by a program
 
 
 @pytest.mark.parametrize("method", ["spawn"])

@@ -226,7 +226,7 @@ def test_a_class_that_forbids_it_can_still_be_made(capsys):
         def forward(self, imgs, masks):
             return masks
 
-    assert "alone: its forward cannot be replaced (frozen)" in capsys.readouterr().out
+    assert "alone: its forward cannot be replaced (frozen)" in capsys.readouterr().err
     assert not hasattr(PAR.forward, "afa_served")
 
 

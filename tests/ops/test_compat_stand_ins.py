@@ -101,7 +101,7 @@ def test_modules_that_have_imported_theirs_get_ours(capsys):
     module.other = made["pydensecrf.densecrf"].other
     module.proxy = Proxy()
     done = compat.patch([module], pydensecrf=True, rloss=True)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert module.dcrf is ours.densecrf and module.utils is ours.utils
     assert module.unary_from_softmax is ours.utils.unary_from_softmax
     assert module.bilateralfilter is rloss.bilateralfilter

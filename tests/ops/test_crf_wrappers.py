@@ -124,6 +124,13 @@ def test_a_shape_that_fits_both_is_read_by_its_kind(rng):
     assert relative_error(torch.tensor(crf_inference(cube.numpy(), probs.numpy(), 2, 9)), tensors) > 1e-4
 
 
+def test_lists_are_taken_as_arrays(photos):
+    images, probs, _ = photos
+    refined = crf_inference(images[0], probs[0].tolist())
+    assert refined.dtype == np.float32
+    np.testing.assert_array_equal(refined, crf_inference(images[0], probs[0]))
+
+
 def test_tensors_keep_dtype_and_gradient(photos):
     images, probs, _ = (torch.from_numpy(value).to(DEVICE) for value in photos)
     probs = probs.bfloat16().requires_grad_()

@@ -140,7 +140,7 @@ def _refined(
     if classes is not None and classes != scores.shape[-3]:
         raise ValueError(f"{names[3]} must be the {scores.shape[-3]} channels of {names[1]}, got {classes}")
     pixels = _pixels(img, names[:2], scores.shape[:-3], scores.shape[-2:], scores.device)
-    if isinstance(probs, np.ndarray) or not scores.is_floating_point():
+    if not isinstance(probs, Tensor) or not scores.is_floating_point():
         scores = scores.float()
     batch = scores.reshape(-1, *scores.shape[-3:])
     refined = dense_crf(pixels, batch, num_iter, *kernels, method=method).view(scores.shape)
