@@ -42,7 +42,8 @@ def feature_affinity(features: Tensor, radius: int, kind: str = "cos", *, backen
     """Affinity of every pixel to its window by how alike their features are, without a matrix of N x N.
 
     Args:
-        features: [B, C, H, W], any range and strides. float32, float16 or bfloat16 (float64 in the reference path).
+        features: [B, C, H, W] of any strides, so large that sums of squares fit float32. float32, float16 or
+            bfloat16 (float64 in the reference path).
         radius: of the square window, in pixels, at least 0; it may reach across the whole grid.
         kind: ``"cos"``, |cos(f_i, f_j)|, features shorter than 1e-8 divided by that (ToCo: Ru et al., CVPR 2023, whose
             patch token contrast takes absolute cosines); ``"exp_l1"``, exp(-mean_c |f_i,c - f_j,c|) (AffinityNet: Ahn
