@@ -35,10 +35,10 @@ def pcm(cams: Tensor, features: Tensor, *, backend: str | None = None) -> Tensor
     """Refine class activation maps by the likeness of all pairs of pixels (SEAM, Wang et al., CVPR 2020).
 
     Args:
-        cams: [B, K, h, w], any finite range; resized to H x W (bilinear, aligned corners) where they are of another size.
+        cams: [B, K, h, w], finite; resized to H x W (bilinear, aligned corners) where they are of another size.
             float32, float16 or bfloat16 (float64 in the reference path). SEAM detaches them and sets the background.
-        features: [B, C, H, W], of squares that float32 can sum, likewise; may differ in dtype from cams. Each pixel is divided by its norm
-            plus 1e-5: what counts is the cosine of two pixels, where it is positive.
+        features: [B, C, H, W], whose squares float32 can sum, likewise; may differ in dtype from cams. Each pixel is
+            divided by its norm plus 1e-5: what counts is the cosine of two pixels, where it is positive.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the best that can run.
 
     Returns:
