@@ -15,6 +15,10 @@ from support.common import DEVICE, ROOT
 
 if DEVICE == "cuda":
     torch.backends.cudnn.allow_tf32 = False  # convolutions, or recorded numbers could not be met
+else:
+    # At the first backward PyTorch starts a thread for each device there is. Tests that trace as if there were a GPU
+    # make it believe in one, and a process with such threads allows its forks no backward.
+    torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

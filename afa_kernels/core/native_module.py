@@ -164,7 +164,7 @@ def workspace(size: int, device: torch.device) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
     kept = getattr(_scratch, "kept", None)
     if kept is None or kept.numel() < size:
-        kept = _scratch.kept = torch.empty(size, dtype=torch.uint8)
+        kept = _scratch.kept = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept
 
 

@@ -283,3 +283,21 @@ IMAGES, VALUES = torch.rand(2, 3, 4, 5, device=DEVICE), torch.rand(2, 4, 4, 5, d
 def test_bad_input_is_named(change, error, said):
     with pytest.raises(error, match=said):
         bilateral_filter(**{"images": IMAGES, "values": VALUES, "sigma_rgb": 15, "sigma_xy": 10, **change})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of what the CPU's kernels allocate")
+@pytest.mark.parametrize("method", ["exact", "lattice"])
+def test_the_default_device_is_no_business_of_filter_and_crf(rng, method):
+    images, values = 255 * torch.rand(1, 3, 6, 7, generator=rng), torch.rand(1, 2, 6, 7, generator=rng).softmax(1)
+
+    def both():
+        leaf = values.clone().requires_grad_()
+        filtered = afa_kernels.bilateral_filter(images, leaf, 60, 4, method)
+        refined, divergence = afa_kernels.dense_crf(images, leaf, 2, method=method, convergence=True)
+        (slope,) = torch.autograd.grad((filtered * refined).sum(), leaf)
+        return filtered.detach(), refined.detach(), divergence, slope
+
+    wanted = both()
+    with torch.device("meta"):
+        got = both()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted))

@@ -49,7 +49,8 @@ def test_every_operator_has_a_case_that_its_kernels_pass(checks):
         assert row.ok and row.reason == "" and row.milliseconds > 0, row
         assert row.tolerance == {"float32": 1e-4, "float16": 2**-10, "bfloat16": 2**-7}[row.dtype]
         # There is room: for float32 more than the odd rounding, for the others the rounding of the result.
-        assert 0 < row.error < row.tolerance / (20 if row.dtype == "float32" else 2), row
+        assert row.error < row.tolerance / (20 if row.dtype == "float32" else 2), row
+        assert row.error > 0 or row.operator == "path_affinity", row  # whose maxima are exact
 
 
 def test_cases_differentiate_every_input_and_go_where_kernels_have_gone_wrong():

@@ -216,3 +216,15 @@ def test_no_steps_have_a_gradient_of_zero(rng, name, backend):
     of_weights, of_masks = torch.autograd.grad(out.sum(), leaves)
     assert torch.equal(out, leaves[1])
     assert torch.equal(of_weights, torch.zeros_like(leaves[0])) and torch.equal(of_masks, torch.ones_like(leaves[1]))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of what the CPU's kernels allocate")
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "loss" not in name and "background" not in name])
+def test_the_default_device_is_no_business_of_an_operator(rng, name):
+    """As in a script that has called ``torch.set_default_device``."""
+    leaves, call = inputs(rng, name)
+    own = [leaf.requires_grad_() for leaf in leaves]
+    wanted = torch.autograd.grad(call(*own).square().sum(), own)
+    with torch.device("meta"):
+        got = torch.autograd.grad(call(*own).square().sum(), own)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted))

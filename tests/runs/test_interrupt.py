@@ -62,6 +62,10 @@ class Light:
     def close(self) -> None:
         pass
 
+    @property
+    def validation(self) -> object:
+        return self if self.config.eval.every else None
+
     def losses(self, everything: bool | None) -> tuple[dict, SimpleNamespace, dict]:
         gather_from_all(0)  # as gradients are, in every step
         self.happens("step", self)

@@ -19,8 +19,8 @@ TABLES = (
     "bench_bilateral",
     "bench_feature_affinity",
     "bench_pcm",
+    "bench_sinkhorn",
 )
-TABLES = ("bench_par", "bench_affinity", "bench_random_walk", "bench_sinkhorn", "bench_bilateral")
 REAL = (
     "boundary_scores",
     "imagenet_cams",

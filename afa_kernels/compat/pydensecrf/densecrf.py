@@ -47,7 +47,7 @@ class _Compatibility:
 
     def __init__(self, compat: object, classes: int) -> None:
         if isinstance(compat, Number):
-            self.factor = torch.tensor(-float(compat))
+            self.factor = torch.tensor(-float(compat), device="cpu")
             return
         values = np.asarray(compat)
         if values.dtype != np.float32 or values.ndim not in (1, 2):
@@ -120,7 +120,7 @@ class DenseCRF:
             raise ValueError(f"normalization must be one of {tuple(_NORMALIZATIONS)}, got {normalization!r}")
         compatibility = _Compatibility(compat, self._classes)
         # Theirs takes points by fours and fills up the last four with points at the origin, corners of the lattice too.
-        silent = torch.zeros(1, dims) if self._points % 4 else None
+        silent = torch.zeros(1, dims, device="cpu") if self._points % 4 else None
         options = self._shape, _NORMALIZATIONS[normalization], silent
         self._pairwise.append((functools.cache(lambda: LatticeKernel(features(), *options)), compatibility))
         self._known.append(known if silent is None else None)
@@ -161,7 +161,7 @@ class DenseCRF:
         return float((q * (q.clamp_min(1e-20).log() + self._energy() + self._messages(q))).double().sum())
 
     def _energy(self) -> torch.Tensor:
-        return torch.zeros(self._classes, self._points) if self._unary is None else self._unary
+        return torch.zeros(self._classes, self._points, device="cpu") if self._unary is None else self._unary
 
     def _distribution(self, q: np.ndarray) -> torch.Tensor:
         q = np.asarray(q)
@@ -216,7 +216,8 @@ class DenseCRF2D(DenseCRF):
         term = self._term(sxy, srgb, image, compat, normalization)
 
         def features() -> torch.Tensor:
-            colours = torch.from_numpy(image).flatten(0, 1).float() / torch.tensor(_several(srgb, 3, "srgb"))
+            sigmas = torch.tensor(_several(srgb, 3, "srgb"), device="cpu")
+            colours = torch.from_numpy(image).flatten(0, 1).float() / sigmas
             return torch.cat([torch.stack(self._place(sxy), dim=1), colours], dim=1)
 
         self._add(features, 5, compat, kernel, normalization, term)
@@ -230,7 +231,7 @@ class DenseCRF2D(DenseCRF):
 
     def _place(self, sxy: float | tuple[float, float]) -> list[torch.Tensor]:
         height, width = self._shape
-        sx, sy = torch.tensor(_several(sxy, 2, "sxy"))
-        x = torch.arange(width, dtype=torch.float32) / sx
-        y = torch.arange(height, dtype=torch.float32) / sy
+        sx, sy = torch.tensor(_several(sxy, 2, "sxy"), device="cpu")
+        x = torch.arange(width, dtype=torch.float32, device="cpu") / sx
+        y = torch.arange(height, dtype=torch.float32, device="cpu") / sy
         return [x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()]

@@ -37,7 +37,8 @@ def _like(tensor: Tensor, wanted: bool) -> tuple[Tensor, tuple]:
 def _loss(sums: tuple[float, float, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     same, different, same_count, different_count = sums
     loss = 0.5 * same / (same_count + 1) + 0.5 * different / (different_count + 1)
-    return torch.tensor(loss, dtype=torch.float32), torch.tensor(same_count + 1), torch.tensor(different_count + 1)
+    with torch.device("cpu"):  # whatever the default is
+        return torch.tensor(loss, dtype=torch.float32), torch.tensor(same_count + 1), torch.tensor(different_count + 1)
 
 
 def _results(like: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:

@@ -73,11 +73,11 @@ def dense_crf(
         options = kernels, compat, method, normalization, tolerance, convergence, bilateral_filter
         return native_cuda.dense_crf(images, unary, num_iter, *options)
     out = torch.empty(unary.shape, dtype=unary.dtype, device=unary.device)
-    divergences = torch.zeros(len(unary), num_iter + 1 if convergence else 0, dtype=torch.float64)
+    divergences = torch.zeros(len(unary), num_iter + 1 if convergence else 0, dtype=torch.float64, device="cpu")
     for b, energy in enumerate(unary.split(1)):
         step = _step(images[b : b + 1], energy, kernels, compat, method, normalization)
         _, found = _run(step, num_iter, tolerance, convergence, out[b : b + 1])
-        divergences[b] = torch.tensor(found, dtype=torch.float64)
+        divergences[b] = torch.tensor(found, dtype=torch.float64, device="cpu")
     return out, divergences
 
 
@@ -100,7 +100,7 @@ def dense_crf_gradient(
     for b, energy in enumerate(unary.split(1)):
         step = _step(images[b : b + 1], energy, kernels, compat, method, normalization)
         met, _ = _run(step, num_iter, tolerance, False)
-        slope, total = grad[b : b + 1].float(), torch.zeros(energy.shape)
+        slope, total = grad[b : b + 1].float(), torch.zeros(energy.shape, device="cpu")
         for left in range(len(met) - 1, -1, -1):
             logits = met[left] * (slope - (met[left] * slope).sum(1, keepdim=True))
             total -= logits
@@ -123,7 +123,7 @@ def filter_lattice(lattice: _Lattice | native_cuda.Lattice, values: Tensor) -> T
     """values [1, K, H, W] float32 of the lattice's shape -> the same."""
     if native_module.on_cuda(values):
         return native_cuda.filter_lattice(lattice, values)
-    return _filter(lattice, values, torch.empty(values.shape), False)
+    return _filter(lattice, values, torch.empty(values.shape, device="cpu"), False)
 
 
 # --- mean field ---
@@ -149,16 +149,16 @@ class _Step:
         self.unary, self.shape, self.weights = unary, unary.shape, [weight for weight, _, _ in kernels]
         self.matrix = None if compat is None else -(compat + compat.t()).float() / 2
         self.filters, self.normalization = filters, normalization
-        ones = torch.ones(1, 1, *self.shape[2:])
+        ones = torch.ones(1, 1, *self.shape[2:], device="cpu")
         self.norms = [run(ones, torch.empty_like(ones), False) for run in filters]
 
     def message(self, values: Tensor, transpose: bool) -> Tensor:
         """What all kernels make of [1, C, H, W]; ``transpose`` is the adjoint."""
-        total = torch.zeros(self.shape)
+        total = torch.zeros(self.shape, device="cpu")
         normalization = SWAPPED.get(self.normalization, self.normalization) if transpose else self.normalization
         for run, norm, weight in zip(self.filters, self.norms, self.weights):
             before, after = _factors(norm, normalization)
-            near = run(values if before is None else values * before, torch.empty(self.shape), transpose)
+            near = run(values if before is None else values * before, torch.empty(self.shape, device="cpu"), transpose)
             near = near if after is None else near.mul_(after)
             if self.matrix is not None:
                 near = (self.matrix @ near.flatten(2)).view(self.shape)
@@ -197,14 +197,14 @@ class _LatticeStep(_Step):
             arrays = [*_factors(norm, normalization), None]
             if self.matrix is not None:
                 channels = len(self.matrix)
-                arrays[2] = torch.zeros(channels, (channels + 15) // 16 * 16)
+                arrays[2] = torch.zeros(channels, (channels + 15) // 16 * 16, device="cpu")
                 arrays[2][:, :channels] = weight * self.matrix
             self.kept.append(arrays)
             self.given.append((lattice.given(), weight, [address(array) for array in arrays]))
         self.threads = torch.get_num_threads()
         floats, size = native.dense_crf_cpu_workspace(self.given, view(unary), self.threads)
         # Two pieces rather than one: the allocator asks the system for the largest ones anew each time.
-        self.scratch = torch.empty(floats), torch.empty(size, dtype=torch.uint8)
+        self.scratch = torch.empty(floats, device="cpu"), torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def start(self, out: Tensor | None, goes_on: bool) -> None:
         self._native(None, out, True, goes_on)
@@ -255,7 +255,7 @@ def _run(
     watched = out is None or tolerance > 0 or convergence or step.needs_before
 
     def fresh(left: int) -> Tensor | None:
-        return torch.empty(step.shape) if watched else None if left else out
+        return torch.empty(step.shape, device="cpu") if watched else None if left else out
 
     q, met, found = fresh(num_iter), [], []
     step.start(q, num_iter > 0 or convergence)
@@ -308,15 +308,15 @@ def _build(features: tuple[int, int, int, float, float], shape: tuple[int, int, 
     those without place. Shape: height, width, dims.
     """
     threads, (height, width, dims) = torch.get_num_threads(), shape
-    corner = torch.empty(height * width, dims + 1, dtype=torch.int16)  # what they hold is unsigned
-    weight = torch.empty(height * width, dims + 1)
-    first = torch.empty(native.lattice_tiles(*shape) + 1, dtype=torch.int32)
+    corner = torch.empty(height * width, dims + 1, dtype=torch.int16, device="cpu")  # what they hold is unsigned
+    weight = torch.empty(height * width, dims + 1, device="cpu")
+    first = torch.empty(native.lattice_tiles(*shape) + 1, dtype=torch.int32, device="cpu")
     found = _Lattice((*shape, 0, 0, 0), (corner, weight, first))
-    scratch = torch.empty(native.lattice_corners_cpu_workspace(found.given(), threads), dtype=torch.uint8)
+    scratch = torch.empty(native.lattice_corners_cpu_workspace(found.given(), threads), dtype=torch.uint8, device="cpu")
     rows, most = native.lattice_corners_cpu(features, found.given(), scratch.data_ptr(), threads)
     # There are at most as many vertices as rows.
     sizes = (rows,), (rows + 1,), (rows,), (dims + 1,), (dims + 1, rows + 1)
-    arrays = *found.arrays, *(torch.empty(size, dtype=torch.int32) for size in sizes)
+    arrays = *found.arrays, *(torch.empty(size, dtype=torch.int32, device="cpu") for size in sizes)
     found = _Lattice((*shape, 0, rows, most), arrays)
     further = workspace(native.lattice_links_cpu_workspace(found.given()), corner.device)
     vertices = native.lattice_links_cpu(found.given(), scratch.data_ptr(), further.data_ptr(), threads)

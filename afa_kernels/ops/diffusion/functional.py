@@ -54,7 +54,7 @@ def _check_offsets(offsets: Tensor | Sequence[Sequence[int]], taps: int) -> tupl
     pairs = [tuple(check_int(value, "offsets", -FARTHEST, FARTHEST) for value in pair) for pair in values]
     if len(pairs) != taps or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{expected}, got {len(pairs)}" if len(pairs) != taps else f"{expected}, got {pairs}")
-    return torch.tensor(pairs, dtype=torch.int64), pairs
+    return torch.tensor(pairs, dtype=torch.int64, device="cpu"), pairs
 
 
 def diffuse(
