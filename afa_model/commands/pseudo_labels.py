@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Parser, section
 from ..config.renamed import flatten
-from ..data.datasets import DataSettings
+from ..data.settings import DataSettings
 from ..evaluation.pseudo_labels import ENDINGS, PseudoLabelSettings, Written, write_pseudo_labels
 from ..labels.settings import LabelSettings
 from ..runs.restore import Restored

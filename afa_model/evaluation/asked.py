@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.datasets import DataSettings
 from ..data.lists import entries_of, folder_of_split, list_lines
+from ..data.settings import DataSettings
 from ..errors import DataError
 from .predict import photos
 

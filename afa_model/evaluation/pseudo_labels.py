@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..conventions import IGNORE, require, resize
 from ..data.beside import Beside, Known
-from ..data.datasets import DataSettings
 from ..data.files import read_photo, write_grey, write_label
 from ..data.score_files import write_cams, write_scores
+from ..data.settings import DataSettings
 from ..data.transforms import normalize
 from ..errors import AfaError, ConfigError, SavingError, reason
 from ..labels.kinds import CAM_KINDS
