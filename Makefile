@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 # Tests side by side, and one more than there are cores, for some wait; WORKERS= runs them one after the other.
 WORKERS ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist worksteal
 
+# What --no-compile leaves uncompiled is compiled once, when it is first imported, and not in each of the suite's many
+# processes, even where the environment asks for no bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow bench lint clean
 
 # Installed again whenever something that is compiled changes. Python files are used in place. Of all that torch brings

@@ -92,10 +92,10 @@ def test_a_stage_that_fails_is_named_and_the_others_run(machine):
 
 def test_the_halfs_time_ends_its_stages(machine):
     """A machine is taken away when its time is up, and with it everything that was not brought back by then."""
-    machine.does("doctor", "trap '' INT; sleep 60")  # not even interrupted
+    machine.does("doctor", "trap '' INT; sleep 600")  # not even interrupted
     begun = time.monotonic()
     run = machine.run("--first", AFA_ON_GPU_SECONDS="12")
-    assert run.returncode == 1 and time.monotonic() - begun < 30
+    assert run.returncode == 1 and time.monotonic() - begun < 200
     ran = results(machine)["stages"]
     assert list(ran) == FIRST and ran["build"]["exit"] == 0 and ran["doctor"]["exit"] in (124, 137)
     assert {ran[name]["exit"] for name in FIRST[2:]} == {124} and len(machine.calls("cuda_tests")) == 0

@@ -74,7 +74,6 @@ def as_trained(dtype: torch.dtype) -> None:
     query, key, head = leaf(1, heads, side**2, 64), leaf(1, heads, side**2, 64), (leaf(heads), leaf(1))
     labels = torch.randint(3, (1, side, side))
     maps, window, cams = leaf(1, heads, side**2, side**2), leaf(1, 289, side, side), leaf(1, 21, side, side)
-    images, masks, features = torch.rand(1, 3, 32, 32), leaf(1, 21, 32, 32), leaf(1, 256, side, side)
     images, masks, features = torch.rand(1, 3, 32, 32), leaf(1, 21, 32, 32), leaf(1, 192, side, side)
     for result in (
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
