@@ -41,7 +41,11 @@ def _names_device(tree: ast.AST) -> bool:
 def _imports(tree: ast.AST) -> set[str]:
     """Every part of every imported module's name: ``support.par_cases`` is support and par_cases."""
     names: list[str] = []
-    for node in ast.walk(tree):
+    blocks = [tree]
+    while blocks:  # statements alone: an expression imports nothing
+        node = blocks.pop()
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            blocks += value if isinstance(value := getattr(node, part, ()), list) else ()
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -63,19 +67,22 @@ def _for_the_cpu_only(tree: ast.Module) -> bool:
 
 def device_tests(tests: Path = TESTS) -> dict[str, list[str]]:
     """The files of each kind, sorted; relative to the folder that holds ``tests``."""
-    trees = {path: ast.parse(path.read_text(), str(path)) for path in sorted(tests.rglob("*.py"))}
-    helpers = {path.stem: tree for path, tree in trees.items() if not path.name.startswith(("test_", "conftest"))}
-    using = {name for name, tree in helpers.items() if _names_device(tree)}
-    while more := {name for name, tree in helpers.items() if name not in using and _imports(tree) & using}:
+    texts = {path: path.read_text() for path in sorted(tests.rglob("*.py"))}
+    trees = {path: ast.parse(text, str(path)) for path, text in texts.items()}
+    imports = {path: _imports(tree) for path, tree in trees.items()}
+    names_device = {path for path, text in texts.items() if "DEVICE" in text and _names_device(trees[path])}
+    helpers = {path for path in trees if not path.name.startswith(("test_", "conftest"))}
+    using = {path.stem for path in helpers & names_device}
+    while more := {path.stem for path in helpers if path.stem not in using and imports[path] & using}:
         using |= more
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for path, tree in trees.items():
         if not path.name.startswith("test_") or _for_the_cpu_only(tree):
             continue
-        file, imported = str(path.relative_to(tests.parent)), _imports(tree)
-        if _names_device(tree) or imported & using:
-            found["model" if "afa_model" in imported else "operators"].append(file)
-        elif _marks_cuda(tree):
+        file = str(path.relative_to(tests.parent))
+        if path in names_device or imports[path] & using:
+            found["model" if "afa_model" in imports[path] else "operators"].append(file)
+        elif "cuda" in texts[path] and _marks_cuda(tree):
             found["cuda"].append(file)
     return found
 
