@@ -23,7 +23,7 @@ def agreed_name(store: dist.Store, rank: int, world_size: int, timeout: timedelt
         store: that all of them see.
         rank: this process's number, 0..world_size-1.
         world_size: how many there are.
-        timeout: how long to wait for the others.
+        timeout: how long to wait for the others; for what is not in the store yet its own counts.
 
     Raises:
         torch.distributed.DistStoreError: some did not come in time.
