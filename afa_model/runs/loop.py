@@ -138,6 +138,7 @@ class _Loop:
 
     def _stopped(self) -> Summary:
         """Save what there is."""
+        self.interrupt.obeyed = True
         done = self.trainer.progress.iteration
         cause = max(gather_from_all(self.cause or self.interrupt.cause))
         if done > self.begun:
