@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
 from ..conventions import IGNORE
 from ..labels.kinds import title
+from ..runtime.collectives import sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,7 @@ class ScoreKeeper:
 
     def __init__(self, kinds: Sequence[str], num_classes: int, device: str | torch.device = "cpu"):
         self.num_classes = num_classes
-        self.matrices = {
-            # our own check names the argument; torchmetrics' would read every value back from the device
-            kind: MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False).to(device)
-            for kind in kinds
-        }
+        self.matrices = {kind: torch.zeros(num_classes**2, dtype=torch.int64, device=device) for kind in kinds}
 
     def add(self, kind: str, label: Tensor, mask: Tensor) -> None:
         """Count one image: ``label`` [H, W] in 0..K-1, ``mask`` [H, W] in 0..K-1 and 255 (not counted)."""
@@ -102,11 +98,14 @@ class ScoreKeeper:
                 if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
                     found = f"{int(values.min())}..{int(values.max())}"
                     raise ValueError(f"{name}: expected classes 0..{self.num_classes - 1}, got {found}")
-            matrix.update(some, truth)
+            # torchmetrics' matrix compares every pixel with all K^2 entries where algorithms are to be deterministic
+            pairs = self.num_classes * truth[counted] + some[counted]
+            matrix += torch.bincount(pairs, minlength=len(matrix))
 
     def scores(self) -> dict[str, Scores]:
         """The scores of all images on all processes (every process of a group must call this)."""
-        return {kind: Scores.of(matrix.compute()) for kind, matrix in self.matrices.items()}
+        shape = self.num_classes, self.num_classes
+        return {kind: Scores.of(sum_over_processes(matrix).view(shape)) for kind, matrix in self.matrices.items()}
 
 
 @dataclass(frozen=True)

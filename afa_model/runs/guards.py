@@ -95,12 +95,17 @@ class Interrupt:
 
     Repeated signals change nothing: launchers and ``timeout`` send them twice. Only who presses Ctrl-C again, a second
     or more later, at a run of one process ends it there and then. A launcher that is gone counts as a signal.
+
+    Attributes:
+        cause: the number of the first signal, or ``LAUNCHER_GONE``; 0 without any.
+        obeyed: the run stops for it. Several processes ignore further signals from then on until they end: one that
+            reaches them late, as on another machine, would else end them with another code than the others.
     """
 
     LAUNCHER_GONE = 1000
 
     def __init__(self, here: Here):
-        self.cause = 0
+        self.cause, self.obeyed = 0, False
         self._ballot, self._notice = Ballot(here.device), Notice("afa stops")
         self._alone = here.world_size == 1
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -142,5 +147,6 @@ class Interrupt:
         return self._ballot.cast(self.cause)
 
     def __exit__(self, *exception: Any) -> None:
+        deaf = self.obeyed and not self._alone
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if deaf else handler)

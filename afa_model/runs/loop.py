@@ -138,6 +138,7 @@ class _Loop:
 
     def _stopped(self) -> Summary:
         """Save what there is."""
+        self.interrupt.obeyed = True
         done = self.trainer.progress.iteration
         cause = max(gather_from_all(self.cause or self.interrupt.cause))
         if done > self.begun:
@@ -212,10 +213,18 @@ class _Loop:
         return better
 
     def _save(self, is_best: bool, must: bool) -> None:
-        """A full disk in the middle of a run is no reason to throw the run away; at its end it is an error."""
+        """A full disk in the middle of a run is no reason to throw the run away; at its end it is an error.
+
+        Then no process leaves before the first has written: launchers take one that ends for a sign to end the others.
+        """
         state = self.trainer.state()
+        with agreeing() if must else contextlib.nullcontext():
+            if self.trainer.here.first:
+                self._write(state, is_best, must)
+
+    def _write(self, state: dict[str, Any], is_best: bool, must: bool) -> None:
         done = self.trainer.progress.iteration
-        if not self.trainer.here.first or (must and done == self.saved and not is_best):
+        if must and done == self.saved and not is_best:
             return
         try:
             self.newest = self.keeper.save(state, is_best)

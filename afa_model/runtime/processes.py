@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..conventions import require
 from ..errors import AfaError, ConfigError, ProcessError, reason
+from .meeting import agreed_name
 
 PROCESS_TIMEOUT = 10.0  # minutes
 
@@ -125,11 +126,11 @@ def processes(device: str, timeout: float = PROCESS_TIMEOUT) -> Iterator[Here]:
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """At every restart by ``torchrun`` the processes meet under a name of its own in its store: there they would find
-    the addresses of those that are dead.
+    """The processes meet under a name that only those have which were started together: in the store of ``torchrun``
+    they would else find, after a restart, the addresses of those that are dead.
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(agreed_name(store, rank, world_size, timeout), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -17,6 +17,7 @@ from support import forked
 from support.color_model import ColorModel
 from support.common import relative_error
 from support.voc_factory import make_voc
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afa_model.data.datasets import DataSettings, EvaluationSet
 from afa_model.evaluation.evaluate import EvaluateSettings, evaluate
@@ -45,6 +46,36 @@ def data(tmp_path) -> EvaluationSet:
 
 
 # scores
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **options or {})
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_counting_pixels_takes_no_more_room_than_they_do(rng, deterministic):
+    """Compared with each entry of the matrix a photograph of COCO would take 16 GB, and a second for each label."""
+    label, mask = torch.randint(81, (2, 90, 110), generator=rng)
+    keeper = ScoreKeeper(["x"], 81)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Largest() as largest:
+            keeper.add("x", label, mask)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+    assert largest.elements == label.numel() > 81**2
+    confusion = keeper.scores()["x"].confusion
+    assert confusion.sum() == label.numel() and confusion[7, 3] == ((mask == 7) & (label == 3)).sum()
 
 
 def test_scores_are_the_recorded_ones(golden):

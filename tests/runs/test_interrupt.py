@@ -176,6 +176,38 @@ def test_all_stop_after_the_same_step_and_go_on_from_it(tmp_path, count, ranks, 
     assert checkpoint.read(out / "iter_00000004.pt")["owes_evaluation"] is False
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_nobody_leaves_before_the_checkpoint_is_written(tmp_path, written):
+    """A launcher ends the others when one has left; and a code that means "go on from here" must be true."""
+    out, real = tmp_path / "run", checkpoint.write_atomically
+    send = sender(signal.SIGUSR1, (1,), "step", 1)
+
+    def slowly(path: Path, value: Any) -> None:
+        time.sleep(0.4)
+        if not written:
+            raise checkpoint.SavingError(f"could not write {path}: the disk is full")
+        real(path, value)
+
+    def stopped(rank: int) -> None:
+        checkpoint.write_atomically = slowly
+        light_run(rank, 2, str(tmp_path), str(out), send, 130 if written else 1)
+        assert [path.name for path in checkpoint.checkpoints(out)] == ["iter_00000003.pt"] * written
+
+    forked.processes(stopped, 2)
+
+
+def test_a_signal_that_comes_late_changes_no_exit_code(tmp_path):
+    """On another machine it may come when the run has stopped for it already."""
+    send = sender(signal.SIGUSR1, (0,), "step", 1)
+
+    def stopped(rank: int) -> None:
+        light_run(rank, 2, str(tmp_path), str(tmp_path / "run"), send, 130)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    forked.processes(stopped, 2)
+
+
 # --- what one process notes -------------------------------------------------------------------------------------------
 
 
@@ -198,6 +230,7 @@ def test_every_stopping_signal_is_noted_and_handlers_come_back():
             assert interrupt.asked() and interrupt.agreed() == number
             send(signal.SIGTERM)
             assert interrupt.agreed() == number, "the first one counts"
+            interrupt.obeyed = True
     assert [signal.getsignal(number) for number in STOPPING] == before
 
 

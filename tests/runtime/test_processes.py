@@ -22,8 +22,10 @@ class Launcher:
     def __init__(self):
         self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
-    def start(self, function: Callable[[Here], None], attempt: int = 0, timeout: float = 0.5) -> list[int]:
-        """Process ids of ``function(here)`` in two processes."""
+    def start(
+        self, function: Callable[[Here], None], attempts: tuple[int, int] = (0, 0), timeout: float = 0.5
+    ) -> list[int]:
+        """Process ids of ``function(here)`` in two processes, which are told of so many restarts."""
         count = 2
         children = []
         for rank in range(count):
@@ -34,7 +36,7 @@ class Launcher:
                     torch.set_num_threads(1)
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
                     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port)}
-                    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+                    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempts[rank])}
                     with processes("cpu", timeout) as here:
                         function(here)
                     status = 0
@@ -72,14 +74,21 @@ def dies_of_kill(here: Here) -> None:
 def test_restarted_processes_do_not_meet_the_dead(launcher, capfd):
     """Of those the launcher's store still has the addresses."""
     started = time.monotonic()
-    assert launcher.wait(launcher.start(dies_of_kill, attempt=0)) == [3, -signal.SIGKILL]
+    assert launcher.wait(launcher.start(dies_of_kill)) == [3, -signal.SIGKILL]
     told = capfd.readouterr().out
     assert "process 0: another process ended, or did not answer within 0.5 minutes (process_timeout): " in told
     assert "[/" not in told, "where in gloo's sources is nobody's business"
     for attempt in (1, 2):
-        assert launcher.wait(launcher.start(dies_of_kill, attempt)) == [3, -signal.SIGKILL]
-    assert launcher.wait(launcher.start(sums, 3)) == [0, 0]
+        assert launcher.wait(launcher.start(dies_of_kill, (attempt, attempt))) == [3, -signal.SIGKILL]
+    assert launcher.wait(launcher.start(sums, (3, 3))) == [0, 0]
     assert time.monotonic() - started < 20
+
+
+def test_machines_that_count_restarts_differently_meet(launcher):
+    """torchrun's count goes up on the machine whose process died; the others restart theirs to meet it again."""
+    assert launcher.wait(launcher.start(dies_of_kill)) == [3, -signal.SIGKILL]
+    assert launcher.wait(launcher.start(dies_of_kill, (0, 1))) == [3, -signal.SIGKILL]
+    assert launcher.wait(launcher.start(sums, (1, 1), timeout=0.1)) == [0, 0]
 
 
 def hangs(here: Here) -> None:

@@ -14,6 +14,7 @@ are 255 (ignored) where nothing else is.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ def prepare_coco(
     """
     root, counts, archives = Path(root).expanduser(), counts or CocoCounts(), archives or coco_archives()
     _pycocotools()
+    for split in SPLITS:
+        _take_unpacked(root, split)
     needed = [split for split in SPLITS if _photographs(root, split) < getattr(counts, split)]
     needed += ["annotations"] * (not all(_annotations(root, split).is_file() for split in SPLITS))
     if needed:
@@ -90,6 +93,15 @@ def prepare_coco(
 
 def _photographs(root: Path, split: str) -> int:
     return sum(path.suffix == ".jpg" for path in (root / "JPEGImages" / split).glob("[!.]*"))
+
+
+def _take_unpacked(root: Path, split: str) -> None:
+    """Photographs that were unpacked as the archive has them, in ``train2014``, stay there: a link leads to them."""
+    unpacked, target = root / f"{split}2014", root / "JPEGImages" / split
+    if unpacked.is_dir() and not os.path.lexists(target):
+        with naming(target, "link", is_not="cannot be made"):
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(Path("..", unpacked.name))
 
 
 def _annotations(root: Path, split: str) -> Path:
