@@ -81,10 +81,13 @@ def _same_classes(run: Restored, dataset: EvaluationSet) -> None:
         DataError: the data set calls a class otherwise than the model, which would be scored as if it were the same.
     """
     differs = other_name(run.class_names, dataset.class_names)
-    if differs is None or (len(run.class_names) != len(dataset.class_names)):  # that is told with the numbers
+    if differs is None or len(run.class_names) != len(dataset.class_names):  # that is told with the numbers
         return
     if run.names_known:
-        raise DataError(f"data.root: {dataset.root} has other classes than {run.path}: {differs}")
+        raise DataError(
+            f"data.root: {dataset.root} has other classes than {run.path}: {differs} (if they mean the same, write the"
+            f" checkpoint's names into {dataset.root / 'classes.txt'})"
+        )
     notice("classes", f"{run.path} does not say what its classes are; taken are those of {dataset.root}")
 
 
