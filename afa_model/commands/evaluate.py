@@ -10,12 +10,15 @@ from rich.console import Console
 
 from ..config import section, to_dict
 from ..config.renamed import flatten
+from ..data.classes import other_name
 from ..data.datasets import EvaluationSet
 from ..data.settings import DataSettings
-from ..errors import SavingError
+from ..errors import DataError, SavingError
 from ..evaluation.evaluate import EvaluateSettings, evaluate
 from ..evaluation.scores import EvaluationResult
 from ..labels.settings import LabelSettings
+from ..runs.restore import Restored
+from ..runtime.notices import notice
 from ..runtime.processes import processes
 from ..runtime.writing import writable_file
 from .options import asks_for_help, mistakes_named, parser_of, restored, set_defaults, switched_on, told_of_the_run
@@ -59,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     with processes(options.device) as here, mistakes_named():
         with told_of_the_run(run, data):
             dataset = EvaluationSet(data)
+        _same_classes(run, dataset)
         result = evaluate(run.model.to(here.device), dataset, settings, labels)
         if not here.first:
             return
@@ -69,6 +73,22 @@ def main(argv: Sequence[str]) -> None:
         result.print(console if console.is_terminal else Console(width=120))
         if problems:
             raise SavingError("\n".join(problems))
+
+
+def _same_classes(run: Restored, dataset: EvaluationSet) -> None:
+    """
+    Raises:
+        DataError: the data set calls a class otherwise than the model, which would be scored as if it were the same.
+    """
+    differs = other_name(run.class_names, dataset.class_names)
+    if differs is None or len(run.class_names) != len(dataset.class_names):  # that is told with the numbers
+        return
+    if run.names_known:
+        raise DataError(
+            f"data.root: {dataset.root} has other classes than {run.path}: {differs} (if they mean the same, write the"
+            f" checkpoint's names into {dataset.root / 'classes.txt'})"
+        )
+    notice("classes", f"{run.path} does not say what its classes are; taken are those of {dataset.root}")
 
 
 def _written(result: EvaluationResult, outputs: Mapping[str, Path]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..config import Parser, section
 from ..config.renamed import flatten
+from ..data.files import digest
 from ..data.settings import DataSettings
 from ..evaluation.pseudo_labels import ENDINGS, PseudoLabelSettings, Written, write_pseudo_labels
 from ..labels.settings import LabelSettings
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device(options.device)
     rooted = Path(data.root).is_dir()
     with mistakes_named(), nullcontext() if rooted else told_of_the_run(run, data):
-        checkpoint = {"file": run.path.name, "trained": run.trained, "sha256": _sha256(run.path)}
+        checkpoint = {"file": run.path.name, "trained": run.trained, "sha256": digest(run.path)}
         model = run.model.to(device)
         about = run.class_names, checkpoint
         result = write_pseudo_labels(model, options.images, options.out, *about, settings, how, data)
@@ -73,14 +73,6 @@ def _parser(argv: Sequence[str], run: Restored | None) -> Parser:
         labels = flatten(asdict(evaluation.said(run.config.labels)))
         set_defaults(parser, {**sizes, **labels, **flatten({"data": asdict(run.config.data)})})
     return parser
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _tell(result: Written, share_of_all: tuple[int, int], out: Path) -> int:

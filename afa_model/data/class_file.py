@@ -95,6 +95,11 @@ def _refuse_remains(path: Path, written: Sequence[Line], lines: Sequence[Line]) 
             raise _wrong(path, before + 1, "an empty line between the names")
 
 
+def is_no_class(name: str) -> bool:
+    """Whether a label is a name of the background (``bg``, ``__Background__``), or labelme's ``__ignore__``."""
+    return _plain(name) in _BACKGROUNDS or (_plain(name) in _IGNORED and name.startswith("_"))
+
+
 def _plain(name: str) -> str:
     """A name without case and separators: ``__Background__`` is ``background``."""
     return re.sub(r"[\W_]+", "", name.casefold())

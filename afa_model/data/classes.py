@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,18 @@ def class_names(dataset: object, num_classes: int | None = None) -> tuple[str, .
             f"num_classes is {num_classes} but {source} names {len(names)} classes (background counted){hint}"
         )
     return names
+
+
+def other_name(model: Sequence[str], data: Sequence[str]) -> str | None:
+    """Where the names of a model's classes and of a data set's differ first, in words; None if they are the same.
+
+    Only numbers stand in weights and masks, so nothing else tells that one means another class than the other.
+    """
+    for number, (ours, theirs) in enumerate(itertools.zip_longest(model, data)):
+        if ours != theirs:
+            known, there = ("no class" if name is None else repr(name) for name in (ours, theirs))
+            return f"class {number} is {known} to the checkpoint and {there} in the data"
+    return None
 
 
 def voc_palette(size: int = 256) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,47 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..conventions import SOFTWARE
+from ..errors import DataError, reason
 from .classes import voc_palette
 from .masks import index_values, load_mask
 from .photographs import MAX_PIXELS, Exif, read_photograph
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's contents; of one that cannot be read its path's, which no other has."""
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    except OSError:
+        found.update(os.fsencode(path.absolute()))
+    return found.hexdigest()
+
+
+def files_below(folder: Path, without: Collection[Path] = ()) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from ``folder`` down with the names of what is in it and no folder, sorted. Links are followed, but
+    for those to a folder that they lie in; hidden folders and those ``without`` are left out.
+
+    Raises:
+        DataError: a folder cannot be listed, and what is in it would be missing without a word.
+    """
+    yield from _below(Path(folder), {path.resolve() for path in without}, ())
+
+
+def _below(folder: Path, without: Collection[Path], above: tuple[Path, ...]) -> Iterator[tuple[Path, list[str]]]:
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({reason(error)})") from error
+    folders = {name for name in names if os.path.isdir(folder / name)}
+    yield folder, [name for name in names if name not in folders]
+    for name in sorted(folders):
+        if not name.startswith(".") and (folder / name).resolve() not in without:
+            yield from _below(folder / name, without, (*above, real))
 
 
 def read_photo(path: str | Path, exif: Exif = "apply", max_pixels: int | None = MAX_PIXELS) -> torch.Tensor:

@@ -117,7 +117,8 @@ class LabelFile:
         for key in (name, base, _as_number(name)):
             if key is not None and key in self.table:
                 return key
-        return self._by_stem.get(name) or self._by_stem.get(base)
+        whole, key = self._by_stem.get(name), self._by_stem.get(base)
+        return whole or (key if key is not None and same_folders(name, _bare(key)) else None)
 
     def _is_one(self, value: object) -> bool:
         if value not in (0, 1):
@@ -141,6 +142,14 @@ def _bare(key: str) -> str:
     """A path without the ending of a photograph."""
     path = key.replace("\\", "/")
     return os.path.splitext(path)[0] if path.lower().endswith(IMAGE_SUFFIXES) else path
+
+
+def same_folders(one: str, other: str) -> bool:
+    """Whether the folders of two paths are the same as far as both have any, from the file upwards: a path may begin
+    above the other's folder; ``dogs/1`` is never ``cats/1``.
+    """
+    pairs = zip(reversed(one.split("/")[:-1]), reversed(other.split("/")[:-1]))
+    return all(ours == theirs for ours, theirs in pairs)
 
 
 def _as_number(name: str) -> int | None:

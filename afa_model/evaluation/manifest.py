@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.files import digest
 from ..errors import ConfigError, reason
 from ..runtime.writing import refuse_to_mix, whole
 
@@ -102,6 +103,20 @@ class Manifest:
                 except ValueError:  # a kill cut it; its image will be made again
                     continue
         return images
+
+
+def same_photo(path: Path, entry: Mapping[str, Any] | None) -> tuple[bool, dict[str, Any]]:
+    """Whether an entry was made of what is in this file now, and what an entry of today says of the file.
+
+    Size and time say so at once; else the contents do: an edited bitmap has the size it had, a copy another time.
+    """
+    stat = path.stat()
+    about = {"photo": str(path), "bytes": stat.st_size, "changed": stat.st_mtime_ns}
+    keys = ("photo", "bytes", "changed")
+    if entry is not None and "sha256" in entry and all(entry.get(key) == about[key] for key in keys):
+        return True, {**about, "sha256": entry["sha256"]}
+    about["sha256"] = digest(path)
+    return entry is not None and entry.get("sha256") == about["sha256"], about
 
 
 def _last_byte(file: Any) -> bytes:

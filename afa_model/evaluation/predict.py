@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..data.files import made_here, write_label
+from ..data.files import files_below, made_here, write_label
 from ..data.image_labels import multi_hot
 from ..data.photographs import (
     IMAGE_SUFFIXES,
@@ -253,14 +253,11 @@ def photos(images: Iterable[str | Path], out: str | Path | None = None) -> dict[
 
 def _photos_under(folder: Path, out: str | Path | None) -> list[Path]:
     """Without hidden files and folders, ``out``, and labels and panels, wherever earlier predictions put them."""
-    kept_out = None if out is None else Path(out).resolve()
     found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and Path(here, name).resolve() != kept_out
-        ]
-        paths = [Path(here, name) for name in files if is_image_name(name) and not name.startswith(".")]
-        found += [path for path in paths if path.is_file() and not (path.suffix.lower() == ".png" and made_here(path))]
+    for here, names in files_below(folder, () if out is None else (Path(out),)):
+        paths = [here / name for name in names if is_image_name(name) and not name.startswith(".")]
+        paths = [path for path in paths if path.is_file() or not path.exists()]  # a link to nothing is told of later
+        found += [path for path in paths if not (path.suffix.lower() == ".png" and made_here(path))]
     return sorted(found)
 
 

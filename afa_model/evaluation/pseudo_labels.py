@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from ..runtime.progress import told
 from ..runtime.writing import whole, writable_folder
 from .asked import asked_photos
 from .evaluate import EvaluateSettings
-from .manifest import Manifest
+from .manifest import Manifest, same_photo
 
 ENDINGS = {"cams": ".npz", "walks": ".npz", "labels": ".png", "confidence": ".png"}  # of what may be written
 WALKS = ("random_walk", "refined_random_walk")
@@ -175,13 +176,17 @@ def _label(
         return
     try:
         known = Known() if work.settings.labels == "classifier" else beside.classes_of(path, name)
-        about = {"photo": str(path), "bytes": path.stat().st_size}
         before = manifest.images.get(name)
-        if work.finished(name, before, about["bytes"], known.labels):
+        same, about = same_photo(path, before)
+        if before is not None and not same and _is_another(path, before["photo"]):
+            result.problems.append(f"{path}: in {work.out} the name {name} is that of {before['photo']}; choose another"
+                                   " folder for out, or name the folder above both")  # fmt: skip
+            return
+        if same and work.finished(name, before, known.labels):
             result.skipped += 1
             return
         entry = {**about, **work.label(name, path, known), "files": list(work.save)}
-        if before is not None and all(before[key] == entry[key] for key in ("bytes", "classes")):
+        if same and before["classes"] == entry["classes"]:
             entry["files"] = [kind for kind in ENDINGS if kind in (*before["files"], *entry["files"])]
         manifest.add(name, entry)
         result.done += 1
@@ -195,6 +200,11 @@ def _label(
             finished = f"{result.done + result.skipped} photographs are finished and stay so"
             raise SavingError(f"out: {work.out} cannot be written ({reason(error)}); {finished}") from error
         result.problems.append(f"{path}: {reason(error)}")
+
+
+def _is_another(path: Path, before: str) -> bool:
+    """Whether the file that had a name before is still there and is none that ``path`` leads to."""
+    return os.path.exists(before) and not os.path.samefile(path, before)
 
 
 class _Work:
@@ -232,9 +242,9 @@ class _Work:
     def path(self, what: str, name: str) -> Path:
         return self.out / what / f"{name}{ENDINGS[what]}"
 
-    def finished(self, name: str, entry: dict[str, Any] | None, size: int, labels: Tensor | None) -> bool:
-        """Whether the files asked for are there, of this photograph and these classes."""
-        if entry is None or entry["bytes"] != size or not set(self.save) <= set(entry["files"]):
+    def finished(self, name: str, entry: dict[str, Any], labels: Tensor | None) -> bool:
+        """Whether the files asked for are there, of these classes."""
+        if not set(self.save) <= set(entry["files"]):
             return False
         of_classifier = entry["classes_from"] == "classifier"
         same = of_classifier if labels is None else not of_classifier and entry["classes"] == self._shown(labels)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..conventions import IGNORE, require, resize, under
-from ..data.files import read_label, write_label
+from ..data.files import files_below, read_label, write_label
 from ..data.photographs import MAX_PIXELS, read_photograph
 from ..data.score_files import SCORE_SUFFIXES, read_scores, write_scores
 from ..errors import AfaError, ConfigError, DataError, reason
@@ -296,10 +296,7 @@ def _masks(folder: Path, out: Path) -> list[Path]:
     if folder.resolve() == out.resolve():
         raise ConfigError(f"out: {out} is the folder of the masks, which would be overwritten")
     found: list[Path] = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and Path(here, name).resolve() != out.resolve()
-        ]
+    for here, files in files_below(folder, (out,)):
         suffixes = (".png", *SCORE_SUFFIXES)
         names = [name for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]
         panels = {f"{Path(name).stem}_panel.png" for name in names}

@@ -31,6 +31,8 @@ class Restored:
         path: the file that was read.
         iteration: steps the model was trained for; None where it is not known (a published one).
         folder: the one the run was started in, from which the relative paths of its settings count, if known.
+        names_known: whether the file says what its classes are; else the names are those of VOC or COCO, by their
+            number, or numbers.
     """
 
     model: AFA
@@ -39,6 +41,7 @@ class Restored:
     path: Path
     iteration: int | None
     folder: str | None = None
+    names_known: bool = True
 
     @property
     def trained(self) -> str:
@@ -91,13 +94,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Restored
     path = checkpoint_of(path)
     if path.name == WEIGHTS and is_hub_folder(path.parent):
         model, config, names = hub_model(path.parent)
-        return Restored(model.to(device).eval(), config, names, path, model.about.get("iteration"))
+        known, step = model.class_names is not None, model.about.get("iteration")
+        return Restored(model.to(device).eval(), config, names, path, step, names_known=known)
     content = read_tensors(path)
     weights = published_weights(content)
     if weights is not None:
         model, config, names = published_model(path, weights)
         model.class_names = names
-        return Restored(model.to(device).eval(), config, names, path, None)
+        return Restored(model.to(device).eval(), config, names, path, None, names_known=False)
     state = checkpoint.checked(path, content)
     names = tuple(state["class_names"])
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Config, from_dict, to_dict
 from ..data.datasets import EvaluationSet, TrainingSet
+from ..data.classes import other_name
 from ..data.held_out import ImageLevelSet, held_out, without_masks
 from ..data.order import Batches, training_loader
 from ..errors import CheckpointError, ConfigError, DataError
@@ -97,8 +98,13 @@ class Trainer:
         """Go on from the contents of a checkpoint.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or of other classes.
         """
+        differs = other_name(state["class_names"], self.data.class_names)
+        if differs is not None:
+            raise CheckpointError(
+                f"{differs} ({self.config.data.root}): a run goes on with the classes it began with; start another"
+            )
         self.progress = checkpoint.unpack(state, self.model, self.optimizer)
         self.owes_evaluation = bool(state.get("owes_evaluation")) and self.validation is not None
         states = state["random"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import tempfile
@@ -64,7 +65,10 @@ def whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}{path.suffix}")
+    stem = path.stem
+    if len(os.fsencode(stem)) > 100:  # a name may have 255 bytes, and the rest is added to it
+        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()[:32]
+    temporary = path.with_name(f".{stem}.{socket.gethostname()}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

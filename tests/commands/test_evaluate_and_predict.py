@@ -16,6 +16,7 @@ from support.voc_factory import make_voc
 
 from afa_model import cli
 from afa_model.commands import evaluate, predict
+from afa_model.data.classes import VOC_CLASSES
 from afa_model.errors import TrainingError
 from afa_model.evaluation.scores import EvaluationResult
 from afa_model.labels.label_maps import MapSettings
@@ -264,3 +265,36 @@ def test_what_is_given_to_evaluate_has_the_last_word(root, tmp_path, monkeypatch
     assert (run.radius, run.walk_power, list(run.dilations)) == (3, 4, [1, 2])
     assert scored("--labels.radius=1").radius == 1
     assert scored("--labels.radius=1", "--eval.radius=2").radius == 2
+
+
+@pytest.mark.parametrize(
+    ("swap", "told"),
+    [
+        (("aeroplane", "bicycle"), "class 1 is 'aeroplane' to the checkpoint and 'bicycle' in the data"),
+        (("person", "human"), "class 15 is 'person' to the checkpoint and 'human' in the data"),
+    ],
+)
+def test_classes_of_other_names_are_not_taken_for_the_models(trained, root, tmp_path, capsys, swap, told):
+    """As many classes are not the same ones: neither scored nor gone on with."""
+    names = dict(zip(swap, reversed(swap))) if swap[1] in VOC_CLASSES else dict([swap])
+    shutil.copytree(root, tmp_path / "voc")
+    (tmp_path / "voc" / "classes.txt").write_text("\n".join(names.get(name, name) for name in VOC_CLASSES))
+    line = ["--data.root", str(tmp_path / "voc")]
+    assert cli.main(["evaluate", "--checkpoint", str(trained), "--device", "cpu", *line]) == 2
+    assert told in capsys.readouterr().err
+    shutil.copytree(trained, tmp_path / "run")
+    more = tiny_args(tmp_path / "voc", tmp_path / "run", schedule__max_iters=3, resume="auto")
+    assert cli.main(["train", *more]) != 0
+    error = capsys.readouterr().err
+    assert told in error and "goes on with the classes it began with" in error
+    assert not list((tmp_path / "run").glob("iter_00000003.pt"))
+
+
+def test_published_weights_have_the_classes_of_the_data(trained, root, tmp_path, capsys):
+    """They do not say what their classes are."""
+    shutil.copytree(root, tmp_path / "voc")
+    (tmp_path / "voc" / "classes.txt").write_text("\n".join(VOC_CLASSES).replace("person", "human"))
+    assert cli.main(["convert", str(trained), str(tmp_path / "public.pth")]) == 0
+    line = ["evaluate", "--checkpoint", str(tmp_path / "public.pth"), "--data.root", str(tmp_path / "voc")]
+    assert cli.main([*line, "--eval.limit=1", "--eval.long_side=64", "--eval.scales=[1.0]", "--device", "cpu"]) == 0
+    assert "does not say what its classes are; taken are those of" in capsys.readouterr().err

@@ -268,6 +268,49 @@ def test_only_what_is_no_longer_right_is_made_again(root, tmp_path):
     assert write(root, out, save=tuple(module.ENDINGS)).skipped == 6
 
 
+def test_a_photograph_is_known_by_what_is_in_it(tmp_path):
+    """A bitmap that was edited has the size that it had; a copy has another time."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{name}.bmp")
+    assert write(tmp_path, out, images=[str(folder)], save=("labels",)).done == 2
+    before, size = written(out), (folder / "a.bmp").stat().st_size
+    Image.new("RGB", (50, 40), (220, 30, 30)).save(folder / "a.bmp")
+    (folder / "b.bmp").touch()
+    assert (folder / "a.bmp").stat().st_size == size
+    result = write(tmp_path, out, images=[str(folder)], save=("labels",))
+    assert (result.done, result.skipped) == (1, 1) and changed(out, before) == {"a"}
+    folder.rename(tmp_path / "moved")
+    assert write(tmp_path, out, images=[str(tmp_path / "moved")], save=("labels",)).skipped == 2
+
+
+def test_another_photograph_of_a_finished_name_is_refused(tmp_path):
+    out = tmp_path / "out"
+    for folder, color in (("one", (220, 30, 30)), ("two", (30, 200, 40))):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (50, 40), color).save(tmp_path / folder / "a.bmp")
+    assert write(tmp_path, out, images=[str(tmp_path / "one")]).done == 1
+    before = written(out)
+    result = write(tmp_path, out, images=[str(tmp_path / "two")])
+    assert (result.done, result.skipped, len(result.problems)) == (0, 0, 1) and not changed(out, before)
+    assert f"the name a is that of {tmp_path / 'one' / 'a.bmp'}" in result.problems[0]
+    (tmp_path / "three").mkdir()
+    (tmp_path / "one" / "a.bmp").rename(tmp_path / "three" / "a.bmp")
+    assert write(tmp_path, out, images=[str(tmp_path / "three")]).skipped == 1
+
+
+def test_folders_behind_links_are_labelled_and_dead_links_are_told(root, tmp_path):
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "photos" / "linked").symlink_to(root / "JPEGImages")
+    (tmp_path / "photos" / "sub" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "dead.jpg").symlink_to(tmp_path / "nothing.jpg")
+    result = write(root, tmp_path / "out", images=[str(tmp_path / "photos")], save=("labels",))
+    assert result.done == 6 and list(manifest(tmp_path / "out")["images"]) == [f"linked/{name}" for name in NAMES]
+    assert len(result.problems) == 1 and "dead.jpg" in result.problems[0]
+
+
 def test_a_process_that_is_stopped_leaves_whole_files_and_a_record(root, tmp_path, monkeypatch):
     out, real, seen = tmp_path / "out", module.write_label, []
 

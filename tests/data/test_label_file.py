@@ -174,6 +174,13 @@ def test_of_two_files_of_one_name_each_has_its_own_label(tmp_path):
     assert table["p/x"].tolist() == [1, 0, 0] and table["q/x"].tolist() == [0, 0, 1] and "x" not in table
 
 
+def test_an_entry_of_another_folder_is_nobody_elses(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"/data/cats/1.jpg": ["cat"], "2.jpg": ["bus"]}))
+    table = LabelFile(tmp_path / "x.json", NAMES)
+    assert table["cats/1"].tolist() == [1, 0, 0] and table["any/2"].tolist() == [0, 0, 1] and "1" in table
+    assert "dogs/1" not in table and "cats/dogs/1" not in table
+
+
 # in a data set
 
 

@@ -120,10 +120,13 @@ def test_of_two_files_of_one_name_none_gets_the_others_mask_or_label(root):
     with pytest.raises(DataError, match=r"b/x: the mask SegmentationClassAug/x\.png is that of a/x too"):
         data_of(root, "a/x\nb/x")
     labels = root / "labels.json"
-    labels.write_text('{"a/x.jpg": ["cat"]}')
+    labels.write_text('{"x.jpg": ["cat"]}')
     (root / "list.txt").write_text("a/x\nb/x")
     own = settings(root, train_split=str(root / "list.txt"), label_file=str(labels))
-    with pytest.raises(DataError, match=r"b/x: in labels\.json the entry a/x\.jpg is that of a/x too"):
+    with pytest.raises(DataError, match=r"b/x: in labels\.json the entry x\.jpg is that of a/x too"):
+        TrainingSet(own)
+    labels.write_text('{"photos/a/x.jpg": ["cat"]}')
+    with pytest.raises(DataError, match=r"1 of 2 images.*\n.*b/x: no entry in labels\.json"):
         TrainingSet(own)
     labels.write_text('{"a/x.jpg": ["cat"], "b/x.jpg": ["dog"]}')
     assert TrainingSet(own).labels.nonzero()[:, 1].tolist() == [7, 11]  # masks are not needed

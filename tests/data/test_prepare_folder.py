@@ -249,6 +249,85 @@ def test_labels_of_no_photograph_or_of_several_are_listed(tmp_path):
     assert (tmp_path / "data" / "refused.txt").read_text().splitlines() == made.refused
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "filename,width,height,class,xmin,ymin\na.jpg,40,30,cat,1,2\na.jpg,40,30,hot dog,3,4\nb.jpg,40,30,cat,5,6\n",
+        "id,file,label\n7,a.jpg,cat\n7,a.jpg,hot dog\n9,b.jpg,cat\n",
+        "Label;Image\ncat;a.jpg\nhot dog;a.jpg\ncat;b.jpg\n",
+        "image,cat,hot dog\na.jpg,1.0,1.0\nb.jpg,1.0,0.0\n",
+        "image,cat,hot dog\na.jpg,True,True\nb.jpg,True,False\n",
+        "image,label\na.jpg,cat,hot dog\nb.jpg,cat\n",
+        '\ufefffile,label\r\n"a.jpg","cat|hot dog"\r\n\r\nb.jpg,cat\r\n',
+        "image,label,score\na.jpg,cat;hot dog,0.5\nb.jpg,cat,1\n",
+    ],
+)
+def test_columns_count_by_their_names(tmp_path, text):
+    photo(tmp_path / "pile" / "a.jpg")
+    photo(tmp_path / "pile" / "b.jpg", BLUE)
+    (tmp_path / "l.csv").write_text(text, newline="")
+    made = prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(labels=str(tmp_path / "l.csv")))
+    assert (made.refused, labels_in(tmp_path / "data")) == ([], {"a": ["cat", "hot dog"], "b": ["cat"]})
+    assert class_names(tmp_path / "data") == ("background", "cat", "hot dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg,cat,10,20\nb.jpg,cat,11,21\n", "column 3 holds numbers such as 10, which are no labels"),
+        ("file,kind,width\na.jpg,cat,40\n", r"column 3 \(width\) holds numbers such as 40"),
+        ("image,cat,dog\na.jpg,0.9,0.1\n", r"column 2 \(cat\) holds numbers such as 0\.9"),
+        ("id,file,label\n7,a.jpg\n", "line 2: 2 cells, the first line names 3"),
+    ],
+)
+def test_numbers_do_not_become_classes(tmp_path, text, message):
+    photo(tmp_path / "pile" / "a.jpg")
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(labels=str(tmp_path / "l.csv")))
+
+
+def test_labels_of_one_column_may_be_numbers(tmp_path):
+    photo(tmp_path / "pile" / "a.jpg")
+    photo(tmp_path / "pile" / "b.jpg", BLUE)
+    (tmp_path / "l.csv").write_text("file,label\na.jpg,0\nb.jpg,1\n")
+    prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(labels=str(tmp_path / "l.csv")))
+    assert labels_in(tmp_path / "data") == {"a": ["0"], "b": ["1"]}
+
+
+def test_several_labels_in_one_text_of_json_are_several(tmp_path):
+    photo(tmp_path / "pile" / "a.jpg")
+    (tmp_path / "l.json").write_text('{"a.jpg": "cat; dog"}')
+    prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(labels=str(tmp_path / "l.json")))
+    assert labels_in(tmp_path / "data") == {"a": ["cat", "dog"]}
+
+
+def test_a_label_of_another_folder_is_nobody_elses(tmp_path):
+    photo(tmp_path / "pile" / "cats" / "1.jpg")
+    photo(tmp_path / "pile" / "cats" / "2.jpg", BLUE)
+    table = "dogs/1.jpg,dog\nC:\\pile\\cats\\1.jpg,cat\n/home/x/cats/2,cat\n"
+    (tmp_path / "l.csv").write_text(table)
+    made = prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(labels=str(tmp_path / "l.csv")))
+    assert labels_in(tmp_path / "data") == {"cats/1": ["cat"], "cats/2": ["cat"]}
+    assert made.refused == [f"l.csv: 'dogs/1.jpg': no such photograph in {tmp_path / 'pile'}"]
+
+
+def test_a_mask_that_two_photographs_may_mean_is_neithers(tmp_path):
+    for name, color in (("cat", RED), ("dog", BLUE)):
+        photo(tmp_path / "pile" / name / "1.jpg", color)
+    photo(tmp_path / "pile" / "cat" / "2.jpg", (1, 2, 3))
+    (tmp_path / "masks").mkdir()
+    for name in "12":
+        Image.fromarray(np.full((30, 40), 1, np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    settings = FolderSettings(masks=str(tmp_path / "masks"), classes="cat,dog")
+    made = prepare_folder(tmp_path / "pile", tmp_path / "data", settings)
+    assert labels_in(tmp_path / "data") == {"cat/2": ["cat"]}
+    mask = tmp_path / "masks" / "1.png"
+    assert made.refused == [
+        f"{name}/1.jpg: {mask} may be the mask of 2 photographs of this name" for name in ("cat", "dog")
+    ]
+
+
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +559,44 @@ def test_labels_of_before_stay_where_a_new_file_says_nothing_and_go_where_it_say
     assert labels_in(root)["cat/cat_0"] == [] and len(opened(root, allow_empty=True)) == 13
 
 
+def test_two_piles_that_have_a_photograph_both_say_what_it_shows(tmp_path):
+    for pile, name in (("one", "cat"), ("two", "dog")):
+        photo(tmp_path / pile / name / "same.jpg", (9, 9, 9))
+        photo(tmp_path / pile / name / f"{name}.jpg", RED if name == "cat" else BLUE)
+        prepare_folder(tmp_path / pile, tmp_path / "data", FolderSettings(val="0"))
+    assert labels_in(tmp_path / "data")["cat/same"] == ["cat", "dog"] and len(labels_in(tmp_path / "data")) == 3
+    prepare_folder(tmp_path / "one", tmp_path / "data")
+    assert labels_in(tmp_path / "data")["cat/same"] == ["cat", "dog"]
+
+
+def test_folders_behind_links_are_looked_into(tmp_path):
+    photo(tmp_path / "far" / "1.jpg")
+    photo(tmp_path / "pile" / "dog" / "2.jpg", BLUE)
+    (tmp_path / "pile" / "cat").symlink_to(tmp_path / "far")
+    (tmp_path / "pile" / "dog" / "again").symlink_to(tmp_path / "pile")
+    (tmp_path / "pile" / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    made = prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(val="0"))
+    assert labels_in(tmp_path / "data") == {"cat/1": ["cat"], "dog/2": ["dog"]}
+    assert made.refused == ["dog/gone.jpg: a link to what is not there"]
+
+
+def test_names_as_long_as_a_file_system_takes_them(tmp_path):
+    for number in range(2):
+        photo(tmp_path / "pile" / "cat" / ("ü" * 120 + f"{number}.jpg"), (number, 0, 0))
+    made = prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(val="0"))
+    assert made.train == 2 and list(labels_in(tmp_path / "data")) == ["cat/" + "ü" * 100, "cat/" + "ü" * 100 + "_2"]
+    assert len(opened(tmp_path / "data")) == 2
+
+
+@pytest.mark.parametrize("name", ["Background", "bg", "__background__", "__ignore__"])
+def test_folders_of_no_class(tmp_path, name):
+    photo(tmp_path / "pile" / name / "1.jpg")
+    photo(tmp_path / "pile" / "cat" / "2.jpg", BLUE)
+    prepare_folder(tmp_path / "pile", tmp_path / "data", FolderSettings(allow_empty=True, val="0"))
+    assert sorted(labels_in(tmp_path / "data").values()) == [[], ["cat"]]
+    assert class_names(tmp_path / "data") == ("background", "cat")
+
+
 # --- the split --------------------------------------------------------------------------------------------------------
 
 
@@ -527,3 +644,20 @@ def test_mistakes_are_one_line(capsys, line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", *line]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_class_keeps_its_share_of_validation_when_a_photograph_cannot_be_read(pile, tmp_path, monkeypatch, stopped):
+    whole = prepare_folder(pile, tmp_path / "whole")
+    assert whole.classes == {"cat": (5, 1), "dog": (5, 1)}
+    for name in names_in(tmp_path / "whole", "val"):  # those that were chosen
+        (pile / f"{name.replace('_', ' ')}.jpg").write_bytes(b"")
+    if stopped:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_copy", lambda *arguments: exec("raise KeyboardInterrupt"))
+            with pytest.raises(KeyboardInterrupt):
+                prepare_folder(pile, tmp_path / "data")
+    made = prepare_folder(pile, tmp_path / "data")
+    assert made.classes == {"cat": (4, 1), "dog": (4, 1)} and len(made.refused) == 2
+    again = prepare_folder(pile, tmp_path / "data", FolderSettings(val="0.5"))
+    assert again.classes == {"cat": (2, 3), "dog": (2, 3)}, "another share is another split"

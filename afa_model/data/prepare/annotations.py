@@ -3,7 +3,8 @@
 What is read, and what counts of it (pixels and boxes never do):
 
 - ``.csv``, ``.tsv``, ``.txt``: ``file,label;label``, a line for each photograph or for each label, with or without a
-  first line of headings; or headings that are the classes above columns of 0 and 1;
+  first line of headings; where that names columns of files and labels, other columns do not count; or headings that
+  are the classes above columns of 0 and 1;
 - ``.json``: ``{file: [label, ...]}`` or ``[{"file": ..., "labels": [...]}]``;
 - ``.json`` of COCO: the categories of a photograph's annotations, in the order of their ids;
 - ``.json`` of LabelMe, one for each photograph: the labels of its shapes, and its flags that are true;
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +24,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ...errors import DataError, naming
+from ..class_file import is_no_class
+from ..files import files_below
 from ..image_labels import objects_in, parsed_xml
 from ..label_file import each_key_once
 from ..texts import lines_of, read_text
@@ -31,8 +33,10 @@ from ..texts import lines_of, read_text
 _TABLES = (".csv", ".tsv", ".txt")
 _FILE_KEYS = ("file", "file_name", "filename", "image", "name", "path")
 _LABEL_KEYS = ("labels", "label", "classes", "class", "tags")
+_LABEL_COLUMNS = {*_LABEL_KEYS, "tag", "category", "categories", "class_name", "class_names", "category_name",
+                  "label_name", "label_names", "classname", "labelname"}  # fmt: skip
+_ONE_OR_ZERO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _HEADINGS = {*_FILE_KEYS, "photo", "photograph", "images", "id", "image_id", "image_name", "img"}
-_NO_CLASS = ("background", "__background__", "_background_")
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Annotations:
         """More of a photograph's labels; the background is none."""
         own = self.labels.setdefault(photo, [])
         named = [" ".join(label.split()) for label in labels]
-        own += [label for label in dict.fromkeys(named) if label and label not in own and label not in _NO_CLASS]
+        own += [label for label in dict.fromkeys(named) if label and label not in own and not is_no_class(label)]
 
 
 def read_annotations(path: str | Path) -> Annotations:
@@ -69,8 +73,8 @@ def read_annotations(path: str | Path) -> Annotations:
             _read(path, "", found)
         return found
     files = sorted(
-        Path(here, name)
-        for here, _, names in os.walk(path)
+        here / name
+        for here, names in files_below(path)
         for name in names
         if name.lower().endswith((".json", ".xml")) and not name.startswith(".")
     )
@@ -110,25 +114,70 @@ def _read_table(path: Path, found: Annotations) -> None:
     if not lines:
         raise ValueError("it is empty")
     delimiter = next((mark for mark in "\t,;" if mark in lines[0][1]), " ")
-    rows = [[cell.strip() for cell in next(csv.reader([text], delimiter=delimiter))] for _, text in lines]
-    head, body = rows[0], rows[1:]
-    if body and all(len(row) == len(head) and _zeros_and_ones(row) for row in body) and not _zeros_and_ones(head):
-        for row in body:
-            found.add(row[0], [name for name, cell in zip(head[1:], row[1:]) if cell == "1"])
-        found.order += [name for name in head[1:] if name not in (*found.order, *_NO_CLASS)]
+    rows = [(number, [cell.strip() for cell in next(csv.reader([text], delimiter=delimiter))]) for number, text in lines]
+    head, body = rows[0][1], rows[1:]
+    columns = _named_columns(head)
+    if columns is not None:
+        file, labels = columns
+        for number, row in body:
+            if len(row) < len(head):
+                raise ValueError(f"line {number}: {len(row)} cells, the first line names {len(head)}")
+            more = row[len(head) :] if labels[-1] == len(head) - 1 else []  # a label for each further cell
+            _add_row(found, number, row[file], [*(row[column] for column in labels), *more])
         return
-    if re.sub(r"\W", "", head[0].lower()) in _HEADINGS:
-        rows, lines = body, lines[1:]
-    for (number, text), (photo, *cells) in zip(lines, rows):
-        if not photo:
-            raise ValueError(f"line {number}: no file in {text[:60]!r}; expected file,label;label")
-        if len(cells) > 1 and _zeros_and_ones([photo, *cells]):
-            raise ValueError(f"line {number}: numbers without a first line that names the classes")
-        found.add(photo, [part for cell in cells for part in re.split(r"[;|,]", cell)])
+    heading = _key(head[0]) in _HEADINGS
+    if body and (heading or not _zeros_and_ones(head)) and all(_zeros_and_ones(row, len(head)) for _, row in body):
+        for _, row in body:
+            found.add(row[0], [name for name, cell in zip(head[1:], row[1:]) if _ONE_OR_ZERO[cell.lower()]])
+        found.order += [name for name in head[1:] if name not in found.order and not is_no_class(name)]
+        return
+    rows = body if heading else rows
+    if not heading and len(head) > 2 and _zeros_and_ones(head):
+        raise ValueError(f"line {rows[0][0]}: numbers without a first line that names the classes")
+    _refuse_numbers(head if heading else None, rows)
+    for number, (photo, *cells) in rows:
+        _add_row(found, number, photo, cells)
 
 
-def _zeros_and_ones(row: Sequence[str]) -> bool:
-    return len(row) > 1 and all(cell in ("0", "1") for cell in row[1:])
+def _add_row(found: Annotations, number: int, photo: str, cells: Sequence[str]) -> None:
+    if not photo:
+        raise ValueError(f"line {number}: no file; expected file,label;label")
+    found.add(photo, [part for cell in cells for part in re.split(r"[;|,]", cell)])
+
+
+def _key(cell: str) -> str:
+    return re.sub(r"\W+", "_", cell.strip().lower()).strip("_")
+
+
+def _named_columns(head: Sequence[str]) -> tuple[int, list[int]] | None:
+    """Which column has the files and which have the labels, if the first line names both; other columns are no labels,
+    such as the sides of a box.
+    """
+    keys = [_key(cell) for cell in head]
+    file = next((keys.index(key) for key in (*_FILE_KEYS, *sorted(_HEADINGS - {"id"}), "id") if key in keys), None)
+    labels = [column for column, key in enumerate(keys) if key in _LABEL_COLUMNS and column != file]
+    return (file, labels) if file is not None and labels else None
+
+
+def _zeros_and_ones(row: Sequence[str], length: int | None = None) -> bool:
+    return len(row) > 1 and len(row) == (length or len(row)) and all(cell.lower() in _ONE_OR_ZERO for cell in row[1:])
+
+
+def _refuse_numbers(head: Sequence[str] | None, rows: Sequence[tuple[int, Sequence[str]]]) -> None:
+    """Numbers among several columns are boxes, scores or sizes, which would become classes called 40 and 0.5.
+
+    Raises:
+        ValueError: a column holds numbers alone.
+    """
+    width = max((len(row) for _, row in rows), default=0)
+    for column in range(1, width if width > 2 else 0):
+        cells = [row[column] for _, row in rows if len(row) > column and row[column]]
+        if cells and all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", cell.lower()) for cell in cells):
+            called = f" ({head[column]})" if head and len(head) > column else ""
+            raise ValueError(
+                f"column {column + 1}{called} holds numbers such as {cells[0]}, which are no labels; a first line that"
+                " names the columns file and label says which count, one that names the classes what 0 and 1 mean"
+            )
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -161,7 +210,7 @@ def _first(item: Any, keys: Sequence[str]) -> Any:
 
 
 def _named(labels: Any, photo: str) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else labels
+    labels = re.split(r"[;|,]", labels) if isinstance(labels, str) else labels  # as in a table's cell
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{photo!r}: expected a list of class names, got {str(labels)[:60]}")
     return labels
@@ -177,7 +226,7 @@ def _read_coco(content: Mapping[str, Any], found: Annotations) -> None:
             raise ValueError(f"annotation {item.get('id')} is of an image or a category that is not in the file")
         found.add(files[item["image_id"]], [names[item["category_id"]]])
     in_order = (names[key] for key in sorted(names))
-    found.order += [name for name in in_order if name not in (*found.order, *_NO_CLASS)]
+    found.order += [name for name in in_order if name not in found.order and not is_no_class(name)]
 
 
 # --- XML --------------------------------------------------------------------------------------------------------------

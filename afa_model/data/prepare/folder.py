@@ -24,10 +24,11 @@ from ...errors import AfaError, ConfigError, DataError, reason
 from ...runtime.notices import notice
 from ...runtime.progress import in_threads
 from ...runtime.writing import writable_folder
+from ..files import digest
 from ..photographs import MAX_PIXELS
 from ..texts import lines_of
 from .labels import Said, given_classes, labels_of
-from .photographs import Names, Source, copy_photograph, digest, free_name, photographs_in
+from .photographs import Names, Source, copy_photograph, free_name, photographs_in
 from .record import Photograph, Record, class_lines, read_record, write_labels, write_lines
 from .split import validation_share
 
@@ -140,11 +141,17 @@ def prepare_folder(source: str | Path, root: str | Path, settings: FolderSetting
     if not kept and not record.photographs:
         raise DataError("source: no photograph can be taken", refused)
     lines = class_lines(record.classes)  # what is wrong with a name is told before the work
-    _place(record, said, kept, root)
-    _split(record, settings, source, sources)
+    _place(record, said, kept, source, root)
+    listed = None
+    if settings.share() is None:  # what is wrong with a list is told before the work
+        listed = _listed(Path(str(settings.val)), record, source, sources)
+    elif any(record.settings.get(name) != getattr(settings, name) for name in ("val", "seed")):
+        for item in record.photographs.values():  # another split
+            item.val = None
     record.settings |= {"val": settings.val, "seed": settings.seed}
     record.write(root)  # before the photographs: a run that is stopped leaves what it had planned
     added = _copy(record, source, root, settings, refused)
+    _split(record, settings, listed, sources)  # of what could be read: else a class's share may be what could not
     write_lines(root / "classes.txt", lines)
     return _written(record, root, added, refused)
 
@@ -199,7 +206,7 @@ def _agree_with(record: Record, settings: FolderSettings, root: Path) -> None:
     record.settings |= said
 
 
-def _place(record: Record, said: Said, kept: Mapping[Source, list[str]], root: Path) -> None:
+def _place(record: Record, said: Said, kept: Mapping[Source, list[str]], source: Path, root: Path) -> None:
     """Give each photograph its name in the record.
 
     Files of the same name and the same contents are one photograph, with the labels of all; of the same name and other
@@ -233,30 +240,34 @@ def _place(record: Record, said: Said, kept: Mapping[Source, list[str]], root: P
         there = photographs.get(name)
         if there is not None and there.sha256 != sha256:  # the file was changed since
             _image(root, name).unlink(missing_ok=True)
+        elsewhere = there is not None and there.sha256 == sha256 and _of_another_pile(there.source, source)
+        if elsewhere:  # two piles have it, and what the other one says holds, too
+            own = sorted({*there.labels, *own}, key=record.classes.index)
         val = there.val if there is not None else None
         photographs[name] = Photograph(path, item.size, item.changed, sha256, list(own), val)
         of_contents[item.path.name, sha256] = name
         fresh.add(name)
 
 
+def _of_another_pile(file: str, source: Path) -> bool:
+    """Whether a file that is there is none of the folder ``source``; one that is gone was moved."""
+    return not Path(file).is_relative_to(source.absolute()) and Path(file).is_file()
+
+
 def _image(root: Path, name: str) -> Path:
     return root / "JPEGImages" / f"{name}.jpg"
 
 
-def _split(record: Record, settings: FolderSettings, source: Path, sources: Sequence[Source]) -> None:
-    photographs, share = record.photographs, settings.share()
-    if share is None:
-        chosen = _listed(Path(str(settings.val)), record, source, sources)
+def _split(record: Record, settings: FolderSettings, listed: set[str] | None, sources: Sequence[Source]) -> None:
+    photographs = record.photographs
+    if listed is not None:
         here = {str(item.path.absolute()) for item in sources}
         for name, item in photographs.items():
-            item.val = name in chosen or (item.source not in here and bool(item.val))
+            item.val = name in listed or (item.source not in here and bool(item.val))
         return
-    if settings.val != record.settings.get("val") or settings.seed != record.settings.get("seed"):
-        placed = {}  # another split
-    else:
-        placed = {name: item.val for name, item in photographs.items() if item.val is not None}
+    placed = {name: item.val for name, item in photographs.items() if item.val is not None}
     labels = {name: item.labels for name, item in photographs.items()}
-    chosen = validation_share(labels, share, settings.seed, placed)
+    chosen = validation_share(labels, settings.share(), settings.seed, placed)
     for name, item in photographs.items():
         item.val = name in chosen
 

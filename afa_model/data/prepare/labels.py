@@ -15,14 +15,13 @@ from ...conventions import IGNORE
 from ...errors import AfaError, ConfigError, DataError
 from ...runtime.notices import notice
 from ...runtime.progress import in_threads
-from ..class_file import read_class_file
+from ..class_file import is_no_class, read_class_file
 from ..lists import mask_beside
 from ..masks import MaskRules, read_mask
 from .annotations import read_annotations
 from .photographs import Names, Source
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_NO_CLASS = ("background", "__background__")
 
 
 @dataclass
@@ -75,7 +74,7 @@ def given_classes(said: str) -> list[str]:
     if os.path.isfile(said):
         return list(read_class_file(said)[1:])
     names = [" ".join(name.split()) for name in said.split(",")]
-    names = names[1:] if names[0] in _NO_CLASS else names
+    names = names[1:] if is_no_class(names[0]) else names
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not names or not all(names):
         what = f"{twice[0]!r} is named twice" if twice and twice[0] else "an empty name"
@@ -105,10 +104,14 @@ def _of_masks(sources: Sequence[Source], folder: Path, classes: Sequence[str]) -
     names = ("background", *classes)
     rules = MaskRules(len(names))
 
-    def look(item: Source) -> list[str] | str:
-        path = mask_beside(folder, str(item.inside.with_suffix("")))
+    paths = [mask_beside(folder, str(item.inside.with_suffix(""))) for item in sources]
+    owners = Counter(paths)
+
+    def look(path: Path | None) -> list[str] | str:
         if path is None:
             return f"no mask of this name in {folder}"
+        if owners[path] > 1:
+            return f"{path} may be the mask of {owners[path]} photographs of this name"
         try:
             present = np.unique(read_mask(path, rules).classes).tolist()
         except (AfaError, ValueError) as error:
@@ -117,7 +120,7 @@ def _of_masks(sources: Sequence[Source], folder: Path, classes: Sequence[str]) -
         return [names[number] for number in present if 0 < number != IGNORE]
 
     said = Said(order=classes)
-    for item, found in zip(sources, in_threads(look, sources, "masks")):
+    for item, found in zip(sources, in_threads(look, paths, "masks")):
         if isinstance(found, str):
             said.unlabelled[item] = found
         else:
@@ -141,5 +144,5 @@ def _of_folders(sources: Sequence[Source], folder: Path) -> Said:
         if not item.folder:
             said.unlabelled[item] = "no label, as it lies in no sub-folder"
         else:
-            said.labels[item] = [" ".join(item.folder.split())] * (item.folder not in _NO_CLASS)
+            said.labels[item] = [] if is_no_class(item.folder) else [" ".join(item.folder.split())]
     return said

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import re
 import shutil
 import unicodedata
@@ -16,9 +14,11 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ...runtime.writing import whole
-from ..files import made_here
+from ..files import files_below, made_here
+from ..label_file import same_folders
 from ..photographs import IMAGE_SUFFIXES, opened, orientation, read_photograph
 
+_LONGEST = 200  # bytes of a name; file systems take 255, with ending and number
 QUALITY = 95  # of the JPEG files that are made
 
 # What lies beside photographs and is none: not worth a line
@@ -51,20 +51,18 @@ def photographs_in(folder: Path, without: Iterable[Path]) -> tuple[list[Source],
     line for each other file that is none.
     """
     _read_heic()
-    left_out = {path.resolve() for path in without}
     suffixes = {*IMAGE_SUFFIXES, *Image.registered_extensions()}
     found, refused = [], []
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(here, name).resolve() not in left_out
-        )
-        for name in sorted(names):
+    for here, names in files_below(folder, tuple(without)):
+        for name in names:
             path = Path(here, name)
             suffix = path.suffix.lower()
             if name.startswith(".") or suffix in _BESIDE or name.lower() in ("thumbs.db", "desktop.ini"):
                 continue
             inside = PurePosixPath(path.relative_to(folder).as_posix())
-            if suffix not in suffixes or not path.is_file():
+            if path.is_symlink() and not path.exists():
+                refused.append(f"{inside}: a link to what is not there")
+            elif suffix not in suffixes or not path.is_file():
                 refused.append(f"{inside}: no photograph by its ending")
             elif suffix == ".png" and made_here(path):
                 refused.append(f"{inside}: a label or a panel that afa made, no photograph")
@@ -82,18 +80,6 @@ def _read_heic() -> None:
         pillow_heif.register_heif_opener()
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's contents; of one that cannot be read its path's, which no other has."""
-    found = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    except OSError:
-        found.update(os.fsencode(path.absolute()))
-    return found.hexdigest()
-
-
 def free_name(inside: PurePosixPath, taken: Collection[str]) -> str:
     """What a photograph is called: its path without its ending, in letters, digits, ``_ - + ( )`` and ``/`` alone, so
     that every list and every program can name it. Where that is taken, with a number behind it.
@@ -101,7 +87,8 @@ def free_name(inside: PurePosixPath, taken: Collection[str]) -> str:
     ``taken`` has names in lower case, which some file systems do not tell from upper case.
     """
     parts = [*inside.parent.parts, inside.stem]
-    bare = "/".join(re.sub(r"[^\w()+-]+", "_", unicodedata.normalize("NFC", part)) for part in parts)
+    plain = (re.sub(r"[^\w()+-]+", "_", unicodedata.normalize("NFC", part)) for part in parts)
+    bare = "/".join(part.encode()[:_LONGEST].decode(errors="ignore") for part in plain)
     name, number = bare, 1
     while name.casefold() in taken:
         number += 1
@@ -149,12 +136,12 @@ class Names:
 
     def of(self, said: str) -> list[Source]:
         """Those that it may mean; more than one if it does not say which."""
-        path = PurePosixPath(re.sub(r"^(\./)+", "", said.strip().replace("\\", "/")))
+        path = PurePosixPath(_plain(re.sub(r"^(\./)+", "", said.strip().replace("\\", "/"))))
         bare = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES and path.stem else path
         for key in (path, bare, path.name, bare.name):
-            found = self._by_key.get(_plain(str(key)))
+            found = [source for source in self._by_key.get(str(key), ()) if same_folders(str(path), _plain(str(source.inside)))]
             if found:
-                exact = [source for source in found if _plain(str(source.inside)) == _plain(str(path))]
+                exact = [source for source in found if _plain(str(source.inside)) == str(path)]
                 return exact or found
         return []
 
