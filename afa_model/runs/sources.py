@@ -195,6 +195,5 @@ def _published(weights: dict[str, Tensor], tensors: Mapping[str, Tensor], conten
 
 def _imagined(config: Config, num_classes: int) -> AFA:
     """The model of a configuration, without memory for its tensors."""
-    settings = config.model
     with torch.device("meta"):
-        return AFA(settings.backbone, num_classes, settings.stride, settings.pooling)
+        return AFA(num_classes=num_classes, **config.model.arguments())
