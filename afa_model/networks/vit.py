@@ -191,10 +191,10 @@ def create_vit(
         if (what := lacking(empty)) is not None:
             raise Lacking(what + _windows(empty))
         heads = look(ViTBackbone(empty, affinity_blocks, aux_layer))
-    model, _ = _create(name, pretrained is True, known)
+    model = _without_head(_create(name, pretrained is True, known)[0])
     if not isinstance(pretrained, bool):
         load_vit_weights(model, pretrained, name)
-    backbone = ViTBackbone(_without_head(model), affinity_blocks, aux_layer)
+    backbone = ViTBackbone(model, affinity_blocks, aux_layer)
     backbone.affinity_heads = heads
     return backbone
 
