@@ -27,7 +27,7 @@ class AFAResult(NamedTuple):
 
     cls_logits  [B, K - 1] image-level scores of the foreground classes, before the sigmoid
     seg_logits  [B, K, h4, w4] pixel scores, background first: at a quarter of the image of a MiT (``largefov``: on the
-                grid), of a Vision Transformer on the grid, or at the image's size where that is not whole patches
+                grid), of a Vision Transformer on the grid (:meth:`AFA.cropped` where the image is not whole patches)
     query, key  [B, heads, h w, d] of the last ``affinity_blocks`` blocks side by side, unscaled
     grid        (h, w) of the last stage: ceil(H / 16), ceil(W / 16) with the default stride, or patches of 16
     last_map    [B, dim, h, w] the last stage's output, from which class scores and CAM are made
@@ -180,7 +180,7 @@ class AFA(nn.Module, HubModel):
         last = maps[-1]
         seg_logits = None
         if decode and self.decoder is not None:
-            seg_logits = cropped(self.encoder, self.decoder(maps), (images.shape[2], images.shape[3]))
+            seg_logits = self.cropped(self.decoder(maps), (images.shape[2], images.shape[3]))
         grid = (last.shape[2], last.shape[3])
         aux_logits = None if aux is None else self._scores(aux, self.aux_classifier)
         return AFAResult(self._scores(last, self.classifier), seg_logits, query, key, grid, last, aux_logits, aux)
@@ -199,6 +199,12 @@ class AFA(nn.Module, HubModel):
             self.decoder(maps)
         aux_cam = None if aux is None else F.conv2d(aux, self.aux_classifier.weight)
         return Attended(F.conv2d(maps[-1], self.classifier.weight), query, key, aux_cam)
+
+    def cropped(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps on the grid of images of ``size`` (height, width), such as CAMs, without what lies over padding: resized
+        to the images they are where they belong. A MiT and a CNN pad nothing: theirs stay as they are.
+        """
+        return cropped(self.encoder, maps, size)
 
     def affinity(self, result: AFAResult, radius: int = 8) -> Tensor:
         """Affinity of each grid pixel with its window: [B, (2 radius + 1)^2, h, w] in 0..1 (section 3.2).

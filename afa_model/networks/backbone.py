@@ -57,8 +57,8 @@ def pyramid(backbone: nn.Module, images: Tensor) -> Pyramid:
     return Pyramid([backbone(images)[-1]], None, None)
 
 
-def cropped(backbone: nn.Module, maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, C, h, w] of a backbone, or made of such, that lie over images of ``size`` (height, width) and no more:
-    resized to them they are where they belong. Only a backbone that pads images has something to cut off.
+def cropped(model: nn.Module, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B, C, h, w] that a backbone, or a network with one, gave of images of ``size`` (height, width), without what
+    lies over padding: resized to the images they are where they belong. Where nothing is padded they stay as they are.
     """
-    return backbone.cropped(maps, size) if hasattr(backbone, "cropped") else maps
+    return model.cropped(maps, size) if hasattr(model, "cropped") else maps

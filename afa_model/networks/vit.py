@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from ..conventions import MEAN, STD, resize
 from ..runtime.tensor_files import nothing_runs
 from .backbone import Pyramid
-from .vit_attention import Taker
+from .vit_attention import Taker, is_program
+from .vit_positions import keep_positions
+from .vit_relative import any_size
 from .vit_weights import load_vit_weights
 
 DROP_PATH = 0.1  # as MiT has it in AFA
@@ -45,6 +47,7 @@ class ViTBackbone(nn.Module):
         embed_dims, affinity_heads, affinity_blocks: see :mod:`.backbone`.
         cell: side of a patch in pixels. An image is padded to whole patches below and at the right: its grid is
             ceil(side / cell).
+        relative: whether it has relative positions, which are made for one size at a time.
 
     Raises:
         ValueError: aux_layer or affinity_blocks is out of range.
@@ -73,7 +76,9 @@ class ViTBackbone(nn.Module):
             shift = [(ours - theirs) / by for ours, theirs, by in zip(MEAN, mean, deviation)]
             self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
             self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+        keep_positions(model)
         self.taker = Taker(model.blocks[-self.affinity_blocks :])
+        self.relative = any_size(model, self.taker)
         self.affinity_heads = 0  # what `look` sees
 
     @property
@@ -93,13 +98,15 @@ class ViTBackbone(nn.Module):
         x = images * self.scale + self.shift if self.converts else images
         height, width = self.grid((images.shape[2], images.shape[3]))
         x = F.pad(x, (0, width * self.cell - images.shape[3], 0, height * self.cell - images.shape[2]))
-        taken = self.taker.start()
+        taken = self.taker.start((height, width))
         try:
             tokens = self.model.forward_intermediates(
                 x, indices=self.layers, norm=False, output_fmt="NLC", intermediates_only=True
             )
         finally:
             self.taker.stop()
+        if not taken:
+            raise Lacking("its last blocks do not hand queries and keys to fused attention")
         by_layer = dict(zip(self.layers, tokens))
         last = self.map_layers[-1]
         aux = None if self.aux_layer is None else _as_map(by_layer[self.aux_layer], height, width)
@@ -109,13 +116,18 @@ class ViTBackbone(nn.Module):
         return Pyramid(maps, query, key, aux)
 
     def cropped(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Maps [B, C, h, w] on the grid of images of ``size``: as they are where whole patches fill the image, else
-        at the image's own size (bilinear), without what was padded.
+        """Maps [B, C, h, w] on the grid of images of ``size``: as they are where whole patches fill the image; else at
+        the image's size (bilinear), without what was padded. Resized to the image both are made by one rule.
         """
         height, width = (cells * self.cell for cells in self.grid(size))
-        if not torch.compiler.is_compiling() and (height, width) == tuple(size):
+        if not is_program() and (height, width) == tuple(size):
             return maps
-        return resize(maps, (height, width))[:, :, : size[0], : size[1]]
+        whole = resize(maps, (height, width))
+        if not is_program():
+            return whole[:, :, : size[0], : size[1]]
+        for dim, side in zip((2, 3), size):  # a program for any size must not ask whether something is cut off
+            whole = whole.index_select(dim, torch.arange(side, device=whole.device))
+        return whole
 
 
 def _as_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -159,6 +171,8 @@ def look(backbone: ViTBackbone) -> int:
         try:
             with torch.no_grad():
                 seen = backbone.eval().forward_pyramid(torch.empty(1, 3, *size, device="meta"))
+        except Lacking:
+            raise
         except Exception as error:  # whatever a model of another kind stumbles over
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Lacking(f"it takes no images of {size[0]} x {size[1]} pixels ({what})") from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Taken = list[tuple[Tensor, Tensor]]  # query and key of each call
+Grid = tuple[int, int]
 
 
 def _query_and_key(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,16 @@ class _Seeing(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def captured() -> bool:
+    """Whether a CUDA graph is being made of what runs."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def is_program() -> bool:
+    """Whether what runs becomes a program, compiled or exported, which may be for images of other sizes too."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _pass() -> int:
     """Which pass a block is run by: one a thread, and one while it is compiled."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
@@ -49,7 +60,7 @@ class Taker:
     """Takes the queries and keys of blocks while a pass is under way.
 
         taker = Taker(model.blocks[-2:])
-        taken = taker.start()
+        taken = taker.start(grid)
         try: model(images)
         finally: taker.stop()
 
@@ -57,20 +68,29 @@ class Taker:
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.under_way: dict[int, Taken] = {}
+        self.under_way: dict[int, tuple[Taken, Grid]] = {}
         for block in blocks:
             for module in block.modules():  # timm can be told not to fuse; then there would be nothing to see
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = True
             block.forward = _Tap(block, self).forward
 
-    def start(self) -> Taken:
+    def start(self, grid: Grid) -> Taken:
+        """A pass on a grid of patches begins -> the list that its queries and keys go into."""
         taken: Taken = []
-        self.under_way[_pass()] = taken
+        self.under_way[_pass()] = (taken, grid)
         return taken
 
     def stop(self) -> None:
         self.under_way.pop(_pass(), None)
+
+    def taken(self) -> Taken | None:
+        """The list of the pass under way, if there is one."""
+        return self.under_way.get(_pass(), (None, None))[0]
+
+    def grid(self) -> Grid | None:
+        """Its grid."""
+        return self.under_way.get(_pass(), (None, None))[1]
 
 
 class _Tap:
@@ -81,7 +101,7 @@ class _Tap:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.block).forward
-        taken = self.taker.under_way.get(_pass())
+        taken = self.taker.taken()
         if taken is None:
             return forward(self.block, *args, **kwargs)
         with _Seeing(taken):
