@@ -164,8 +164,8 @@ def _compared(plain: Segmenter, run: Callable[[Tensor], Tensor], images: Tensor,
         got = run(images)
     except (AssertionError, RuntimeError) as error:  # how programs refuse a size that they turn out not to be for
         raise SavingError(
-            f"the exported model was not written: it does not run on images {list(images.shape)}, which a model of one"
-            f" size may not (leave dynamic out): {reason(error)}"
+            f"the model was not written: exported it does not run on images {list(images.shape)} (without dynamic it"
+            f" is for one size alone): {reason(error)}"
         ) from error
     largest = float(want.abs().max())
     if gives == "logits":

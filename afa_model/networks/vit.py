@@ -115,6 +115,16 @@ class ViTBackbone(nn.Module):
         query, key = (torch.cat([pair[i][:, :, self.prefix_tokens :] for pair in taken], 1) for i in (0, 1))
         return Pyramid(maps, query, key, aux)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass.
+
+        Raises:
+            ValueError: the model has relative positions, whose size is known during a pass alone.
+        """
+        if enable and self.relative:
+            raise ValueError("set_grad_checkpointing: a model with relative positions cannot recompute its blocks")
+        self.model.set_grad_checkpointing(enable)
+
     def cropped(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps [B, C, h, w] on the grid of images of ``size``: as they are where whole patches fill the image; else at
         the image's size (bilinear), without what was padded. Resized to the image both are made by one rule.
