@@ -94,6 +94,22 @@ def test_rotary_ones_that_learn_are_made_in_each_pass():
     assert log == ["rotary"] * 3
 
 
+@torch.no_grad()
+def test_a_cuda_graph_finds_rotary_ones_and_makes_what_learns_itself(made, monkeypatch):
+    """Rotary ones are made on the host; learned ones change from one replay to the next."""
+    model, log = tiny_vit("eva-02").eval(), []
+    rotary_of(model, log)
+    images = torch.randn(1, 3, 28, 42)
+    want = model(images)
+    monkeypatch.setattr(vit_positions, "captured", lambda: True)
+    assert torch.equal(model(images).query, want.query)
+    assert (made, log) == (["own"], ["rotary"])
+    positions = model.encoder.model._pos_embed.__self__
+    for columns in range(40):
+        positions._keep(("rotary", (1, columns), images), [], lambda: torch.ones(1))
+    assert len(positions.held) == 41, "what a graph reads was let go"
+
+
 def test_noise_of_coordinates_is_new_each_time():
     model = tiny_vit("dinov3").train()
     rope, images = model.encoder.model.rope, torch.randn(1, 3, 32, 48)
