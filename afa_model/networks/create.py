@@ -64,8 +64,8 @@ def create_backbone(
             ) from error
     if tuple(stride) != STRIDE and math.prod(stride) != backbone.cell:
         raise ValueError(
-            f"stride: {name} has patches of {backbone.cell} pixels, which are its grid: leave stride out,"
-            f" got {tuple(stride)}"
+            f"stride: {name} has patches of {backbone.cell} pixels, which are its grid, not {math.prod(stride)}:"
+            f" {list(STRIDE)}, as without this setting, leaves it to them; got {list(stride)}"
         )
     return backbone
 

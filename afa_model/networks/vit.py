@@ -88,8 +88,11 @@ class ViTBackbone(nn.Module):
         return getattr(self.model, "fc_norm", norm) if isinstance(norm, nn.Identity) else norm
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Patches of an image of ``size`` (height, width)."""
-        return -(-size[0] // self.cell), -(-size[1] // self.cell)
+        """Patches of an image of ``size`` (height, width), rounded up.
+
+        By positive numbers: ONNX divides negative ones towards 0.
+        """
+        return (size[0] + self.cell - 1) // self.cell, (size[1] + self.cell - 1) // self.cell
 
     def forward_pyramid(self, images: Tensor) -> Pyramid:
         """[B, 3, H, W] of any size -> :class:`~.backbone.Pyramid`, all of whose maps have the grid's size."""
