@@ -95,6 +95,10 @@ def export_model(
     if kind == "exported" and path.suffix != ".pt2":
         raise ConfigError(f"out: PyTorch reads exported programs from files that end in .pt2, got {path.name}")
     _require_packages(kind)
+    if settings.dynamic and getattr(model.encoder, "relative", False):
+        raise ConfigError(
+            f"dynamic: the relative positions of {model.backbone} are made for one size at a time: leave dynamic out"
+        )
     model = model.cpu().float().eval()
     network, plain = Segmenter(model, settings.takes, settings.gives), Segmenter(model, settings.takes, "logits")
     about = {
@@ -155,7 +159,14 @@ def _checked_on(example: Tensor, settings: ExportSettings) -> Iterator[Tensor]:
 
 
 def _compared(plain: Segmenter, run: Callable[[Tensor], Tensor], images: Tensor, gives: Gives) -> Compared:
-    want, got = plain(images), run(images)
+    want = plain(images)
+    try:
+        got = run(images)
+    except (AssertionError, RuntimeError) as error:  # how programs refuse a size that they turn out not to be for
+        raise SavingError(
+            f"the model was not written: exported it does not run on images {list(images.shape)} (without dynamic it"
+            f" is for one size alone): {reason(error)}"
+        ) from error
     largest = float(want.abs().max())
     if gives == "logits":
         fits = got.shape == want.shape

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from afa_kernels import window_affinity
 
 from ..conventions import resize
+from ..networks.backbone import cropped
 from .slots import ClassSlots
 
 
@@ -100,6 +101,7 @@ def multi_scale_cam(
                     affinity = window_affinity(query, key, *model.affinity_head(), *grid, radius).float()
             if slots is not None:
                 plain, mirrored = slots.pick(plain), slots.pick(mirrored)
+            plain, mirrored = (cropped(model, each, (x.shape[2], x.shape[3])) for each in (plain, mirrored))
             cam = resize(torch.cat([plain, mirrored.flip(3)]).float(), (height, width))
             cam = torch.maximum(*cam.chunk(2)).relu_()
             total = cam if total is None else total.add_(cam)

@@ -12,8 +12,18 @@ from ..runtime.tensor_files import nothing_runs
 from .weights import read_weights, under_prefix, weights_in
 
 
+class NoMaps(ValueError):
+    """A timm model gives no feature maps at a stride."""
+
+
 def create_cnn(name: str, output_stride: int, pretrained: bool | str | Path, args: dict[str, Any]) -> nn.Module:
-    """The last feature map of a convolutional timm model at 1/output_stride of the image."""
+    """The last feature map of a convolutional timm model at 1/output_stride of the image.
+
+    Raises:
+        NoMaps: it gives none.
+        ValueError: the weights do not fit it.
+        FileNotFoundError: no file at ``pretrained``.
+    """
     try:
         with nothing_runs():
             model = timm.create_model(
@@ -25,10 +35,7 @@ def create_cnn(name: str, output_stride: int, pretrained: bool | str | Path, arg
                 **args,
             )
     except (TypeError, AttributeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"backbone: timm's {name} does not give feature maps at stride {output_stride} ({error});"
-            " take a MiT or a CNN such as resnet50"
-        ) from error
+        raise NoMaps(f"it does not give feature maps at stride {output_stride}") from error
     if not isinstance(pretrained, bool):
         content = read_weights(pretrained)
         try:

@@ -1,6 +1,10 @@
-"""SegFormer's all-MLP decoder, evaluated without ever upsampling its inputs to the concatenated width.
+"""Decoders by name: four maps of a backbone, finest first, in; class scores out.
 
+``segformer``: SegFormer's all-MLP decoder, evaluated without ever upsampling its inputs to the concatenated width.
 Source: Xie et al., SegFormer (NeurIPS 2021), section 3.2; AFA uses an embedding of 256 with every backbone.
+
+``largefov``: two dilated convolutions of the last map. Source: Chen et al., DeepLab (ICLR 2015), section 5, LargeFOV;
+with 512 channels and a dilation of 5 in ToCo (Ru et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -42,8 +46,10 @@ class SegFormerHead(nn.Module):
     (bilinear) is added up: the same numbers at a fraction of the work.
     """
 
+    EMBEDDING = 256
+
     def __init__(
-        self, in_dims: Sequence[int], num_classes: int, embedding: int = 256, dropout: float = 0.1
+        self, in_dims: Sequence[int], num_classes: int, embedding: int = EMBEDDING, dropout: float = 0.1
     ) -> None:
         super().__init__()
         if len(in_dims) != 4:
@@ -77,3 +83,36 @@ class SegFormerHead(nn.Module):
         parts = [part if part.shape[2:] == size else resize(part, size) for part in parts]
         x = self.dropout(F.relu(self.linear_fuse.bn(sum(parts[1:], parts[0]))))
         return pointwise(x, self.linear_pred.weight.flatten(1), self.linear_pred.bias)
+
+
+class LargeFOVHead(nn.Module):
+    """The last map -> class scores at its size: two 3x3 convolutions of ``embedding`` channels that reach ``dilation``
+    cells far, each with ReLU, and a 1x1 convolution.
+    """
+
+    EMBEDDING = 512
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        num_classes: int,
+        embedding: int = EMBEDDING,
+        dropout: float = 0.1,
+        dilation: int = 5,
+    ) -> None:
+        super().__init__()
+        self.conv6 = nn.Conv2d(in_dims[-1], embedding, 3, padding=dilation, dilation=dilation)
+        self.conv7 = nn.Conv2d(embedding, embedding, 3, padding=dilation, dilation=dilation)
+        self.conv8 = nn.Conv2d(embedding, num_classes, 1)
+        self.dropout = nn.Dropout2d(dropout)
+        for conv in (self.conv6, self.conv7):  # no norm follows: the scores keep their size through the two ReLUs
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """maps: of which the last, [B, dim, h, w], is taken -> logits [B, num_classes, h, w]."""
+        x = F.relu(self.conv7(F.relu(self.conv6(maps[-1]))))
+        return self.conv8(self.dropout(x))
+
+
+DECODERS = {"segformer": SegFormerHead, "largefov": LargeFOVHead}

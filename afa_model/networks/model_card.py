@@ -17,7 +17,7 @@ from afa_model import AFA
 
 model = AFA.from_pretrained("ORG/NAME")  # or a folder with these files
 result = model(images)  # [B, 3, H, W], normalised by ImageNet's mean and deviation
-result.seg_logits  # [B, K, H/4, W/4], background first
+result.seg_logits  # [B, K, h, w], background first
 ```
 
     afa predict photo.jpg --checkpoint FOLDER
@@ -40,10 +40,18 @@ def card_text(arguments: Mapping[str, Any], class_names: Sequence[str] | None, a
         _scores(about.get("scores")),
         _USE,
         _classes(class_names),
-        "## Licence\n\nPlease say which licence the weights have. Those of MiT backbones from ImageNet are NVIDIA's,"
-        " for non-commercial use, and what was trained from them inherits that.",
+        f"## Licence\n\nPlease say which licence the weights have. {_inherited(arguments['backbone'])}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _inherited(backbone: str) -> str:
+    if backbone.startswith("mit_"):
+        return (
+            "Those of MiT backbones from ImageNet are NVIDIA's, for non-commercial use, and what was trained from them"
+            " inherits that."
+        )
+    return f"What was trained from pretrained weights of {backbone} inherits theirs."
 
 
 def _scores(scores: Mapping[str, Any] | None) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..conventions import MEAN, STD, resize
 from .afa import AFA
-from .backbone import pyramid
+from .backbone import cropped, pyramid
 
 Takes = Literal["pixels", "bytes", "normalised"]
 Gives = Literal["labels", "logits"]
@@ -40,5 +40,6 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W]."""
         x = images if self.takes == "normalised" else (images.float() - self.mean) / self.deviation
-        logits = resize(self.decoder(pyramid(self.encoder, x).maps), images.shape[2:])
+        size = (images.shape[2], images.shape[3])
+        logits = resize(cropped(self.encoder, self.decoder(pyramid(self.encoder, x).maps), size), size)
         return logits.argmax(1) if self.gives == "labels" else logits

@@ -5,7 +5,7 @@ They lie at the top of the file, or in ``state_dict``, ``model_state_dict``, ``m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from ..errors import CheckpointError
 from ..runtime.tensor_files import read_tensors
 from .layouts import find_mit
 
-_NESTED = ("state_dict", "model_state_dict", "model", "net")  # where files keep weights beside other things
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # where files keep weights beside other things
 
 
-def weights_in(content: Any) -> dict[str, Tensor]:
-    """The named tensors in what a weight file holds.
+def weights_in(content: Any, places: Sequence[str] = NESTED) -> dict[str, Tensor]:
+    """The named tensors in what a weight file holds, at its top or in the first of ``places`` that is there, and so on
+    inward.
 
     Raises:
         ValueError: there are none.
     """
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
+        inner = next((content[key] for key in places if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         content = inner

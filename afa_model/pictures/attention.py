@@ -44,8 +44,7 @@ def check_cells(cells: int, of: str = "") -> None:
 
 def cells_of(model: nn.Module, size: Sequence[int]) -> int:
     """Cells of the grid of a model with attention for an image of ``size`` (height, width)."""
-    stride = math.prod(model.stride)
-    return math.prod(-(-side // stride) for side in size)
+    return math.prod(-(-side // model.cell) for side in size)
 
 
 def raw_attention(query: Tensor, key: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ def convert(source: str | Path, target: str | Path, settings: ConvertSettings | 
     part = found.backbone() if settings.to in _BACKBONES else found
     if settings.to in _WITH_SETTINGS and not found.whole:
         raise ConfigError(f"to: {settings.to} is for a whole AFA, but {given} holds a {found.title}")
+    if settings.to == "public" and found.whole and found.model.has_affinity and not found.has_mit:
+        raise ConfigError(f"to: {found.title} has no MiT, and the public AFA code has no other: take afa or hub")
     differences = Differences.of(part)
     if differences.lines():
         _refuse(given, part, differences, settings)
@@ -151,6 +153,8 @@ def _with_settings(source: Source, settings: ConvertSettings) -> Source:
     count = arguments["num_classes"]
     if len(names) != count:
         raise ConfigError(f"classes: {settings.classes} names {len(names)} classes, the weights have {count}")
+    if settings.stride is not None and source.model.has_affinity and not source.has_mit:
+        raise ConfigError(f"stride: {source.model.backbone} has its patches for a grid, and no stride")
     for name in ("stride", "pooling"):
         value = getattr(settings, name)
         if value is not None:

@@ -72,7 +72,7 @@ def published_model(path: Path, state: Mapping[str, Tensor]) -> tuple[AFA, Confi
     config, names = published_settings(len(state["decoder.linear_pred.weight"]))
     config.model.backbone = backbone
     try:
-        model = AFA(backbone, len(names), config.model.stride, config.model.pooling)
+        model = AFA(num_classes=len(names), **config.model.arguments())
         model.load_state_dict(dict(state))
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
@@ -95,6 +95,8 @@ def hub_model(folder: Path) -> tuple[AFA, Config, tuple[str, ...]]:
         config = from_dict(model.about["run"]) if "run" in model.about else config
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit this version of afa: {error}") from error
-    config.model.backbone, config.model.pooling, config.model.stride = model.backbone, model.pooling, model.stride
+    for name in config.model.arguments():
+        value = model.arguments[name]
+        setattr(config.model, name, tuple(value) if isinstance(value, list) else value)
     config.model.pretrained, config.data.num_classes = False, model.num_classes
     return model, config, tuple(model.class_names or names)

@@ -58,7 +58,7 @@ def build_model(config: Config, num_classes: int, pretrained: bool = True) -> AF
     settings = config.model
     weights = settings.pretrained if pretrained else False
     try:
-        return AFA(settings.backbone, num_classes, settings.stride, settings.pooling, weights)
+        return AFA(num_classes=num_classes, pretrained=weights, **settings.arguments())
     except (ValueError, OSError) as error:
         raise ConfigError(f"model: {error}") from error
 

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigError
 from ..networks.afa import AFA
 from ..networks.hub import WEIGHTS, is_hub_folder
 from ..networks.layouts import LAYOUTS, find_mit
+from ..networks.mit import MixTransformer
 from ..networks.weights import under_prefix, weights_in
 from ..runtime.tensor_files import read_tensors
 from . import checkpoint
@@ -55,6 +56,11 @@ class Source:
         """Whether it is a whole AFA."""
         return isinstance(self.model, AFA)
 
+    @property
+    def has_mit(self) -> bool:
+        """Whether its network, or the backbone of it, is a MiT."""
+        return isinstance(getattr(self.model, "encoder", self.model), MixTransformer)
+
     def backbone(self) -> Source:
         """Its MiT alone.
 
@@ -63,7 +69,7 @@ class Source:
         """
         if not self.whole:
             return self
-        if not self.model.has_affinity:
+        if not self.has_mit:
             raise ConfigError(f"to: {self.title} has no MiT, whose names mit, huggingface and mmseg are")
         state = {name.removeprefix(_ENCODER): value for name, value in self.state.items() if name.startswith(_ENCODER)}
         return Source(self.title, state, self.model.encoder)
@@ -195,6 +201,5 @@ def _published(weights: dict[str, Tensor], tensors: Mapping[str, Tensor], conten
 
 def _imagined(config: Config, num_classes: int) -> AFA:
     """The model of a configuration, without memory for its tensors."""
-    settings = config.model
     with torch.device("meta"):
-        return AFA(settings.backbone, num_classes, settings.stride, settings.pooling)
+        return AFA(num_classes=num_classes, **config.model.arguments())

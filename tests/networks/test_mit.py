@@ -79,10 +79,11 @@ def test_sizes_are_the_papers(variant, millions):
 def test_grids_at_any_size(size, stride, factors):
     model = MixTransformer(num_classes=0, stride=stride, **TINY).eval()
     with torch.no_grad():
-        maps, query, key = model.forward_pyramid(torch.randn(2, 3, *size))
+        maps, query, key, aux = model.forward_pyramid(torch.randn(2, 3, *size))
     for got, dim, factor in zip(maps, TINY["embed_dims"], factors):
         assert got.shape == (2, dim, -(-size[0] // factor), -(-size[1] // factor))
         assert got.isfinite().all()
+    assert aux is None
     # Three blocks in the last stage, of which the last two give queries and keys of four heads each.
     assert query.shape == key.shape == (2, 8, maps[3].shape[2] * maps[3].shape[3], 8)
 

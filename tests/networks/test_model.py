@@ -269,7 +269,7 @@ def test_pretrained_file_of_a_cnn(tmp_path):
     ("arguments", "name"),
     [
         ({"backbone": "mit_b9"}, "backbone"),
-        ({"backbone": "vit_tiny_patch16_224"}, "backbone"),
+        ({"backbone": "swin_tiny_patch4_window7_224"}, "backbone: .* attends within windows"),
         ({"num_classes": 1}, "num_classes"),
         ({"pooling": "max"}, "pooling"),
         ({"stride": (4, 2, 2)}, "stride"),
