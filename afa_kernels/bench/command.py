@@ -24,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m afa_kernels.bench", description=__doc__.splitlines()[0])
     made.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"among {', '.join(tables.NAMES)}; default: all")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--seconds", type=float, default=0.3, help="about how long to time each way of a case (%(default)s)")
+    told = "about how long to time each way of a case (%(default)s)"
+    made.add_argument("--seconds", type=float, default=0.3, help=told)
     made.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     made.add_argument("--compile", action="store_true", help="also time torch.compile of the reference")
     return made
@@ -49,8 +50,8 @@ def block(found: Sequence[reports.Report], seconds: float) -> str:
     written: list[dict[str, Any]] = [asdict(report) for report in found]
     lines = [*(f"- {line}" for line in machine.environment(found[-1].machine)), "", reports.markdown(written)]
     for title, key in (("Not timed", "failures"), ("Notes", "notes")):
-        said = [f"- {report['operator']}: {name}: {reason}" for report in written for name, reason in report[key].items()]
-        lines += [f"{title}:", "", *said, ""] if said else []
+        said = [(report["operator"], *line) for report in written for line in report[key].items()]
+        lines += [f"{title}:", "", *(f"- {': '.join(line)}" for line in said), ""] if said else []
     return "\n".join([*lines, f"`python -m afa_kernels.bench`, {seconds:.0f} s"])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
-from support.common import available, relative_error
+from support.common import ROOT, available, relative_error
 
 from afa_kernels.ops.affinity import native as affinity_native
 
@@ -139,6 +140,76 @@ def test_loss_and_gradients_of_a_large_grid_take_little_memory(bench):
     case = bench.tables.affinity.loss_case(*bench.tables.affinity.LARGE, "cpu", torch.float32, False)
     case.providers["native"]()
     assert bench.harness.peak_memory(case.providers["native"], "cpu") < 400e6
+
+
+# --- python -m afa_kernels.bench ---
+
+
+def test_the_command_prints_one_block_to_paste(bench, tmp_path, monkeypatch, capsys):
+    """The environment and the table alone on the standard output; what went wrong in it and in the exit code."""
+    asked, providers = [], {"one": providing, "native": lambda: torch.zeros(3)}
+
+    def cases(device, quick, compiling):
+        asked.append((device, quick, compiling))
+        return [bench.harness.Case("a", providers, bytes=1.0)]
+
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
+    monkeypatch.setattr(bench.tables.par, "cases", cases)
+    options = ["par", "--device", "cpu", "--seconds", "0"]
+    assert bench.command.main([*options, "--json", str(tmp_path / "par.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "median ms" in err and "median ms" not in out
+    wrong = "- par: a: native: differs from one by 1, not timed"
+    for line in ("- afa 0, commit 0, on a machine", "- Python 3, ", "- torch 2, ", "| par | a | ", wrong):
+        assert f"\n{line}" in f"\n{out}"
+    assert "- native CPU kernels " in out and "copies 10.0 GB/s, products float32 50.0, bfloat16 500.0" in out
+    (report,) = json.loads((tmp_path / "par.json").read_text())
+    assert report["operator"] == "par" and [row["provider"] for row in report["rows"]] == ["one"]
+    del providers["native"]
+    assert bench.command.main([*options, "--full", "--compile"]) == 0
+    assert "Not timed" not in capsys.readouterr().out
+    assert asked == [("cpu", True, False), ("cpu", False, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["parr"], "no case table for parr; there are affinity, bilateral,"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--device", "cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_the_command_says_what_was_asked_wrongly(bench, options, told, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        bench.command.main(options)
+    assert end.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_every_operator_with_kernels_has_a_table(bench):
+    folders = {path.parent.name for path in (ROOT / "afa_kernels" / "ops").glob("*/functional.py")}
+    assert set(vars(bench.tables)) == folders - {"diffusion"}  # which is what PAR's and the random walk's run on
+
+
+def test_a_commit_is_that_of_a_checkout(bench, tmp_path, monkeypatch):
+    """An installed package may lie within somebody else's."""
+    (tmp_path / "csrc").mkdir()
+    run = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run([*run, *words], check=True)
+    monkeypatch.setattr(bench.machine, "ROOT", tmp_path)
+    here = bench.machine.commit()
+    assert len(here) > 6 and bench.machine.built_from({"afa": "1", "commit": here}) == f"afa 1, commit {here}"
+    (tmp_path / "csrc").rmdir()
+    assert bench.machine.commit() == "unknown"
+    assert bench.machine.built_from({"afa": "1", "commit": "unknown"}) == "afa 1"
+
+
+def test_a_peak_that_the_system_does_not_tell_is_a_question_mark(bench):
+    machine = {"device": "a", "torch": "2"}
+    rows = [row("dense", 8.0, peak_mb=float("nan")), row("native", 2.0, peak_mb=float("nan"))]
+    table = bench.reports.markdown([{"operator": "par", "machine": machine, "rows": rows}])
+    assert table.splitlines()[-1].endswith("| ? / ? |")
 
 
 # --- the README's table ---

@@ -1,4 +1,4 @@
-"""What measures, for the tests of it: afa_kernels.bench, and the modules of the benchmarks' folder, which is no package."""
+"""What measures, for the tests of it: afa_kernels.bench, and the modules of benchmarks/, which is no package."""
 
 from __future__ import annotations
 
