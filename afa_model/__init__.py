@@ -9,7 +9,16 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .errors import missing_named
+
+if TYPE_CHECKING:
+    from .evaluation.evaluate import evaluate
+    from .evaluation.predict import predict
+    from .networks.afa import AFA
+    from .runs.loop import train
+    from .runs.restore import load_model
 
 _WHERE = {
     "AFA": "networks.afa",
@@ -25,7 +34,8 @@ __all__ = ["AFA", "evaluate", "load_model", "predict", "train"]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    with missing_named():
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import AfaError, ConfigError, DataError
+from .errors import AfaError, ConfigError, DataError, missing_named
 from .runtime.machine import share_the_machine
 
 # name -> what it does; commands/NAME.py (_ for -) has a `main` that takes the rest of the line, may return an exit code
@@ -59,10 +59,11 @@ def _tell(argv: Sequence[str], error: AfaError) -> None:
     """The mistake in one line. In settings and data all processes find the same one, and the first tells; what goes
     wrong with files or numbers may be one process's alone.
     """
-    from .runtime.processes import announced_rank
+    if isinstance(error, (ConfigError, DataError)):
+        from .runtime.processes import announced_rank
 
-    if isinstance(error, (ConfigError, DataError)) and announced_rank() > 0:
-        return
+        if announced_rank() > 0:
+            return
     part = [word for word in argv[1:2] if word in SUBCOMMANDS.get(argv[0], ())]
     print(f"afa {' '.join([argv[0], *part])}: error: {error}", file=sys.stderr)
 
@@ -83,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     share_the_machine()  # before a command loads torch, and with it libgomp
     try:
-        command = importlib.import_module(f"afa_model.commands.{argv[0].replace('-', '_')}")
         end = argv.index("--") if "--" in argv else len(argv)
-        return command.main([*map(_with_underscores, argv[1:end]), *argv[end:]]) or 0
+        with missing_named():
+            command = importlib.import_module(f"afa_model.commands.{argv[0].replace('-', '_')}")
+            return command.main([*map(_with_underscores, argv[1:end]), *argv[end:]]) or 0
     except AfaError as error:
         _tell(argv, error)
         return error.exit_code

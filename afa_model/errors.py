@@ -78,6 +78,44 @@ class ProcessError(AfaError, RuntimeError):
     exit_code = 1
 
 
+# What `import` calls the packages that pip install 'afa[train]' brings: all that afa_model needs besides torch.
+OF_TRAIN = {
+    "PIL",
+    "huggingface_hub",
+    "jsonargparse",
+    "matplotlib",
+    "numpy",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "yaml",
+}
+
+
+class MissingError(AfaError, ModuleNotFoundError):
+    """A package that pip was not asked for; the message has the command that brings it."""
+
+
+@contextlib.contextmanager
+def missing_named() -> Iterator[None]:
+    """An import that fails inside, of what the extra ``train`` brings, says how to install that.
+
+    Raises:
+        MissingError: in place of the ModuleNotFoundError.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, MissingError) or package not in OF_TRAIN:
+            raise
+        told = f"{package} is not installed (the operators need torch only, all else more): pip install 'afa[train]'"
+        raise MissingError(told, name=error.name) from error
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, in one line: the system's own words where there are any (a library raises an error of its own
     on top), and the kind of error before words that say nothing alone, such as a KeyError's ``101``.

@@ -18,10 +18,10 @@ from typing import Any
 
 import as_the_command  # noqa: F401
 import torch
-from machine import commit, device_name
 from rich.console import Console
 from rich.table import Table
 
+from afa_kernels.bench.machine import commit, device_name
 from afa_model.data.transforms import normalize
 from afa_model.labels import large
 from afa_model.labels.label_maps import MapSettings, label_maps

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import afa_kernels
+from afa_kernels.bench.published import affinity_loss, transition
 from afa_kernels.ops.affinity.reference import dense_affinity, window_mask
 from afa_model.conventions import IGNORE, MEAN, STD
 from afa_model.labels.cams import evaluating
@@ -175,12 +176,6 @@ def refined_labels(
     return labels
 
 
-def transition(affinity: Tensor, window: Tensor, power: float, eps: float) -> Tensor:
-    """affinity and window, [N, N] both -> the matrix of the random walk, [N, N]."""
-    powered = (affinity * window) ** power
-    return powered / (powered.sum(0) + eps)[:, None]
-
-
 def walked_stacks(
     affinity: Tensor, grid: tuple[int, int], cam: Tensor, cls_labels: Tensor, settings: LabelSettings
 ) -> list[list[Tensor]]:
@@ -229,18 +224,6 @@ def segmentation_loss(seg_logits: Tensor, labels: Tensor) -> Tensor:
     foreground = torch.where(labels == 0, IGNORE, labels)
     halves = [F.cross_entropy(logits, half, ignore_index=IGNORE) for half in (background, foreground)]
     return 0.5 * (halves[0] + halves[1])
-
-
-def affinity_loss(affinity: Tensor, labels: Tensor, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """affinity [B, N, N], labels [B, h, w] int64, window [N, N] bool."""
-    own = labels.flatten(1)
-    pairs = (own[:, :, None] == own[:, None, :]).long()
-    pairs[(own == IGNORE)[:, :, None] | (own == IGNORE)[:, None, :]] = IGNORE
-    pairs[:, ~window] = IGNORE
-    same, different = (pairs == 1).float(), (pairs == 0).float()
-    pos_count, neg_count = same.sum() + 1, different.sum() + 1
-    loss = 0.5 * (same * (1 - affinity)).sum() / pos_count + 0.5 * (different * affinity).sum() / neg_count
-    return loss, pos_count, neg_count
 
 
 class PublishedStep:

@@ -1,8 +1,7 @@
 """Writes the README's speed tables from benchmarks/results: python benchmarks/readme_table.py [--check]
 
-Every JSON file there is a report of `harness.write` or of bench_train_step.py, or has several (on_gpu.sh).
-Operators: one line a case, the first provider (plain PyTorch) against the fastest of ours, with the floor, and the
-machine in the heading. Training steps: one line a phase.
+Every JSON file there is a report of run.py or of bench_train_step.py, or has several (on_gpu.sh). Operators are as
+`afa_kernels.bench.reports.markdown` has them; training steps have one line a phase.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-OURS = ("native", "triton")
-OTHERS = ("pydensecrf",)
 START, END = "<!-- speed table: python benchmarks/readme_table.py -->", "<!-- end of speed table -->"
 
 
@@ -28,37 +25,12 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
-    lines = []
-    machines: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for report in found:
-        if "operator" not in report:  # of something else, as large photographs
-            continue
-        machines.setdefault((report["machine"]["device"], report["machine"]["torch"]), []).append(report)
-    for (device, torch_version), group in machines.items():
-        lines += [f"**{device}**, torch {torch_version}:", ""]
-        # Results of a CPU, and older ones, know nothing of CUDA graphs.
-        graphs = any(row.get("graph_ms") is not None for report in group for row in report["rows"])
-        columns = "operator | case | PyTorch ms | ours ms | speed-up | floor ms | of floor | peak MB, PyTorch / ours"
-        lines += [f"| {columns} |" + " ours in a CUDA graph ms |" * graphs]
-        lines += ["|---|---|---:|---:|---:|---:|---:|---:|" + "---:|" * graphs]
-        for report in group:
-            for case in dict.fromkeys(row["case"] for row in report["rows"]):
-                rows = [row for row in report["rows"] if row["case"] == case]
-                own = [row for row in rows if row["provider"] in OURS]
-                base, ours = rows[0], min(own or rows[:1], key=lambda row: row["median_ms"])
-                # Where PyTorch would take minutes there is no time of it, or one of another package.
-                alone, other = base["provider"] in OURS, base["provider"] in OTHERS
-                theirs = "-" if alone else short(base["median_ms"]) + f" ({base['provider']})" * other
-                numbers = [theirs, f"{short(ours['median_ms'])} ({ours['provider']})"]
-                numbers += ["-" if alone else f"{ours['speedup']:.1f}x"]
-                numbers += [short(ours["floor_ms"]), f"{100 * ours['of_floor']:.0f} %"]
-                numbers += [f"{'-' if alone else short(round(base['peak_mb']))} / {ours['peak_mb']:.0f}"]
-                graph = ours.get("graph_ms")
-                numbers += [short(graph) if graph is not None else ""] * graphs
-                lines.append(f"| {report['operator']} | {case} | " + " | ".join(numbers) + " |")
-        lines.append("")
-    return "\n".join([*lines, *(line for report in found if "phases" in report for line in step(report))])
+def tables(found: list[dict[str, Any]]) -> str:
+    """Of operators, then of training steps."""
+    # Here, for on_gpu_report.py is to work where importing the kernels crashes.
+    from afa_kernels.bench.reports import markdown
+
+    return "\n".join([markdown(found), *(line for report in found if "phases" in report for line in step(report))])
 
 
 def short(value: float) -> str:
@@ -89,7 +61,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    new = f"{before}{START}\n\n{markdown(reports(HERE / 'results'))}\n{END}{after}"
+    new = f"{before}{START}\n\n{tables(reports(HERE / 'results'))}\n{END}{after}"
     if options.check and new != text:
         sys.exit("README.md: the speed table is not that of benchmarks/results; run python benchmarks/readme_table.py")
     README.write_text(new)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import commit, device_name
 from published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
 
+from afa_kernels.bench.machine import commit, device_name
 from afa_model.conventions import MEAN, STD
 from afa_model.networks.afa import AFA
 from afa_model.runs.memory import keep_freed_memory

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from machine import commit, device_name
 from rich.console import Console
 from rich.table import Table
 
+from afa_kernels.bench.machine import commit, device_name
 from afa_model.runtime.machine import usable_cpus
 
 # name -> environment. libgomp's own default is 300,000; it is said, for a process that is told nothing asks `afa`.

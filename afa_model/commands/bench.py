@@ -1,4 +1,4 @@
-"""`afa bench`: the door to the benchmarks of a checkout, and the throughput of the data loading."""
+"""`afa bench`: operators, the throughput of the data loading, and the door to the other benchmarks of a checkout."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import parse
-from ..data.datasets import TrainingSet
-from ..data.order import training_loader
-
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
 def benchmarks() -> dict[str, Path]:
-    """The benchmark scripts of a checkout by name; none in an installed package."""
+    """The other benchmarks of a checkout by name; none in an installed package."""
     return {path.stem.removeprefix("bench_"): path for path in sorted(FOLDER.glob("bench_*.py"))}
 
 
@@ -28,6 +24,11 @@ def measure_data(argv: Sequence[str], batches: int) -> dict[str, float | int]:
 
     The first batch, in which the workers start, does not count.
     """
+    # Here, for the operators are measured without what these need.
+    from ..config import parse
+    from ..data.datasets import TrainingSet
+    from ..data.order import training_loader
+
     config = parse(argv, "afa bench data")
     dataset = TrainingSet(config.data, config.augment)
     size = config.loader.batch_size
@@ -72,19 +73,28 @@ def _data_main(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`afa bench data [OPTION...]` or `afa bench NAME [OPTION...]`, where NAME is a file bench_NAME.py."""
+    """`afa bench data [OPTION...]` or `afa bench NAME [OPTION...]`: an operator, or a file bench_NAME.py."""
+    from afa_kernels.bench import command, tables
+
     known = benchmarks()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: afa bench NAME [OPTION...]\n\n`afa bench NAME --help` lists the options of one.\n")
         print("  data        images per second of the training loader")
+        print(f"  operators   as `python -m afa_kernels.bench`; or one: {', '.join(tables.NAMES)}")
         for name, path in known.items():
             print(f"  {name:10}  {path.name}")
         if not known:
             print(f"\n(the other benchmarks come with a checkout; there are none in {FOLDER})")
         return 0 if argv else 2
-    if argv[0] == "data":
-        return _data_main(argv[1:])
-    if argv[0] not in known:
-        print(f"afa bench: error: no benchmark {argv[0]!r} ({', '.join(['data', *known])})", file=sys.stderr)
+    name, *rest = argv
+    if name == "data":
+        return _data_main(rest)
+    if name == "operators":
+        return command.main(rest)
+    if name in tables.NAMES:
+        return command.main(argv)
+    if name not in known:
+        there = ", ".join(["data", "operators", *tables.NAMES, *known])
+        print(f"afa bench: error: no benchmark {name!r} ({there})", file=sys.stderr)
         return 2
-    return subprocess.call([sys.executable, str(known[argv[0]]), *argv[1:]])
+    return subprocess.call([sys.executable, str(known[name]), *rest])

@@ -13,15 +13,12 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import afa_kernels
+from afa_kernels.bench.machine import cpu_name
 
 from ..runtime import machine
 
@@ -36,17 +33,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    """The model's name where Linux tells it; platform knows only the architecture there."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _quota() -> str:
@@ -111,7 +97,7 @@ def examine(check: bool = False) -> dict[str, Any]:
             "torch": torch.__version__,  # names its build, too
         },
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": os.cpu_count(),
             "instruction set, torch": torch.backends.cpu.get_cpu_capability(),
             "instruction set, native kernels": _kernel_instruction_set(),
@@ -144,8 +130,8 @@ def _native_lines(build: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _operator_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Table, list[str]]:
-    """yes, or the number of a reason, per operator and backend; and the reasons."""
+def _operator_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of yes, or the number of a reason, per operator and backend; and the reasons."""
     columns = list(dict.fromkeys((row["device"], row["backend"]) for row in rows))
     cells = {(row["operator"], row["device"], row["backend"]): row for row in rows}
     reasons: list[str] = []
@@ -154,19 +140,18 @@ def _operator_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Table, list[str]
         if row is None:
             return ""
         if row["runs"]:
-            return "[green]yes[/green]"
+            return "yes"
         reason = row["reason"].replace(f"{row['operator']} has no", "this operator has no")
         if reason not in reasons:
             reasons.append(reason)
         return f"no ({reasons.index(reason) + 1})"
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
-    table.add_column("operator", no_wrap=True)
-    for device, backend in columns:
-        table.add_column(f"{backend}\n{device}", overflow="fold")
+    table = [["", *(backend for _, backend in columns)], ["operator", *(device for device, _ in columns)]]
     for operator in dict.fromkeys(row["operator"] for row in rows):
-        table.add_row(operator, *(cell(cells.get((operator, *column))) for column in columns))
-    return table, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+        table.append([operator, *(cell(cells.get((operator, *column))) for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*table)]  # fits 80 columns
+    lines = ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in table]
+    return [*lines, "", *(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))]
 
 
 def _check_lines(rows: Sequence[Mapping[str, Any]] | None) -> list[str]:
@@ -180,9 +165,8 @@ def _check_lines(rows: Sequence[Mapping[str, Any]] | None) -> list[str]:
     return ["", *str(table).splitlines(), "", f"{len(rows) - failed} of {len(rows)} agree with the reference"]
 
 
-def show(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what :func:`examine` found."""
-    console = console or Console(highlight=False, soft_wrap=True)
+def show(report: Mapping[str, Any]) -> None:
+    """Print what :func:`examine` found: by ``print`` alone, for the operators may be all that is installed."""
     cuda = report["cuda"]
     devices = cuda["devices"] or [f"none ({cuda.get('no_device', cuda['torch'])})"]
     sections: list[tuple[str, list[tuple[str, Any]]]] = [
@@ -192,17 +176,14 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
         ("native module", _native_lines(report["build"])),
     ]
     for title, lines in sections:
-        console.print(f"[bold]{title}[/bold]")
+        print(title)
         width = max(len(name) for name, _ in lines)
         for name, value in lines:
-            console.print(f"  {name:{width}}  {value}", markup=False)
-    console.print("[bold]operators[/bold]: the first of native, triton, reference that can run is taken")
+            print(f"  {name:{width}}  {value}")
+    print("operators: the first of native, triton, reference that can run is taken")
     if report["AFA_BACKEND"] != "not set":
-        console.print(f"  AFA_BACKEND={report['AFA_BACKEND']} asks for another", markup=False)
-    table, reasons = _operator_table(report["operators"])
-    console.print(table)
-    for line in (*reasons, *_check_lines(report.get("check"))):
-        console.print(line, markup=False)
+        print(f"  AFA_BACKEND={report['AFA_BACKEND']} asks for another")
+    print(*_operator_lines(report["operators"]), *_check_lines(report.get("check")), sep="\n")
 
 
 def main(argv: Sequence[str]) -> int:

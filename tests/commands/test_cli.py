@@ -70,8 +70,16 @@ def test_help_of_bench_lists_what_there_is(capsys):
     assert cli.main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "data" in printed
+    assert "operators" in printed and ", par," in printed
     for name in bench.benchmarks():
         assert f"bench_{name}.py" in printed
+
+
+def test_bench_of_an_operator_is_the_packages(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("afa_kernels.bench.command.main", lambda argv: asked.append(argv) or 1)
+    assert cli.main(["bench", "par", "--device", "cpu"]) == cli.main(["bench", "operators", "--full"]) == 1
+    assert asked == [["par", "--device", "cpu"], ["--full"]]
 
 
 def test_help_of_prepare_lists_its_kinds_and_theirs_their_options(capsys):

@@ -134,7 +134,7 @@ def test_short_calls_are_replayed_as_graphs_and_the_hosts_share_is_told(cuda, tm
     providers = {"dense": Call(5e-2, graph=4e-2), "waits": Call(1e-4, graph=waits)}
     providers |= {"ours": Call(2e-4, graph=5e-5), "even": Call(1e-4, graph=1.1e-4)}
     table = [cuda.harness.Case("a", providers, bytes=1.0, dtype=torch.bfloat16)]
-    monkeypatch.setattr(cuda.bench_par, "cases", lambda *_, **__: table)
+    monkeypatch.setattr(cuda.tables.par, "cases", lambda *_, **__: table)
     cuda.run.main(["par", "--device", "cuda", "--seconds", "0", "--out", str(tmp_path)])  # and does not exit with 1
     content = json.loads((tmp_path / "par-cuda.json").read_text())
     want = {"dense": (None, None), "waits": (None, None), "ours": (0.05, 0.75), "even": (0.11, 0.0)}
@@ -209,10 +209,10 @@ def test_a_capture_warms_up_aside_and_gives_the_stream_back(bench, monkeypatch, 
 
 def plans_of(bench, monkeypatch, par) -> SimpleNamespace:
     """PAR's smallest case as it is on a GPU, with ``par`` for the operator."""
-    monkeypatch.setattr(bench.bench_par, "kernels", lambda operator, device: ["native"])
+    monkeypatch.setattr(bench.tables.par, "kernels", lambda operator, device: ["native"])
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
-    monkeypatch.setattr(bench.bench_par.afa_kernels, "par", par)
-    return bench.bench_par.cases("cuda", quick=True)[0]
+    monkeypatch.setattr(bench.tables.par.afa_kernels, "par", par)
+    return bench.tables.par.cases("cuda", quick=True)[0]
 
 
 @pytest.mark.parametrize("before", [None, "kept"])
@@ -239,7 +239,7 @@ def test_a_plan_that_does_not_fit_is_noted_and_fails_nothing(cuda, monkeypatch, 
 
     case = plans_of(cuda, monkeypatch, par)
     monkeypatch.setattr(cuda.harness, "seconds_of", lambda call, device, repeats=1: 1e-2)
-    monkeypatch.setattr(cuda.bench_par, "cases", lambda *_, **__: [case])
+    monkeypatch.setattr(cuda.tables.par, "cases", lambda *_, **__: [case])
     cuda.run.main(["par", "--device", "cuda", "--seconds", "0", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "par-cuda.json").read_text())
     timed = [row["provider"] for row in content["rows"]]
@@ -259,4 +259,4 @@ def test_a_plan_that_breaks_the_device_is_a_failure(bench, monkeypatch):
 
 
 def test_plans_are_a_gpus(bench):
-    assert not any("resident" in name for case in bench.bench_par.cases("cpu", quick=True) for name in case.providers)
+    assert not any("resident" in name for case in bench.tables.par.cases("cpu", quick=True) for name in case.providers)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
-from support.common import available, relative_error
+from support.common import ROOT, available, relative_error
 
 from afa_kernels.ops.affinity import native as affinity_native
 
@@ -20,29 +21,29 @@ def providing() -> torch.Tensor:
 
 @pytest.mark.parametrize("table", ["affinity", "path_affinity", "random_walk", "feature_affinity", "pcm", "sinkhorn"])
 def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatch):
-    assert table in bench.run.tables()
+    assert table in vars(bench.tables)
     monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
-    cases = getattr(bench, f"bench_{table}").cases("cpu", quick=True)[:1]
+    cases = getattr(bench.tables, table).cases("cpu", quick=True)[:1]
     report = bench.harness.run(table, cases, "cpu", seconds=0.0)
-    path = bench.reports.write(report, tmp_path)
+    path = bench.result_files.write(report, tmp_path)
     content = json.loads(path.read_text())
     assert [row["provider"] for row in content["rows"]][:2] == ["dense", "reference"]
     assert all(row["floor_ms"] > 0 and row["error"] <= 1e-4 for row in content["rows"])
     assert path.with_suffix(".csv").stat().st_size and path.with_suffix(".png").stat().st_size
-    (line,) = (line for line in bench.readme_table.markdown([content]).splitlines() if line.startswith(f"| {table}"))
+    (line,) = (line for line in bench.reports.markdown([content]).splitlines() if line.startswith(f"| {table}"))
     assert cases[0].name in line
 
 
 def test_the_bilateral_filters_cases_run(bench, tmp_path, monkeypatch):
     """Each kind of them, on few pixels; the floor of the exact one counts pairs."""
-    table, few = bench.bench_bilateral, (18, 24)
+    table, few = bench.tables.bilateral, (18, 24)
     monkeypatch.setattr(table, "QUICK", few)
     monkeypatch.setitem(table.SIGMAS, few, (15.0, 5.0))
     monkeypatch.setitem(table.CRF, "num_iter", 1)
     monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
     cases = table.cases("cpu", quick=True)
     assert [case.name.split(",")[0] for case in cases] == ["exact", "lattice", "gaussian", "CRF lattice"]
-    assert "bilateral" in bench.run.tables()
+    assert "bilateral" in vars(bench.tables)
     report = bench.harness.run("bilateral", cases, "cpu", seconds=0.0)
     assert report.failures == {} and all(row.floor_ms > 0 for row in report.rows)
     assert {row.provider for row in report.rows} >= {"reference", *available("dense_crf")}
@@ -54,7 +55,7 @@ def test_the_bilateral_filters_cases_run(bench, tmp_path, monkeypatch):
 
 def test_the_photograph_is_compared_with_what_ends(bench):
     """On a CPU there is nothing that takes 3.5e10 pairs one by one: no exact filter, no exact CRF."""
-    names = [case.name for case in bench.bench_bilateral.cases("cpu", quick=False)]
+    names = [case.name for case in bench.tables.bilateral.cases("cpu", quick=False)]
     assert [name for name in names if "exact" in name] == [next(name for name in names if "exact, 160x160" in name)]
     assert sum("375x500" in name for name in names) == 3 and len(names) == 7
 
@@ -70,7 +71,7 @@ def test_what_fails_or_differs_is_not_timed_and_the_run_goes_on(bench, tmp_path,
         bench.harness.Case("c", {"one": providing}, bytes=1.0),
     ]
     monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
-    monkeypatch.setattr(bench.bench_par, "cases", lambda *_, **__: table)
+    monkeypatch.setattr(bench.tables.par, "cases", lambda *_, **__: table)
     with pytest.raises(SystemExit) as stopped:
         bench.run.main(["par", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)])
     wrong = {
@@ -108,7 +109,7 @@ def test_peaks_are_those_of_the_call(bench):
 @pytest.mark.skipif("native" not in available("window_affinity"), reason="no native kernels")
 def test_scratch_of_the_kernels_counts_at_every_call(bench, monkeypatch):
     """Kept or not: a peak holds the result and the scratch."""
-    table, asked = bench.bench_affinity, []
+    table, asked = bench.tables.affinity, []
     original = affinity_native.workspace
     monkeypatch.setattr(affinity_native, "workspace", lambda size, *rest: asked.append(size) or original(size, *rest))
     call = table.window_case(2, 20, "cpu", torch.float32, False).providers["native"]
@@ -119,12 +120,12 @@ def test_scratch_of_the_kernels_counts_at_every_call(bench, monkeypatch):
 
 
 def test_pairs_in_the_window_are_counted(bench):
-    window = bench.bench_affinity.window_mask(20, 20, bench.bench_affinity.RADIUS)
-    assert bench.bench_affinity.pairs(20) == int(window.sum())
+    window = bench.tables.affinity.window_mask(20, 20, bench.tables.affinity.RADIUS)
+    assert bench.tables.affinity.pairs(20) == int(window.sum())
 
 
 def test_dense_arithmetic_by_rows_is_that_of_the_whole(bench):
-    table = bench.bench_affinity
+    table = bench.tables.affinity
     inputs, labels = table.make_inputs(2, 24, "cpu", torch.float32)
     window = table.window_mask(24, 24, table.RADIUS)
     want = table.with_gradients(table.dense_loss, inputs, labels, window)
@@ -136,9 +137,79 @@ def test_dense_arithmetic_by_rows_is_that_of_the_whole(bench):
 @pytest.mark.skipif("native" not in available("attention_affinity_loss"), reason="no native kernels")
 def test_loss_and_gradients_of_a_large_grid_take_little_memory(bench):
     """N = 9216, where each of 16 score maps would be 340 MB: all of it under 400 MB over the inputs."""
-    case = bench.bench_affinity.loss_case(*bench.bench_affinity.LARGE, "cpu", torch.float32, False)
+    case = bench.tables.affinity.loss_case(*bench.tables.affinity.LARGE, "cpu", torch.float32, False)
     case.providers["native"]()
     assert bench.harness.peak_memory(case.providers["native"], "cpu") < 400e6
+
+
+# --- python -m afa_kernels.bench ---
+
+
+def test_the_command_prints_one_block_to_paste(bench, tmp_path, monkeypatch, capsys):
+    """The environment and the table alone on the standard output; what went wrong in it and in the exit code."""
+    asked, providers = [], {"one": providing, "native": lambda: torch.zeros(3)}
+
+    def cases(device, quick, compiling):
+        asked.append((device, quick, compiling))
+        return [bench.harness.Case("a", providers, bytes=1.0)]
+
+    monkeypatch.setattr(bench.harness, "describe", lambda device: bench.MACHINE)
+    monkeypatch.setattr(bench.tables.par, "cases", cases)
+    options = ["par", "--device", "cpu", "--seconds", "0"]
+    assert bench.command.main([*options, "--json", str(tmp_path / "par.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "median ms" in err and "median ms" not in out
+    wrong = "- par: a: native: differs from one by 1, not timed"
+    for line in ("- afa 0, commit 0, on a machine", "- Python 3, ", "- torch 2, ", "| par | a | ", wrong):
+        assert f"\n{line}" in f"\n{out}"
+    assert "- native CPU kernels " in out and "copies 10.0 GB/s, products float32 50.0, bfloat16 500.0" in out
+    (report,) = json.loads((tmp_path / "par.json").read_text())
+    assert report["operator"] == "par" and [row["provider"] for row in report["rows"]] == ["one"]
+    del providers["native"]
+    assert bench.command.main([*options, "--full", "--compile"]) == 0
+    assert "Not timed" not in capsys.readouterr().out
+    assert asked == [("cpu", True, False), ("cpu", False, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["parr"], "no case table for parr; there are affinity, bilateral,"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--device", "cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_the_command_says_what_was_asked_wrongly(bench, options, told, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        bench.command.main(options)
+    assert end.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_every_operator_with_kernels_has_a_table(bench):
+    folders = {path.parent.name for path in (ROOT / "afa_kernels" / "ops").glob("*/functional.py")}
+    assert set(vars(bench.tables)) == folders - {"diffusion"}  # which is what PAR's and the random walk's run on
+
+
+def test_a_commit_is_that_of_a_checkout(bench, tmp_path, monkeypatch):
+    """An installed package may lie within somebody else's."""
+    (tmp_path / "csrc").mkdir()
+    run = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run([*run, *words], check=True)
+    monkeypatch.setattr(bench.machine, "ROOT", tmp_path)
+    here = bench.machine.commit()
+    assert len(here) > 6 and bench.machine.built_from({"afa": "1", "commit": here}) == f"afa 1, commit {here}"
+    (tmp_path / "csrc").rmdir()
+    assert bench.machine.commit() == "unknown"
+    assert bench.machine.built_from({"afa": "1", "commit": "unknown"}) == "afa 1"
+
+
+def test_a_peak_that_the_system_does_not_tell_is_a_question_mark(bench):
+    machine = {"device": "a", "torch": "2"}
+    rows = [row("dense", 8.0, peak_mb=float("nan")), row("native", 2.0, peak_mb=float("nan"))]
+    table = bench.reports.markdown([{"operator": "par", "machine": machine, "rows": rows}])
+    assert table.splitlines()[-1].endswith("| ? / ? |")
 
 
 # --- the README's table ---
@@ -153,11 +224,11 @@ def test_results_from_before_there_were_graphs_are_still_tabled(bench):
     machine = {"device": "a GPU", "torch": "2"}
     old = {"operator": "par", "machine": machine, "rows": [row("dense", 8.0), row("native", 2.0)]}
     line = "| par | a | 8 | 2 (native) | 4.0x | 0.1 | 10 % | 1 / 1 |"
-    assert bench.readme_table.markdown([old]).splitlines()[-1] == line
+    assert bench.reports.markdown([old]).splitlines()[-1] == line
     graphs = {"graph_ms": 0.75, "host_share": 0.5}
     rows = [row("dense", 8.0, graph_ms=None), row("dense TF32", 1.0), row("native", 1.5, **graphs)]
     new = {"operator": "walk", "machine": machine, "rows": [*rows, row("native streaming", 1.0)], "notes": {}}
-    table = bench.readme_table.markdown([old, new]).splitlines()
+    table = bench.reports.markdown([old, new]).splitlines()
     assert table[2].endswith("| ours in a CUDA graph ms |")
     assert table[4:6] == [
         f"{line}  |",
@@ -170,7 +241,7 @@ def test_where_there_is_no_time_of_pytorch_none_is_shown(bench):
     tables = {}
     for base in ("native", "pydensecrf", "reference"):
         rows = [row(base, 8.0), *([row("native", 2.0)] if base != "native" else [])]
-        tables[base] = bench.readme_table.markdown([{"operator": "par", "machine": machine, "rows": rows}])
+        tables[base] = bench.reports.markdown([{"operator": "par", "machine": machine, "rows": rows}])
     lines = {base: table.splitlines()[-1] for base, table in tables.items()}
     assert lines["native"] == "| par | a | - | 8 (native) | - | 0.1 | 10 % | - / 1 |"
     assert lines["pydensecrf"] == "| par | a | 8 (pydensecrf) | 2 (native) | 4.0x | 0.1 | 10 % | 1 / 1 |"
@@ -179,5 +250,5 @@ def test_where_there_is_no_time_of_pytorch_none_is_shown(bench):
 
 def test_a_reference_with_tf32_is_not_ours(bench):
     rows = [row("dense", 8.0), row("dense TF32", 1.0)]
-    table = bench.readme_table.markdown([{"operator": "par", "machine": {"device": "a", "torch": "2"}, "rows": rows}])
+    table = bench.reports.markdown([{"operator": "par", "machine": {"device": "a", "torch": "2"}, "rows": rows}])
     assert "TF32" not in table

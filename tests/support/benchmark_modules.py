@@ -1,4 +1,4 @@
-"""The modules of the benchmarks' folder, which is no package, for the tests of what they measure."""
+"""What measures, for the tests of it: afa_kernels.bench, and the modules of benchmarks/, which is no package."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from afa_kernels.bench import command, gpu, harness, machine, reports, tables
 from support.common import ROOT
 
-TABLES = (
-    "bench_par",
-    "bench_affinity",
-    "bench_path_affinity",
-    "bench_random_walk",
-    "bench_bilateral",
-    "bench_feature_affinity",
-    "bench_pcm",
-    "bench_sinkhorn",
-)
 REAL = (
     "boundary_scores",
     "imagenet_cams",
@@ -30,9 +21,13 @@ REAL = (
     "real_cams_why",
     "refined_labels",
 )
-MODULES = ("gpu", "harness", "machine", "reports", "run", "timing", "published_step", "readme_table", *TABLES)
+SCRIPTS = ("run", "result_files", "published_step", "readme_table")
 MACHINE = {
     "device": "a machine",
+    "afa": "0",
+    "python": "3",
+    "date": "today",
+    "instruction_set": None,
     "torch": "2",
     "commit": "0",
     "bandwidth_gb_s": 10.0,
@@ -44,19 +39,23 @@ MACHINE = {
 def _imported(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Imported for one test, and forgotten afterwards."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delenv("AFA_BACKEND", raising=False)
-    yield SimpleNamespace(MACHINE=MACHINE, **{name: importlib.import_module(name) for name in names})
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def bench(monkeypatch) -> Iterator[SimpleNamespace]:
-    """What measures time."""
-    yield from _imported(MODULES, monkeypatch)
+    """What measures time; ``tables`` are the operators' cases."""
+    monkeypatch.delenv("AFA_BACKEND", raising=False)
+    for scripts in _imported(SCRIPTS, monkeypatch):
+        parts = {"command": command, "gpu": gpu, "harness": harness, "machine": machine, "reports": reports}
+        cases = SimpleNamespace(**{name: tables.table(name) for name in tables.NAMES})
+        yield SimpleNamespace(MACHINE=MACHINE, tables=cases, **parts, **vars(scripts))
 
 
 @pytest.fixture
 def real(monkeypatch) -> Iterator[SimpleNamespace]:
     """What measures labels of real CAMs."""
+    monkeypatch.delenv("AFA_BACKEND", raising=False)
     yield from _imported(REAL, monkeypatch)

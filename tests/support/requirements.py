@@ -1,4 +1,6 @@
-"""Prints what `pip install '.[test,real]'` brings besides the package itself, so that `make` can fetch it meanwhile."""
+"""What pyproject.toml asks for. Run, it prints what `pip install '.[test,real]'` brings besides the package itself, so
+that `make` can fetch it meanwhile.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,7 @@ try:
 except ImportError:  # before Python 3.11
     from pip._vendor import tomli as tomllib
 
-project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 extras = project["optional-dependencies"]
 
 
@@ -20,4 +22,6 @@ def brought(extra: str) -> list[str]:
     return found
 
 
-print(*project["dependencies"], *brought("test"), *brought("real"), sep="\n")
+if __name__ == "__main__":
+    names = [*project["dependencies"], *brought("test"), *brought("real")]
+    print(*dict.fromkeys(names), sep="\n")

@@ -4,7 +4,9 @@ numpy arrays or tensors, with the settings that the copies have.
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,10 @@ from ...core.checks import FLOATS, INTEGERS, check_float, check_int
 from .functional import check_method
 from .mean_field import check_kernels, crf_of_energies, dense_crf
 
-Array = np.ndarray | Tensor
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[Any] | Tensor"  # whoever has an array has numpy; tensors do without
 
 
 def crf_inference(
@@ -81,9 +86,9 @@ def crf_inference_label(
     if int(classes.min()) < 0 or int(classes.max()) >= n_labels:
         found = f"{int(classes.min())}..{int(classes.max())}"
         raise ValueError(f"labels must be in 0..{n_labels - 1}, n_labels - 1, got {found}")
-    wrong, right = -np.log((1 - gt_prob) / (n_labels - 1)), -np.log(gt_prob)
-    energies = torch.full((len(classes), n_labels, *classes.shape[1:]), float(wrong), device=classes.device)
-    energies.scatter_(1, classes[:, None], float(right))
+    wrong, right = -math.log((1 - gt_prob) / (n_labels - 1)), -math.log(gt_prob)
+    energies = torch.full((len(classes), n_labels, *classes.shape[1:]), wrong, device=classes.device)
+    energies.scatter_(1, classes[:, None], right)
     kernels = [(3.0, 3.0, 0.0), (10.0, 50.0, 5.0)]
     with torch.no_grad():
         refined = crf_of_energies(pixels.float(), energies, t, kernels, "symmetric").argmax(1)
@@ -147,10 +152,20 @@ def _refined(
     return _like(refined, probs)
 
 
+def _numpy(name: str) -> Any:
+    try:
+        import numpy
+    except ModuleNotFoundError as error:
+        told = f"{name} is no tensor, and numpy, which would read it, is not installed: pip install numpy"
+        raise ModuleNotFoundError(told, name="numpy") from error
+    return numpy
+
+
 def _tensor(value: Array, name: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     if isinstance(value, Tensor):
         tensor = value
     else:
+        np = _numpy(name)
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{name} must hold numbers, got {array.dtype}")

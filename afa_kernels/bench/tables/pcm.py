@@ -8,17 +8,15 @@ forward and backward, a matrix of them being symmetric; the kernels form them ag
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
-from harness import Case, compiled, kernels
-from run import main
 from torch import Tensor
 
 import afa_kernels
+
+from ..harness import Case, compiled, kernels
 
 CHANNELS, FEATURES, EPS = 21, 192, 1e-5
 # Of the grid: an image of 224 pixels at 1/8, a crop of 384, SEAM's of 448.
@@ -70,7 +68,3 @@ def side_cases(side: int, device: str, compiling: bool) -> list[Case]:
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     return [case for side in (SIDES[:1] if quick else SIDES) for case in side_cases(side, device, compiling)]
-
-
-if __name__ == "__main__":
-    main(["pcm", *sys.argv[1:]])

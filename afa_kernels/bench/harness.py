@@ -1,6 +1,6 @@
 """One way to time every operator.
 
-A case table (``bench_*.py``) gives, for each case, the inputs, what each provider does with them, and the bytes and
+A case table (`tables`) gives, for each case, the inputs, what each provider does with them, and the bytes and
 operations that no implementation can avoid. The harness checks every provider against the first one before it times it,
 times them interleaved in one process (so that noise of the machine hits all alike), with the cache as the last provider
 left it (warm) or emptied (cold), and reports medians with 20th and 80th percentiles beside the floor:
@@ -21,14 +21,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import gpu
 import torch
-from machine import describe, peak_key
-from reports import Report, Row, as_table, write_json
-from rich.console import Console
-from timing import CacheFlush, peak_memory, repeats_of, seconds_of, warm_up
+
+from ..core.backends import backends
+from . import gpu
+from .machine import built_from, describe, peak_key
+from .reports import Report, Row, as_table, write_json
+from .timing import CacheFlush, peak_memory, repeats_of, seconds_of, warm_up
 
 TF32_TOLERANCE = 1e-2  # TF32 keeps 10 of float32's 23 bits
 GRAPH_BELOW = 1e-3  # seconds: what takes longer has hidden its launches behind its kernels
@@ -55,10 +56,8 @@ class Case:
 
 def kernels(operator: str, device: str) -> list[str]:
     """Backends of ours to time: native, and on a GPU Triton (its interpreter is there to prove kernels)."""
-    import afa_kernels
-
     wanted = ("native", "triton") if device == "cuda" else ("native",)
-    here = [row for row in afa_kernels.backends() if (row.operator, row.device) == (operator, device)]
+    here = [row for row in backends() if (row.operator, row.device) == (operator, device)]
     return [row.backend for row in here if row.available and row.backend in wanted]
 
 
@@ -241,24 +240,28 @@ def measure(case: Case, device: str, seconds: float, machine: dict[str, Any]) ->
 
 
 def run(
-    operator: str, cases: Sequence[Case], device: str = "cpu", seconds: float = 2.0, folder: Path | None = None
+    operator: str,
+    cases: Sequence[Case],
+    device: str = "cpu",
+    seconds: float = 2.0,
+    folder: Path | None = None,
+    to: TextIO | None = None,
 ) -> Report:
-    """Measures a case table, prints it as it goes and keeps what it has in ``folder``, should it be stopped."""
-    console = Console()
-    console.width = max(console.width, 130 if device == "cuda" else 110)  # a table that wraps is no table
+    """Measures a case table, prints it as it goes (``to``: other than the standard output) and keeps what it has in
+    ``folder``, should it be stopped.
+    """
     with gpu.precision():
         report = Report(operator, device, describe(device))
-        console.print(f"[bold]{operator}[/bold] on {report.machine['device']}, commit {report.machine['commit']}")
+        print(f"{operator} on {report.machine['device']}, {built_from(report.machine)}", file=to, flush=True)
         for case in cases:
             result = measure(case, device, seconds, report.machine)
             report.rows += result.rows
             report.failures |= result.failures
             report.notes |= result.notes
+            lines = [f"{name}: {reason}" for name, reason in (result.failures | result.notes).items()]
             if result.rows:
-                console.print(as_table(result.rows, case.name))
-            for style, lines in (("red", result.failures), ("yellow", result.notes)):
-                for name, reason in lines.items():
-                    console.print(f"{name}: {reason}", style=style, markup=False)
+                lines = [as_table(result.rows, case.name), *lines]
+            print(*lines, sep="\n", file=to, flush=True)
             if folder is not None:
                 write_json(report, folder)
     return report

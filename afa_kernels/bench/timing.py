@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..core import native_module
+
 
 def seconds_of(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
     """Of one call; on a GPU of one among ``repeats``, one behind the other as a training loop queues them."""
@@ -54,8 +56,6 @@ class CacheFlush:
 
 def forget_scratch() -> None:
     """Frees what our kernels keep for their next call on this thread: a peak that left it out would flatter them."""
-    from afa_kernels.core import native_module
-
     native_module.forget_scratch()
 
 
@@ -87,5 +87,5 @@ def peak_memory(call: Callable[[], Any], device: str) -> float:
         before = status("VmRSS:")
         call()
         return max(status("VmHWM:") - before, 0.0)
-    except (OSError, AttributeError, StopIteration):
+    except (OSError, AttributeError, StopIteration, TypeError):  # TypeError: Windows has no CDLL(None)
         return float("nan")

@@ -9,19 +9,16 @@ pydensecrf has one thread; "native 1 thread" is ours likewise.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import as_the_command  # noqa: F401
-import numpy as np
 import torch
-from harness import Case, kernels
-from run import main
 from torch import Tensor
 
 import afa_kernels
+
+from ..harness import Case, kernels
 
 CHANNELS = 21
 QUICK, SMALL, PHOTOGRAPH = (80, 80), (160, 160), (375, 500)
@@ -97,6 +94,7 @@ def one_thread(call: Callable[[], Any]) -> Any:
 
 def by_pydensecrf(image: Tensor, probs: Tensor) -> Callable[[], Tensor] | None:
     try:
+        import numpy as np
         from pydensecrf import densecrf
     except ImportError:
         return None
@@ -148,7 +146,3 @@ def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Cas
     table += [filter_case(method, size, device) for method in ("lattice", "gaussian") for size in sizes]
     table += [crf_case("lattice", size, device) for size in sizes]
     return table + [crf_case("exact", size, device) for size in sizes[1:] if device == "cuda"]
-
-
-if __name__ == "__main__":
-    main(["bilateral", *sys.argv[1:]])

@@ -8,19 +8,17 @@ Peaks are over the inputs (``harness.peak_memory``), so they leave out that the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
-from bench_affinity import RADIUS, pairs
-from harness import Case, compiled, kernels
-from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.ops.affinity.reference import window_mask
+
+from ...ops.affinity.reference import window_mask
+from ..harness import Case, compiled, kernels
+from .affinity import RADIUS, pairs
 
 NUM_ITER = 3
 # Sides of the grid, which has 1/16 of the image's: 320 pixels, 448, 768, 1024.
@@ -84,7 +82,3 @@ def side_cases(side: int, device: str, compiling: bool) -> list[Case]:
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     return [case for side in (SIDES[:2] if quick else SIDES) for case in side_cases(side, device, compiling)]
-
-
-if __name__ == "__main__":
-    main(["sinkhorn", *sys.argv[1:]])

@@ -1,6 +1,6 @@
 """Random walk of 21 channels over the window, normalised and propagated, against the product with a dense matrix.
 
-"dense" is the published way (``published_step.py``): an affinity of N x N, given, as is the mask that cuts the window
+"dense" is the published way (`published`): an affinity of N x N, given, as is the mask that cuts the window
 out of it, is raised to its power, normalised and multiplied with the CAMs. Two steps are two products, which costs less
 than the power of the matrix. The others are given the window, [B, 289, h, w].
 
@@ -9,19 +9,17 @@ Peaks are over the inputs (``harness.peak_memory``), so they leave out that the 
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
-from bench_affinity import RADIUS, pairs
-from harness import Case, compiled, kernels
-from published_step import transition
-from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.ops.affinity.reference import window_mask
+
+from ...ops.affinity.reference import window_mask
+from ..harness import Case, compiled, kernels
+from ..published import transition
+from .affinity import RADIUS, pairs
 
 CHANNELS, POWER, EPS = 21, 2, 0.1
 # Sides of the grid, which has 1/16 of the image's: 320 pixels, 480, 768 (a crop of 512 at scale 1.5), 1024.
@@ -72,7 +70,3 @@ def side_cases(side: int, device: str, compiling: bool) -> list[Case]:
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     return [case for side in (SIDES[:2] if quick else SIDES) for case in side_cases(side, device, compiling)]
-
-
-if __name__ == "__main__":
-    main(["random_walk", *sys.argv[1:]])

@@ -10,19 +10,17 @@ The window has (2 * radius + 1)^2 channels; its gradient is given. Peaks are ove
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
 import torch.nn.functional as F
-from harness import Case, compiled, kernels
-from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.ops.path_affinity.reference import directions, path
+
+from ...ops.path_affinity.reference import directions, path
+from ..harness import Case, compiled, kernels
 
 # Height, width, radius: the grid of a photograph of 375 x 500 at 1/8, with IRN's radius; a larger map.
 MAPS = [(47, 62, 5), (128, 128, 5), (128, 128, 10)]
@@ -132,7 +130,3 @@ def propagation_case(height: int, width: int, device: str, compiling: bool) -> C
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     table = [case for size in (MAPS[:1] if quick else MAPS) for case in window_cases(*size, device, compiling)]
     return table + [propagation_case(*size, device, compiling) for size in (GRIDS[:1] if quick else GRIDS)]
-
-
-if __name__ == "__main__":
-    main(["path_affinity", *sys.argv[1:]])

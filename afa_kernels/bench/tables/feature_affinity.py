@@ -8,19 +8,17 @@ Peaks are over the inputs (``harness.peak_memory``); the gradient of the feature
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
 import torch.nn.functional as F
-from bench_affinity import RADIUS, pairs
-from harness import Case, compiled, kernels
-from run import main
 from torch import Tensor
 
 import afa_kernels
+
+from ..harness import Case, compiled, kernels
+from .affinity import RADIUS, pairs
 
 # Channels and the side of the grid: AffinityNet's features of a crop of 448, ViT-S patches of one of 640.
 SHAPES = [(256, 28), (384, 40)]
@@ -77,7 +75,3 @@ def shape_cases(channels: int, side: int, kind: str, device: str, compiling: boo
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     shapes = SHAPES[:1] if quick else SHAPES
     return [case for shape in shapes for kind in KINDS for case in shape_cases(*shape, kind, device, compiling)]
-
-
-if __name__ == "__main__":
-    main(["feature_affinity", *sys.argv[1:]])

@@ -8,18 +8,16 @@ be judged.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
-from harness import Case, Unable, compiled, kernels
-from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.ops.par import DILATIONS
+
+from ...ops.par import DILATIONS
+from ..harness import Case, Unable, compiled, kernels
 
 # (batch, channels, height, width, iterations): training at crop 512 and half resolution, evaluation, large photographs.
 SHAPES = [
@@ -80,7 +78,3 @@ def case(shape: tuple[int, ...], device: str, compiling: bool) -> Case:
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     return [case(shape, device, compiling) for shape in (QUICK if quick else SHAPES)]
-
-
-if __name__ == "__main__":
-    main(["par", *sys.argv[1:]])

@@ -1,7 +1,7 @@
 """Affinity from attention: the loss with its gradients, as a training step calls it, and the window on its own.
 
 "dense" is the published way: 16 score maps of N x N, their transposes added, projected, compared with int64 label
-matrices, the window a mask made beforehand (``published_step.py``). "reference" is the oracle of the tests: the same
+matrices, the window a mask made beforehand (`published`). "reference" is the oracle of the tests: the same
 maps, boolean labels; for the window it is the dense way, with one gather at the end.
 At N = 9216 the maps alone are 5.4 GB, and a backward pass holds several times that. There the first provider, "by
 rows", is dense arithmetic for eight lines of pixels at a time against the lines in their reach.
@@ -11,19 +11,17 @@ Peaks are over the inputs (``harness.peak_memory``); the gradients of query and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
-import as_the_command  # noqa: F401
 import torch
-from harness import Case, compiled, kernels
-from published_step import IGNORE, affinity_loss
-from run import main
 from torch import Tensor
 
 import afa_kernels
-from afa_kernels.ops.affinity.reference import dense_affinity, window_mask
+
+from ...ops.affinity.reference import dense_affinity, window_mask
+from ..harness import Case, compiled, kernels
+from ..published import IGNORE, affinity_loss
 
 HEADS, DEPTH, RADIUS = 16, 64, 8
 # (batch, grid): crop 320 and crop 512 of training, 48x48 of multi-scale inference, a photograph of 1536 pixels.
@@ -161,7 +159,3 @@ def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Cas
     if not quick:
         table.append(loss_case(*LARGE, device, torch.float32, compiling))
     return table + [window_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
-
-
-if __name__ == "__main__":
-    main(["affinity", *sys.argv[1:]])

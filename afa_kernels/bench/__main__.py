@@ -1,0 +1,7 @@
+"""`python -m afa_kernels.bench`."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())
