@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from ..conventions import require
 
-
 STRIDE = (4, 2, 2, 1)  # as published
 
 

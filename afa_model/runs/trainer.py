@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, from_dict, to_dict
-from ..data.datasets import EvaluationSet, TrainingSet
 from ..data.classes import other_name
+from ..data.datasets import EvaluationSet, TrainingSet
 from ..data.held_out import ImageLevelSet, held_out, without_masks
 from ..data.order import Batches, training_loader
 from ..errors import CheckpointError, ConfigError, DataError

@@ -7,7 +7,6 @@ import time
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from afa_model.runtime.meeting import agreed_name
