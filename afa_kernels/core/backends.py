@@ -46,7 +46,7 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-class BackendTable(list):
+class BackendTable(list[BackendStatus]):
     """The rows of `backends`; prints as a table."""
 
     def __str__(self) -> str:
@@ -150,6 +150,12 @@ def _why_not(
 def use_backend(name: str | None) -> AbstractContextManager[None]:
     """``with use_backend(name):`` calls with ``backend=None`` use this backend (per thread; None restores the
     automatic choice). Called without ``with`` it changes nothing.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import par, use_backend
+        >>> with use_backend("reference"):
+        ...     refined = par(torch.rand(1, 3, 32, 32), torch.rand(1, 21, 32, 32))
     """
     return _used(None if name is None else _check_name(name, "name"))
 
@@ -196,6 +202,14 @@ def backends() -> BackendTable:
     """For every operator, backend and device (cpu, cuda): can it run here, and if not, why.
 
     A backend that has failed its `self_check` on the current device says so.
+
+    Example:
+        >>> from afa_kernels import backends
+        >>> [row.backend for row in backends() if (row.operator, row.device) == ("par", "cpu")]
+        ['native', 'triton', 'reference']
+        >>> print(backends())  # doctest: +ELLIPSIS
+        operator ... can run
+        ...
     """
     table = BackendTable()
     for operator, predicates in sorted(_registry.items()):
@@ -243,6 +257,11 @@ def self_check(
     Raises:
         ValueError: a device, operator, dtype or backend that there is none of.
         RuntimeError: within the capture of a CUDA graph or a backward.
+
+    Example:
+        >>> from afa_kernels import self_check
+        >>> all(row.ok for row in self_check("cpu", operators=["random_walk"], backends=["native"]))
+        True
     """
     everywhere = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     places = everywhere if device is None else [_place(device)]

@@ -91,7 +91,7 @@ class CheckRow(NamedTuple):
     reason: str
 
 
-class CheckTable(list):
+class CheckTable(list[CheckRow]):
     """The rows of `self_check`; prints as a table."""
 
     def __str__(self) -> str:

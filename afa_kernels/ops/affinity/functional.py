@@ -81,6 +81,13 @@ def window_affinity(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import window_affinity
+        >>> query, key = torch.randn(2, 1, 16, 20 * 20, 64)  # of 16 heads
+        >>> window_affinity(query, key, torch.randn(16), torch.zeros(1), 20, 20, radius=8).shape
+        torch.Size([1, 289, 20, 20])
     """
     height, width, radius = _check_grid(height, width, radius)
     check_query_key(query, key, height, width)
@@ -107,6 +114,13 @@ def affinity_from_maps(
 
     For models whose attention gives out its maps; where queries and keys are at hand, `window_affinity` needs
     neither the memory nor most of the time. Other arguments, result and errors as there.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import affinity_from_maps
+        >>> maps = torch.randn(1, 16, 20 * 20, 20 * 20)
+        >>> affinity_from_maps(maps, torch.randn(16), torch.zeros(1), 20, 20, radius=8).shape
+        torch.Size([1, 289, 20, 20])
     """
     height, width, radius = _check_grid(height, width, radius)
     check_tensor(maps, "maps", ("B", "heads", "N", "N"))
@@ -125,14 +139,28 @@ def affinity_from_maps(
 
 
 def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
-    """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w: A_ij of every pair, 0 outside the window."""
+    """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w: A_ij of every pair, 0 outside the window.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import window_to_dense
+        >>> window_to_dense(torch.rand(1, 25, 8, 10), radius=2).shape
+        torch.Size([1, 80, 80])
+    """
     radius = check_int(radius, "radius", 0, FARTHEST)
     check_window(affinity, radius)
     return taps.window_to_dense(affinity, radius)
 
 
 def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tensor:
-    """[B, N, N], N = height * width -> [B, (2 * radius + 1)^2, height, width], 0 for taps that leave it."""
+    """[B, N, N], N = height * width -> [B, (2 * radius + 1)^2, height, width], 0 for taps that leave it.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import dense_to_window
+        >>> dense_to_window(torch.rand(1, 80, 80), height=8, width=10, radius=2).shape
+        torch.Size([1, 25, 8, 10])
+    """
     height, width, radius = _check_grid(height, width, radius)
     check_tensor(dense, "dense", ("B", "N", "N"))
     if tuple(dense.shape[1:]) != (height * width,) * 2:

@@ -72,6 +72,15 @@ def affinity_loss(
     Raises:
         TypeError, ValueError: naming the argument that is wrong. On CUDA, labels out of range end in an
             assertion on the device instead.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import affinity_loss
+        >>> affinity = torch.full((1, 9, 2, 2), 0.5, requires_grad=True)
+        >>> loss, same, different = affinity_loss(affinity, torch.tensor([[[0, 0], [7, 7]]]), radius=1)
+        >>> round(loss.item(), 4), same.item(), different.item()
+        (0.4444, 9, 9)
+        >>> loss.backward()
     """
     radius = check_int(radius, "radius", 0, FARTHEST)
     check_window(affinity, radius)
@@ -109,6 +118,16 @@ def attention_affinity_loss(
 
     Raises:
         As `window_affinity` and `affinity_loss`.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import attention_affinity_loss
+        >>> query, key = torch.randn(1, 16, 400, 64, requires_grad=True), torch.randn(1, 16, 400, 64)
+        >>> labels = torch.randint(21, (1, 20, 20))
+        >>> loss, same, different = attention_affinity_loss(query, key, torch.randn(16), torch.zeros(1), labels, 8)
+        >>> loss.backward()
+        >>> query.grad.shape
+        torch.Size([1, 16, 400, 64])
     """
     radius = check_int(radius, "radius", 0, FARTHEST)
     check_tensor(query, "query", ("B", "heads", "N", "d"))

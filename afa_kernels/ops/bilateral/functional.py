@@ -85,6 +85,13 @@ def bilateral_filter(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import bilateral_filter
+        >>> images, values = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8), torch.rand(1, 21, 40, 50)
+        >>> bilateral_filter(images, values, sigma_rgb=15, sigma_xy=50, method="lattice").shape
+        torch.Size([1, 21, 40, 50])
     """
     check_images(images)
     shape = {"B": images.shape[0], "H": images.shape[2], "W": images.shape[3]}

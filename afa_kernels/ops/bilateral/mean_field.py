@@ -9,6 +9,8 @@ distributions and nothing of the filters.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,42 @@ def check_kernels(
     return [*(pos if pos_w else []), *(bi if bi_w else [])]
 
 
+@overload
+def dense_crf(
+    images: Tensor,
+    probs: Tensor,
+    num_iter: int = ...,
+    pos_w: float = ...,
+    pos_xy_std: float = ...,
+    bi_w: float = ...,
+    bi_xy_std: float = ...,
+    bi_rgb_std: float = ...,
+    *,
+    compat: Tensor | None = ...,
+    method: str = ...,
+    normalization: str = ...,
+    tolerance: float = ...,
+    convergence: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def dense_crf(
+    images: Tensor,
+    probs: Tensor,
+    num_iter: int = ...,
+    pos_w: float = ...,
+    pos_xy_std: float = ...,
+    bi_w: float = ...,
+    bi_xy_std: float = ...,
+    bi_rgb_std: float = ...,
+    *,
+    compat: Tensor | None = ...,
+    method: str = ...,
+    normalization: str = ...,
+    tolerance: float = ...,
+    convergence: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def dense_crf(
     images: Tensor,
     probs: Tensor,
@@ -84,6 +122,14 @@ def dense_crf(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import dense_crf
+        >>> images, probs = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8), torch.rand(1, 21, 40, 50).softmax(1)
+        >>> refined = dense_crf(images, probs, num_iter=5)
+        >>> refined.shape, round(refined.sum(1).mean().item(), 4)
+        (torch.Size([1, 21, 40, 50]), 1.0)
     """
     check_images(images)
     shape = {"B": images.shape[0], "H": images.shape[2], "W": images.shape[3]}

@@ -36,6 +36,16 @@ class DenseEnergyLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import DenseEnergyLoss
+        >>> images, probs = 255 * torch.rand(2, 3, 32, 32), torch.rand(2, 21, 32, 32, requires_grad=True)
+        >>> inside, unlabelled = torch.ones(2, 32, 32), torch.full((2, 1, 32, 32), 255)
+        >>> loss = DenseEnergyLoss(weight=1e-7, method="lattice")(images, probs.softmax(1), inside, unlabelled)
+        >>> loss.shape, loss.item() < 0
+        (torch.Size([1]), True)
+        >>> loss.backward()
     """
 
     def __init__(

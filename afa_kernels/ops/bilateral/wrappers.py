@@ -5,7 +5,7 @@ numpy arrays or tensors, with the settings that the copies have.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array: TypeAlias = "NDArray[Any] | Tensor"  # whoever has an array has numpy; tensors do without
+Given = TypeVar("Given", "NDArray[Any]", Tensor)  # what comes back is of the kind of what was given
 
 
 def crf_inference(
-    img: Array, probs: Array, t: int = 10, scale_factor: float = 1, labels: int | None = None
-) -> Array:
+    img: Array, probs: Given, t: int = 10, scale_factor: float = 1, labels: int | None = None
+) -> Given:
     """Refine class probabilities: a Gaussian of place (weight 3, 3 pixels) and a bilateral kernel (10; 80 pixels, 13
     grey levels), the pixels divided by ``scale_factor``.
 
@@ -40,14 +41,21 @@ def crf_inference(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import crf_inference
+        >>> image, probs = torch.randint(256, (40, 50, 3), dtype=torch.uint8), torch.rand(21, 40, 50).softmax(0)
+        >>> crf_inference(image, probs, t=5).shape
+        torch.Size([21, 40, 50])
     """
     scale = check_float(scale_factor, "scale_factor", positive=True)
     return _refined(img, probs, t, labels, (3, 3 / scale, 10, 80 / scale, 13), ("img", "probs", "t", "labels"))
 
 
 def dense_crf_of_probs(
-    probs: Array, img: Array, n_classes: int | None = None, n_iters: int = 1, scale_factor: float = 1
-) -> Array:
+    probs: Given, img: Array, n_classes: int | None = None, n_iters: int = 1, scale_factor: float = 1
+) -> Given:
     """`crf_inference` as the copies named ``dense_crf`` have it: probabilities first, one iteration unless told.
     `afa_kernels.compat.crf` has it under that name.
     """
@@ -57,8 +65,8 @@ def dense_crf_of_probs(
 
 
 def crf_inference_label(
-    img: Array, labels: Array, t: int = 10, n_labels: int = 21, gt_prob: float = 0.7
-) -> Array:
+    img: Array, labels: Given, t: int = 10, n_labels: int = 21, gt_prob: float = 0.7
+) -> Given:
     """Refine labels: a Gaussian of place (weight 3, 3 pixels) and a bilateral kernel (10; 50 pixels, 5 grey levels).
 
     Args:
@@ -73,6 +81,13 @@ def crf_inference_label(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import crf_inference_label
+        >>> image, labels = torch.randint(256, (40, 50, 3), dtype=torch.uint8), torch.randint(21, (40, 50))
+        >>> crf_inference_label(image, labels, t=5).shape
+        torch.Size([40, 50])
     """
     t, n_labels = check_int(t, "t", 0), check_int(n_labels, "n_labels", 2)
     gt_prob = check_float(gt_prob, "gt_prob", positive=True)
@@ -105,6 +120,14 @@ class DenseCRF:
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
+
+    Example:
+        >>> import numpy
+        >>> from afa_kernels import DenseCRF
+        >>> refine = DenseCRF(iter_max=10, pos_w=3, pos_xy_std=3, bi_w=4, bi_xy_std=64, bi_rgb_std=5)
+        >>> image, probs = numpy.zeros((40, 50, 3), numpy.uint8), numpy.full((21, 40, 50), 1 / 21, numpy.float32)
+        >>> refine(image, probs).shape
+        (21, 40, 50)
     """
 
     def __init__(
@@ -123,7 +146,7 @@ class DenseCRF:
         self.bi_w, self.bi_xy_std, self.bi_rgb_std = bi_w, bi_xy_std, bi_rgb_std
         self.method = check_method(method)
 
-    def __call__(self, image: Array, probmap: Array) -> Array:
+    def __call__(self, image: Array, probmap: Given) -> Given:
         kernels = self.pos_w, self.pos_xy_std, self.bi_w, self.bi_xy_std, self.bi_rgb_std
         names = "image", "probmap", "iter_max", "C"
         return _refined(image, probmap, self.iter_max, None, kernels, names, self.method)
@@ -131,13 +154,13 @@ class DenseCRF:
 
 def _refined(
     img: Array,
-    probs: Array,
+    probs: Given,
     num_iter: int,
     classes: int | None,
     kernels: tuple[float, ...],
     names: tuple[str, str, str, str],
     method: str = "lattice",
-) -> Array:
+) -> Given:
     scores = _tensor(probs, names[1], (torch.bool, *INTEGERS, *FLOATS))
     if scores.dim() not in (3, 4) or not scores.numel():
         raise ValueError(f"{names[1]} must be [C, h, w] or [B, C, h, w], got shape {tuple(scores.shape)}")
@@ -196,8 +219,8 @@ def _pixels(
     return pixels.reshape(-1, 3, *size).to(device)
 
 
-def _like(result: Tensor, given: Array) -> Array:
-    return result if isinstance(given, Tensor) else result.numpy()
+def _like(result: Tensor, given: Given) -> Given:
+    return cast("Given", result if isinstance(given, Tensor) else result.numpy())
 
 
 # Pickles of whole objects keep the public path, whatever the files are called.

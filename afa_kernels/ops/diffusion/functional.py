@@ -84,6 +84,15 @@ def diffuse(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import diffuse
+        >>> weights = torch.ones(1, 1, 2, 4)  # of one tap: the neighbour on the left
+        >>> masks = torch.tensor([[[[1.0, 0, 0, 0], [0, 0, 1, 0]]]])
+        >>> diffuse(weights, masks, offsets=[(0, -1)], num_iter=1, border="zero")[0, 0]
+        tensor([[0., 1., 0., 0.],
+                [0., 0., 0., 1.]])
     """
     check_tensor(weights, "weights", ("B", "T", "H", "W"))
     batch, taps, height, width = weights.shape

@@ -59,6 +59,13 @@ def feature_affinity(features: Tensor, radius: int, kind: str = "cos", *, backen
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import feature_affinity
+        >>> affinity = feature_affinity(torch.randn(1, 192, 28, 28), radius=4, kind="cos")
+        >>> affinity.shape, round(affinity[0, 40].mean().item(), 4)  # tap 40 of 81: a pixel with itself
+        (torch.Size([1, 81, 28, 28]), 1.0)
     """
     radius = check_int(radius, "radius", 0, FARTHEST)
     check_tensor(features, "features", ("B", "C", "H", "W"))

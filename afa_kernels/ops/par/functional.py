@@ -12,6 +12,7 @@ a second backward is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,6 @@ from ...core.checks import (
 )
 from ...core.implementations import implementation
 from ...core.registration import operator
-from ...core.self_check import Draw, Sample, odd_image
 from ..diffusion import diffuse
 from . import reference
 
@@ -151,6 +151,34 @@ def _by_formula(images: Tensor, dilations: list[int], factors: list[float]) -> T
     return reference.par_weights(images, dilations, *factors) if factors else reference.pamr_weights(images, dilations)
 
 
+@overload
+def par(
+    images: Tensor,
+    masks: Tensor,
+    dilations: Sequence[int] = ...,
+    num_iter: int = ...,
+    w1: float = ...,
+    w2: float = ...,
+    w3: float = ...,
+    *,
+    class_mask: Tensor | None = ...,
+    resize: str = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def par(
+    images: Tensor,
+    masks: Sequence[Tensor],
+    dilations: Sequence[int] = ...,
+    num_iter: int = ...,
+    w1: float = ...,
+    w2: float = ...,
+    w3: float = ...,
+    *,
+    class_mask: Sequence[Tensor | None] | None = ...,
+    resize: str = ...,
+    backend: str | None = ...,
+) -> list[Tensor]: ...
 def par(
     images: Tensor,
     masks: Tensor | Sequence[Tensor],
@@ -189,27 +217,20 @@ def par(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import par
+        >>> images, scores = torch.rand(2, 3, 64, 64), torch.rand(2, 21, 32, 32)
+        >>> par(images, scores).shape
+        torch.Size([2, 21, 64, 64])
+        >>> low, high = par(images, [scores, 0.5 * scores])  # weights made once
     """
     return refine(images, masks, dilations, num_iter, check_factors(w1, w2, w3), class_mask, backend, resize)
 
 
-def pamr(
-    images: Tensor,
-    masks: Tensor | Sequence[Tensor],
-    dilations: Sequence[int] = (1,),
-    num_iter: int = 1,
-    *,
-    class_mask: Tensor | Sequence[Tensor | None] | None = None,
-    resize: str = "mask",
-    backend: str | None = None,
-) -> Tensor | list[Tensor]:
-    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
-    `par`.
-    """
-    return refine(images, masks, dilations, num_iter, [], class_mask, backend, resize)
-
-
-def _weights(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:
+def weights_of(images: Tensor, dilations: Sequence[int], factors: list[float], backend: str | None) -> Tensor:
+    """`par_weights` (three factors) and `pamr_weights` (none)."""
     check_images(images, "images")
     dilations, images = check_dilations(dilations), _as_three(images)
     chosen = backends.choose("par_weights", backend, images)
@@ -232,15 +253,15 @@ def par_weights(
 
     Channels: for each dilation the 8 neighbours, row-major in (dy, dx), centre left out. Arguments and errors as
     `par`.
-    """
-    return _weights(images, dilations, check_factors(w1, w2, w3), backend)
 
-
-def pamr_weights(images: Tensor, dilations: Sequence[int] = (1,), *, backend: str | None = None) -> Tensor:
-    """The weights of `pamr`: images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive, sum 1. Channels
-    as `par_weights`.
+    Example:
+        >>> import torch
+        >>> from afa_kernels import par_weights
+        >>> weights = par_weights(torch.rand(1, 3, 32, 32), dilations=(1, 2))
+        >>> weights.shape, round(weights.sum(1).mean().item(), 4)
+        (torch.Size([1, 16, 32, 32]), 1.01)
     """
-    return _weights(images, dilations, [], backend)
+    return weights_of(images, dilations, check_factors(w1, w2, w3), backend)
 
 
 # --- forward and its adjoint ---
@@ -346,38 +367,5 @@ def _backward_weights(ctx, grad):
     return _weights_gradient(*ctx.saved_tensors, grad, dilations, factors), None, None, None
 
 
-# --- registration ---
-
 _par.register_autograd(_backward, setup_context=_save)
 _par_weights.register_autograd(_backward_weights, setup_context=_save_images)
-
-
-# More taps than the CUDA kernel keeps on chip, some of them farther than the image is wide: they are streamed.
-_MANY = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-
-
-# Gradients are compared where the images are noise: at a pixel that stands out of a flat region that of the images is
-# 1 / 1e-8^2 times a difference of roundings.
-def _par_samples(draw: Draw) -> list[Sample]:
-    odd = {"images": odd_image(draw, 8, 19), "masks": draw(2, 5, 8, 19)}
-    plain = {"images": draw(1, 3, 8, 19), "masks": draw(1, 5, 8, 19)}
-    many = {"dilations": _MANY, "num_iter": 2, "class_mask": draw(1, 5) > 0.3}
-    return [
-        Sample(par, odd, {"num_iter": 2}),
-        Sample(pamr, plain, many, ("masks",)),
-        Sample(par, plain, {"dilations": (1, 3), "num_iter": 2}, ("images", "masks")),
-    ]
-
-
-def _par_weights_samples(draw: Draw) -> list[Sample]:
-    odd, plain = {"images": odd_image(draw, 8, 19)}, {"images": draw(2, 3, 8, 19)}
-    return [
-        Sample(par_weights, odd),
-        Sample(pamr_weights, odd, {"dilations": (1, 3)}),
-        Sample(par_weights, plain, {"dilations": (1, 3)}, ("images",)),
-        Sample(par_weights, {"images": draw(1, 3, 40, 33)}),  # whose shared memory must be asked for
-    ]
-
-
-backends.register("par", _par_samples)
-backends.register("par_weights", _par_weights_samples)

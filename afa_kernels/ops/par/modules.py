@@ -29,6 +29,13 @@ class PAR(nn.Module):
     forward(imgs [B, 3, H, W] in 0..1, masks [B, C, h, w]) -> [B, C, H, W]; other channels and batches as
     `afa_kernels.par`. The attributes keep their published meaning and may be changed: ``w1`` (0.3) is the smoothing of
     both terms, ``w2`` (0.01) the position term's share.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import PAR
+        >>> refine = PAR(dilations=[1, 2, 4, 8, 12, 24], num_iter=10)
+        >>> refine(torch.rand(1, 3, 64, 64), torch.rand(1, 21, 32, 32)).shape
+        torch.Size([1, 21, 64, 64])
     """
 
     def __init__(self, dilations: Sequence[int], num_iter: int, *, resize: str = "mask") -> None:
@@ -47,7 +54,7 @@ class PAR(nn.Module):
         ring = torch.tensor([2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 2.0]).sqrt()
         return torch.cat([ring * dilation for dilation in self.dilations]).view(1, 1, -1, 1, 1)
 
-    def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, imgs: Tensor, masks: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         # The published class calls both smoothing factors w1 and the share of the position term w2.
         factors = check_factors(self.w1, self.w1, self.w2)
         return refine(imgs, masks, self.dilations, self.num_iter, factors, None, None, self.resize, ("imgs", "masks"))
@@ -70,6 +77,13 @@ class PAMR(nn.Module):
 
     forward(x [B, 3, H, W] in 0..1, mask [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.pamr`. Note the argument
     order of the constructor, the reverse of `PAR`'s.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import PAMR
+        >>> refine = PAMR(num_iter=10, dilations=[1, 2, 4, 8, 12, 24])
+        >>> refine(torch.rand(1, 3, 64, 64), torch.rand(1, 21, 32, 32)).shape
+        torch.Size([1, 21, 64, 64])
     """
 
     def __init__(self, num_iter: int = 1, dilations: Sequence[int] = (1,), *, resize: str = "mask") -> None:
@@ -81,7 +95,7 @@ class PAMR(nn.Module):
         self.aff_m = _holding(_neighbour_kernel(difference=False))
         self.aff_std = _holding(torch.eye(9).view(9, 1, 3, 3))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         return refine(x, mask, self.dilations, self.num_iter, [], None, None, self.resize, ("x", "mask"))
 
     def extra_repr(self) -> str:

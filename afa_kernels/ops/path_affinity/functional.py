@@ -50,6 +50,14 @@ def path_affinity(edge: Tensor, radius: int, *, backend: str | None = None) -> T
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import path_affinity
+        >>> edge = torch.tensor([[[[0.0, 0.75, 0.0]]]])
+        >>> affinity = path_affinity(edge, radius=3)
+        >>> affinity.shape, affinity[0, 24 + 2, 0, 0].item()  # of the first pixel with the third: across the edge
+        (torch.Size([1, 49, 1, 3]), 0.25)
     """
     check_tensor(edge, "edge", ("B", 1, "H", "W"))
     radius = check_int(radius, "radius", 1, FARTHEST)
@@ -89,6 +97,12 @@ def propagate_to_edge(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import propagate_to_edge
+        >>> propagate_to_edge(torch.rand(1, 20, 32, 40), torch.rand(1, 1, 32, 40), exp_times=4).shape
+        torch.Size([1, 20, 32, 40])
     """
     batched = not (isinstance(cams, Tensor) and cams.dim() == 3)
     if batched:

@@ -47,6 +47,12 @@ def pcm(cams: Tensor, features: Tensor, *, backend: str | None = None) -> Tensor
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import pcm
+        >>> pcm(torch.rand(1, 21, 28, 28), torch.randn(1, 192, 28, 28)).shape
+        torch.Size([1, 21, 28, 28])
     """
     check_tensor(features, "features", ("B", "C", "H", "W"), FLOATS)
     check_tensor(cams, "cams", ("B", "K", "h", "w"), FLOATS, B=features.shape[0])

@@ -78,6 +78,14 @@ def random_walk(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import random_walk
+        >>> cams = torch.tensor([[[[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]]])
+        >>> walked = random_walk(torch.ones(1, 9, 3, 3), cams, radius=1, eps=0)  # all neighbours are alike
+        >>> round(walked[0, 0, 1, 1].item(), 4), round(walked[0, 0, 0, 0].item(), 4)  # means of nine pixels and of four
+        (0.1111, 0.25)
     """
     radius, power, eps = _check(affinity, cams, radius, power, eps)
     num_steps = check_int(num_steps, "num_steps", 0, MOST_STEPS)
@@ -120,6 +128,13 @@ def random_walk_with_background(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import random_walk_with_background
+        >>> affinity, cams, present = torch.rand(1, 289, 20, 20), torch.rand(1, 20, 20, 20), torch.rand(1, 20) > 0.8
+        >>> random_walk_with_background(affinity, cams, present, score=[0.35, 0.55], radius=8).shape
+        torch.Size([2, 1, 21, 20, 20])
     """
     radius, power, eps = _check(affinity, cams, radius, power, eps)
     batch, classes = cams.shape[:2]

@@ -63,6 +63,13 @@ def sinkhorn(
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> from afa_kernels import sinkhorn, window_to_dense
+        >>> walk = window_to_dense(sinkhorn(torch.rand(1, 25, 8, 10), radius=2), radius=2)
+        >>> torch.allclose(walk.sum(2), torch.ones(1, 80))  # the rows were divided last
+        True
     """
     radius = check_int(radius, "radius", 0, FARTHEST)
     check_window(affinity, radius)
