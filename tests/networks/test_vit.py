@@ -67,9 +67,12 @@ def test_affinity_and_cam_are_those_of_the_models_own_scores_and_tokens(family):
             assert float((ours[name] - value).norm()) < 1e-3 * float(value.norm()) + 1e-6 * largest, name
 
 
-@pytest.mark.parametrize("family", EXACT)
-def test_every_parameter_learns(family):
-    model = tiny_vit(family, aux_layer=-2).train()
+BOTH_NORMS = {"use_post_transformer_norm": True, "use_fc_norm": True}
+
+
+@pytest.mark.parametrize(("family", "more"), [*((family, {}) for family in EXACT), ("eva-02", BOTH_NORMS)])
+def test_every_parameter_learns(family, more):
+    model = tiny_vit(family, aux_layer=-2, backbone_args=more).train()
     result = model(images_of(model))
     losses = result.seg_logits.square().sum() + result.aux_logits.sum() + model.affinity(result, 1).sum()
     losses.backward()
@@ -171,6 +174,12 @@ def test_the_auxiliary_classifier_sees_the_block_asked_for():
     for backbone in ("mit_b0", "resnet18"):
         with pytest.raises(ValueError, match=f"aux_layer: expected none with {backbone}, which is no Vision"):
             AFA(backbone, 5, aux_layer=-3)
+
+
+def test_drop_path_is_that_of_mit_unless_said():
+    made = AFA("test_vit", 5), AFA("test_vit", 5, backbone_args={"drop_path_rate": 0.3})
+    rates = [model.encoder.model.blocks[-1].drop_path2.drop_prob for model in made]
+    assert rates == pytest.approx([0.1, 0.3])
 
 
 @pytest.mark.parametrize("backbone", ["vit", "mit_b0"])
@@ -332,6 +341,18 @@ def test_hub_folder_round_trip(family, tmp_path):
 def test_what_a_model_lacks_is_said(name, missing):
     with pytest.raises(ValueError, match=f"backbone: {name} is no Vision Transformer that AFA can use: .*{missing}"):
         AFA(name, 5)
+
+
+def test_attention_that_is_no_fused_call_is_said():
+    class Mean(torch.nn.Module):
+        def __init__(self, dim, **_):
+            super().__init__()
+
+        def forward(self, x, **_):
+            return x.mean(1, keepdim=True).expand_as(x)
+
+    with pytest.raises(ValueError, match="its last blocks do not hand queries and keys to fused attention"):
+        AFA("vit_tiny_patch16_224", 5, backbone_args={"attn_layer": Mean})
 
 
 @pytest.mark.parametrize(
