@@ -97,6 +97,8 @@ def convert(source: str | Path, target: str | Path, settings: ConvertSettings | 
     target = _checked(target, settings)
     if given.resolve() == target.resolve():
         raise ConfigError(f"target: {target} is the source itself")
+    if settings.to == "public":
+        found.require_mit("which the public AFA code is for")
     part = found.backbone() if settings.to in _BACKBONES else found
     if settings.to in _WITH_SETTINGS and not found.whole:
         raise ConfigError(f"to: {settings.to} is for a whole AFA, but {given} holds a {found.title}")

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigError
 from ..networks.afa import AFA
 from ..networks.hub import WEIGHTS, is_hub_folder
 from ..networks.layouts import LAYOUTS, find_mit
+from ..networks.mit import MixTransformer
 from ..networks.weights import under_prefix, weights_in
 from ..runtime.tensor_files import read_tensors
 from . import checkpoint
@@ -55,6 +56,11 @@ class Source:
         """Whether it is a whole AFA."""
         return isinstance(self.model, AFA)
 
+    def require_mit(self, names: str) -> None:
+        """ConfigError if it is a whole model whose backbone is no MiT; ``names``: what needs one."""
+        if self.whole and not isinstance(self.model.encoder, MixTransformer):
+            raise ConfigError(f"to: {self.title} has no MiT, {names}; take afa or hub")
+
     def backbone(self) -> Source:
         """Its MiT alone.
 
@@ -63,8 +69,7 @@ class Source:
         """
         if not self.whole:
             return self
-        if not self.model.has_affinity:
-            raise ConfigError(f"to: {self.title} has no MiT, whose names mit, huggingface and mmseg are")
+        self.require_mit("whose names mit, huggingface and mmseg are")
         state = {name.removeprefix(_ENCODER): value for name, value in self.state.items() if name.startswith(_ENCODER)}
         return Source(self.title, state, self.model.encoder)
 
