@@ -7,8 +7,9 @@ A line of its own in a page stands for a text that is made when the site is:
     <!-- settings -->             every setting of a run, from the dataclasses; what the packaged files set
     <!-- commands -->             what each `afa COMMAND --help` prints
 
-and links that lead out of docs/ lead to the README's section where that is shown, or to a copy of the file. MkDocs calls
-the functions at the end. Without it `python docs/hooks.py FOLDER` writes all pages as plain Markdown, for any other tool.
+and links that lead out of docs/ lead to the README's section where that is shown, or to a copy of the file. MkDocs
+calls the functions at the end. Without it `python docs/hooks.py FOLDER` writes all pages as plain Markdown, for any
+other tool.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def section(title: str) -> str:
         if heading[2] == title:
             level = len(heading[1])
             end = next((each.start() for each in found[place + 1 :] if len(each[1]) <= level), len(text))
-            return re.sub(r"^#(#{%d,} )" % level, r"\1", text[heading.end() : end].strip(), flags=re.M)
+            return re.sub(rf"^#(#{{{level},}} )", r"\1", text[heading.end() : end].strip(), flags=re.M)
     raise ValueError(f"README.md has no section {title!r}")
 
 
@@ -166,10 +167,10 @@ def _meanings(kind: type) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, tuple):
-        value = list(value)
-    words = {None: "null", True: "true", False: "false", "": '""'}
-    return f"`{words[value] if not isinstance(value, list) and value in words else value}`"
+    """A value as YAML has it."""
+    if value is None or isinstance(value, bool) or value == "":
+        return {None: "`null`", True: "`true`", False: "`false`", "": '`""`'}[value]
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
 def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:

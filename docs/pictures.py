@@ -22,20 +22,23 @@ import afa_kernels as ops
 from afa_model.data.synthetic import SyntheticSettings, scene
 
 FOLDER = Path(__file__).resolve().parent / "images" / "operators"
-HEAT = "inferno"
-CELL = 8  # pixels to a cell of the grid that affinities and CAMs have
-RADIUS = 6
+HEAT = matplotlib.colormaps["inferno"].with_extremes(bad="lightgrey")
+TOPS = {"sinkhorn": 2.0, "affinity": 1.0, "feature_affinity": 1.0, "path_affinity": 1.0}
+"""Where a picture's scale ends; else at the largest value of each map."""
+CELL = 4  # pixels to a cell of the grid that affinities and CAMs have
+RADIUS = 8
+NUMBER = 11  # of the picture in the data set
 
 Panel = tuple[str, np.ndarray]
 
 
 def the_scene() -> tuple[torch.Tensor, torch.Tensor]:
     """image [1, 3, H, W] in 0..1, and where its animals are [1, 1, H, W]."""
-    image, mask = scene(SyntheticSettings(), 3)
+    image, mask = scene(SyntheticSettings(), NUMBER)
     return torch.from_numpy(image).permute(2, 0, 1)[None] / 255, torch.from_numpy(mask != 0).float()[None, None]
 
 
-def coarse(mask: torch.Tensor, cell: int = CELL) -> torch.Tensor:
+def coarse(mask: torch.Tensor, cell: int = 8) -> torch.Tensor:
     """A mask as a CAM has it: in cells, blurred and noisy, in 0..1; the sizes as of the mask."""
     cells = F.avg_pool2d(mask, cell)
     cells = F.avg_pool2d(F.pad(cells, (1,) * 4, mode="replicate"), 3, 1)
@@ -44,9 +47,10 @@ def coarse(mask: torch.Tensor, cell: int = CELL) -> torch.Tensor:
 
 
 def features(image: torch.Tensor) -> torch.Tensor:
-    """[1, C, h, w]: mean and spread of the colours of each cell, centred: what stands for a network's features."""
-    mean = F.avg_pool2d(image, CELL)
-    spread = (F.avg_pool2d(image**2, CELL) - mean**2).clamp(min=0).sqrt()
+    """[1, C, h, w]: mean and spread of the colours around each cell, centred: what stands for a network's features."""
+    wide = F.pad(image, (CELL,) * 4, mode="replicate")
+    mean = F.avg_pool2d(wide, 3 * CELL, CELL)
+    spread = (F.avg_pool2d(wide**2, 3 * CELL, CELL) - mean**2).clamp(min=0).sqrt()
     both = torch.cat([mean, 2 * spread], dim=1)
     return both - both.mean((2, 3), keepdim=True)
 
@@ -74,10 +78,11 @@ def around(window: torch.Tensor, y: int, x: int) -> np.ndarray:
 def part_of_the_object(mask: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """A CAM on the grid that is bright on one end of the object, and a cell there."""
     cells = F.avg_pool2d(mask, CELL)[0, 0]
-    rows, columns = torch.where(cells > 0.9)
-    y, x = int(rows[0]), int(columns[0])
+    rows, columns = torch.where(F.avg_pool2d(cells[None], 5, 1, 2)[0] > 0.99)
+    leftmost = int(columns.argmin())
+    y, x = int(rows[leftmost]), int(columns[leftmost])
     away = (torch.arange(cells.shape[0])[:, None] - y) ** 2 + (torch.arange(cells.shape[1])[None] - x) ** 2
-    return (cells * torch.exp(-away / 4))[None, None], y, x
+    return (cells * torch.exp(-away / 20))[None, None], y, x
 
 
 # --- the pictures -----------------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ def affinity() -> list[Panel]:
     return [
         ("image", picture(image)),
         ("affinity of a cell on the object", around(window, y, x)),
-        ("of a cell beside it", around(window, height - 4, 4)),
+        ("of a cell beside it", around(window, 8, 8)),
     ]
 
 
@@ -112,13 +117,13 @@ def random_walk() -> list[Panel]:
     image, mask = the_scene()
     cam, y, x = part_of_the_object(mask)
     window = ops.feature_affinity(features(image) * 8, RADIUS, "exp_l1")
-    steps = [ops.random_walk(window, cam, RADIUS, power=4, num_steps=count)[0, 0] for count in (1, 4)]
+    steps = [ops.random_walk(window, cam, RADIUS, power=8, num_steps=count)[0, 0] for count in (4, 32)]
     return [
         ("image", picture(image)),
         ("CAM", map_of(cam[0, 0])),
         ("affinity of its peak", around(window, y, x)),
-        ("after 1 step", map_of(steps[0])),
-        ("after 4 steps", map_of(steps[1])),
+        ("after 4 steps", map_of(steps[0])),
+        ("after 32 steps", map_of(steps[1])),
     ]
 
 
@@ -198,7 +203,8 @@ def sinkhorn() -> list[Panel]:
     panels = [("image", picture(image))]
     for count in (0, 1, 3):
         dense = ops.window_to_dense(ops.sinkhorn(window, RADIUS, count), RADIUS)[0]
-        panels.append((f"sums of columns, {count} turns", map_of(dense.sum(0).view(window.shape[2:]))))
+        sums = dense.sum(0) / dense.sum(0).mean()
+        panels.append((f"sums of columns, {count} turns", map_of(sums.view(window.shape[2:]))))
     return panels
 
 
@@ -208,7 +214,8 @@ PICTURES = (par, affinity, random_walk, bilateral, diffuse, path_affinity, featu
 def draw(name: str, panels: list[Panel]) -> None:
     figure, places = plt.subplots(1, len(panels), figsize=(2.1 * len(panels), 2.4), dpi=100)
     for place, (title, values) in zip(places, panels):
-        place.imshow(values, cmap=None if values.ndim == 3 else HEAT, interpolation="nearest")
+        scale = {} if values.ndim == 3 else {"cmap": HEAT, "vmin": 0, "vmax": TOPS.get(name)}
+        place.imshow(values, interpolation="nearest", **scale)
         place.set_title(title, fontsize=8)
         place.set_axis_off()
     figure.tight_layout(pad=0.4)

@@ -22,12 +22,17 @@ SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 PAGES = [name.removeprefix("docs/") for name in DOCUMENTS if name.startswith("docs/")]
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+def script(name: str):
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return script("hooks")
 
 
 def paths(nav) -> list[str]:
@@ -55,10 +60,12 @@ def test_every_public_name_is_explained_on_one_page():
 
 def test_nothing_is_fetched_by_a_reader():
     assert SITE["theme"]["font"] is False
-    assert not {"extra", "extra_javascript", "extra_css", "repo_url"} & set(SITE)
+    assert not {"extra", "extra_javascript", "repo_url"} & set(SITE)
+    assert all((ROOT / "docs" / path).is_file() for path in SITE["extra_css"])
+    assert "url(" not in (ROOT / "docs" / "site.css").read_text()
 
 
-# --- what is generated --------------------------------------------------------------------------------------------------
+# --- what is generated ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "commands.md"])
@@ -101,6 +108,7 @@ def test_every_setting_is_explained_with_its_default(hooks):
     groups = {name for name in known if any(other.startswith(f"{name}.") for other in known)}
     assert set(shown) == {name for name in known - groups if name != "print_config"}
     assert shown["schedule.max_iters"] == f"`{Config().schedule.max_iters}`"
+    assert shown["seed"] == "`0`" and shown["compile"] == "`false`" and shown["loss.regularisation"] == "`0.0`"
     assert shown["data.label_file"] == "`null`" and shown["augment.flip"] == f"`{Config().augment.flip}`"
     assert re.search(r"^\| `step.cam_iters` .+coco `5000`", text, re.M)
 
@@ -126,7 +134,69 @@ def test_all_pages_can_be_written_as_plain_markdown(hooks, tmp_path, monkeypatch
     assert "Measured" in (tmp_path / "operators/par.md").read_text() and not list(tmp_path.glob("*.py"))
 
 
-# --- the site itself ----------------------------------------------------------------------------------------------------
+# --- the kernels' pictures --------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_kernels_are_what_their_script_draws(tmp_path):
+    drawn = script("kernel_pictures")
+    drawn.main(tmp_path)
+    kept = {path.name: path.read_text() for path in drawn.FOLDER.iterdir()}
+    assert kept == {path.name: path.read_text() for path in tmp_path.iterdir()}
+    for text in kept.values():
+        below = re.findall(r">(csrc/[^<]+)<", text)[0].split(", ")
+        folder = (ROOT / below[0]).parent
+        assert all((folder / name.rpartition("/")[2]).is_file() for name in below)
+
+
+# What the pictures and the page about the kernels say of the sources: draw and write anew where one has changed.
+NUMBERS = {
+    "diffusion/resident.cuh": ("kHeldTaps = 24, kHeldPixels = 2", "kResidentChannels = 4"),
+    "diffusion/stream.cu": ("kPixels * sizeof(T) == 16", "up to 7 channels"),
+    "par/par.cu": ("kTileW = 32, kTileH = 16",),
+    "affinity/affinity.cuh": ("tiles of 8 x 8",),
+    "random_walk/random_walk.cu": ("kWalkPixels = 32, kWalkGroups = 8",),
+    "bilateral/exact.cuh": ("kTile = 64", "kLeftOut = 1e-6f"),
+    "path_affinity/path_affinity.cu": ("kPathW = 32, kPathRows = 8, kPathH = 2 * kPathRows",),
+    "feature_affinity/feature_tiles.cuh": ("kTileRows = 4, kTileColumns = 32, kPixels = 4, kRun = 9",),
+    "feature_affinity/feature_affinity.cu": ("kChannels = 16",),
+    "sinkhorn/sinkhorn.cu": ("kSinkhornPixels = 32, kSinkhornGroups = 8",),
+}
+
+
+@pytest.mark.parametrize("source", NUMBERS)
+def test_the_sources_have_the_numbers_that_are_told_of_them(source):
+    text = (ROOT / "csrc" / source).read_text()
+    assert [number for number in NUMBERS[source] if number not in text] == []
+
+
+# --- lines to type ----------------------------------------------------------------------------------------------------
+
+
+def typed(text: str) -> list[list[str]]:
+    """The words behind `afa` of every line in a document's indented code."""
+    lines = re.sub(r"\\\n\s+", " ", text).split("\n")
+    found = [re.match(r" {4,}(?:\$ )?(?:torchrun .*-m afa_model|afa) ([a-z][\w-]*(?: .*)?)$", line) for line in lines]
+    return [re.split(r"\s+#|\s{4,}", each[1])[0].split() for each in found if each]
+
+
+def test_lines_to_type_have_commands_and_options_that_there_are(hooks):
+    helps = dict(re.findall(r"^## afa ([\w-]+)$(.*?)(?=^## |\Z)", hooks.filled("commands.md"), re.M | re.S))
+    settings = {f"--{key}" for key in parser("afa train", "").known_settings()}
+    known = {name: {*re.findall(r"--[\w.]+", text), "--help"} for name, text in helps.items()}
+    known |= {name: known[name] | settings for name in ("train", "demo", "bench", "reproduce")}
+    count, wrong = 0, []
+    for document, text in DOCUMENTS.items():
+        for command, *words in typed(text):
+            options = [word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in words]
+            options = [word for word in options if word.startswith("--") and len(word) > 2]
+            count += 1
+            unknown = [word for word in options if word not in known.get(command, ())]
+            if command not in COMMANDS or unknown:
+                wrong.append((document, command, unknown))
+    assert count > 50 and wrong == []
+
+
+# --- the site itself --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
