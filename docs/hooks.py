@@ -137,7 +137,7 @@ def _speed(page: str, operator: str) -> str:
     if not kept:
         return f"No measurement of it is kept; `python benchmarks/run.py {operator}` makes one, beside plain PyTorch."
     about = [f"{report['machine']['date']}, commit `{report['machine']['commit']}`" for report in kept]
-    return f"{readme_table.markdown(kept)}\n\nMeasured {'; '.join(about)}, by `python benchmarks/run.py {operator}`."
+    return f"{readme_table.tables(kept)}\n\nMeasured {'; '.join(about)}, by `python benchmarks/run.py {operator}`."
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
