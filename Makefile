@@ -1,6 +1,7 @@
 # make demo    trains a small AFA on a generated data set and prints what each step of the method gains
 # make test    the test suite         make test-slow   with the tests that take minutes
 # make bench   the benchmarks         make lint        ruff
+# make docs    the documentation, as a site in build/site
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ WORKERS ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 -
 # processes, even where the environment asks for no bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench lint docs clean
 
 # Installed again whenever something that is compiled changes. Python files are used in place. Of all that torch brings
 # a tenth is ever imported, and compiled then: --no-compile saves a minute. What README says, `pip install -e .`, in two
@@ -35,7 +36,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile 'afa[export]'
+	$(BIN)/python -m pip install --quiet --no-compile 'afa[export,docs]'
 	AFA_EMULATE=all $(BIN)/python -m pytest $(WORKERS) -m ''
 
 bench: $(VENV)/installed
@@ -44,6 +45,10 @@ bench: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/ruff check
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-compile 'afa[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build $(VENV)/installed afa_kernels/_native*.so

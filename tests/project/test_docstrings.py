@@ -1,0 +1,48 @@
+"""The examples in docstrings run and give what they say, wherever in the packages they stand."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+from support.common import ROOT
+
+OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def modules_with_examples() -> list[str]:
+    """Names of the modules whose text has a prompt. Only these are imported."""
+    found = []
+    for package in ("afa_kernels", "afa_model"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if ">>> " in path.read_text(encoding="utf-8"):
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return found
+
+
+def failures(module) -> list[str]:
+    """What the examples of a module, its functions, classes and their methods got wrong."""
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=OPTIONS, verbose=False)
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__)
+    for test in tests:
+        runner.run(test, out=said.append)
+    return said if runner.failures else []
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_of_docstrings_run(name):
+    found = failures(importlib.import_module(name))
+    assert not found, "".join(found)
+
+
+def test_a_wrong_example_is_told(tmp_path, monkeypatch):
+    (tmp_path / "wrong_example.py").write_text(
+        'class Box:\n    def two(self):\n        """Two.\n\n        >>> Box().two()\n        3\n        """\n'
+        '        return 2\n\n\ndef right():\n    """\n    >>> right()\n    1.0...\n    """\n    return 1.04\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = "".join(failures(importlib.import_module("wrong_example")))
+    assert "Box().two()" in found and "Got:\n    2" in found and "right" not in found
