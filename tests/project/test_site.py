@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from support.common import ROOT
@@ -134,7 +135,7 @@ def test_all_pages_can_be_written_as_plain_markdown(hooks, tmp_path, monkeypatch
     assert "Measured" in (tmp_path / "operators/par.md").read_text() and not list(tmp_path.glob("*.py"))
 
 
-# --- the kernels' pictures --------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_of_kernels_are_what_their_script_draws(tmp_path):
@@ -146,6 +147,15 @@ def test_pictures_of_kernels_are_what_their_script_draws(tmp_path):
         below = re.findall(r">(csrc/[^<]+)<", text)[0].split(", ")
         folder = (ROOT / below[0]).parent
         assert all((folder / name.rpartition("/")[2]).is_file() for name in below)
+
+
+def test_pictures_of_operators_can_be_drawn_anew():
+    drawn = script("pictures")
+    for each in drawn.PICTURES:
+        panels = each()
+        assert (drawn.FOLDER / f"{each.__name__}.png").is_file() and len(panels) >= 3
+        for title, values in panels:
+            assert values.shape[2:] in ((), (3,)) and np.isfinite(values).any() and np.nanstd(values) > 0, title
 
 
 # What the pictures and the page about the kernels say of the sources: draw and write anew where one has changed.
