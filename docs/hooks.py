@@ -84,7 +84,7 @@ def section(title: str) -> str:
         if heading[2] == title:
             level = len(heading[1])
             end = next((each.start() for each in found[place + 1 :] if len(each[1]) <= level), len(text))
-            return re.sub(rf"^#(#{{{level},}} )", r"\1", text[heading.end() : end].strip(), flags=re.M)
+            return re.sub(rf"^#(#{{{level},}} )", r"\1", text[heading.end() : end].strip("\n"), flags=re.M)
     raise ValueError(f"README.md has no section {title!r}")
 
 
