@@ -151,7 +151,7 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
     """``with use_backend(name):`` calls with ``backend=None`` use this backend (per thread; None restores the
     automatic choice). Called without ``with`` it changes nothing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import par, use_backend
         >>> with use_backend("reference"):
@@ -203,7 +203,7 @@ def backends() -> BackendTable:
 
     A backend that has failed its `self_check` on the current device says so.
 
-    Example:
+    Examples:
         >>> from afa_kernels import backends
         >>> [row.backend for row in backends() if (row.operator, row.device) == ("par", "cpu")]
         ['native', 'triton', 'reference']
@@ -258,7 +258,7 @@ def self_check(
         ValueError: a device, operator, dtype or backend that there is none of.
         RuntimeError: within the capture of a CUDA graph or a backward.
 
-    Example:
+    Examples:
         >>> from afa_kernels import self_check
         >>> all(row.ok for row in self_check("cpu", operators=["random_walk"], backends=["native"]))
         True

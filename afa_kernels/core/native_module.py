@@ -28,7 +28,7 @@ def build_info() -> dict[str, Any]:
     """What was compiled, and why something was not: ``native``, ``native_reason``, ``cuda``, ``cuda_reason``,
     ``cuda_archs``, and from which ``sources`` (a digest).
 
-    Example:
+    Examples:
         >>> from afa_kernels import build_info
         >>> sorted(build_info())
         ['cuda', 'cuda_archs', 'cuda_reason', 'native', 'native_reason', 'sources']

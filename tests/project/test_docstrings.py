@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 
 import pytest
 from support.common import ROOT
@@ -36,6 +37,17 @@ def failures(module) -> list[str]:
 def test_examples_of_docstrings_run(name):
     found = failures(importlib.import_module(name))
     assert not found, "".join(found)
+
+
+def test_examples_have_the_heading_that_the_site_takes_for_code():
+    """Under "Example:" they would be read as Markdown, lists in them as links."""
+    texts = [
+        path.read_text(encoding="utf-8")
+        for name in ("afa_kernels", "afa_model")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    assert sum("\n    Examples:\n        >>> " in text for text in texts) > 10
+    assert not any(re.search(r"^ *Example:$", text, re.M) for text in texts)
 
 
 def test_a_wrong_example_is_told(tmp_path, monkeypatch):

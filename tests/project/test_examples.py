@@ -16,7 +16,7 @@ NAMES = [name for name in afa_kernels.__all__ if name not in ROWS]
 
 def examples(name: str) -> doctest.DocTest:
     text = inspect.getdoc(getattr(afa_kernels, name))
-    assert "\nExample:\n    >>> " in text
+    assert "\nExamples:\n    >>> " in text
     return doctest.DocTestParser().get_doctest(text, {}, name, name, 0)
 
 

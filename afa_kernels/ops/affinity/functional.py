@@ -82,7 +82,7 @@ def window_affinity(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import window_affinity
         >>> query, key = torch.randn(2, 1, 16, 20 * 20, 64)  # of 16 heads
@@ -115,7 +115,7 @@ def affinity_from_maps(
     For models whose attention gives out its maps; where queries and keys are at hand, `window_affinity` needs
     neither the memory nor most of the time. Other arguments, result and errors as there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import affinity_from_maps
         >>> maps = torch.randn(1, 16, 20 * 20, 20 * 20)
@@ -141,7 +141,7 @@ def affinity_from_maps(
 def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
     """[B, (2 * radius + 1)^2, h, w] -> [B, N, N] with N = h * w: A_ij of every pair, 0 outside the window.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import window_to_dense
         >>> window_to_dense(torch.rand(1, 25, 8, 10), radius=2).shape
@@ -155,7 +155,7 @@ def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
 def dense_to_window(dense: Tensor, height: int, width: int, radius: int) -> Tensor:
     """[B, N, N], N = height * width -> [B, (2 * radius + 1)^2, height, width], 0 for taps that leave it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import dense_to_window
         >>> dense_to_window(torch.rand(1, 80, 80), height=8, width=10, radius=2).shape

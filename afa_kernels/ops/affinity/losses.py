@@ -73,7 +73,7 @@ def affinity_loss(
         TypeError, ValueError: naming the argument that is wrong. On CUDA, labels out of range end in an
             assertion on the device instead.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import affinity_loss
         >>> affinity = torch.full((1, 9, 2, 2), 0.5, requires_grad=True)
@@ -119,7 +119,7 @@ def attention_affinity_loss(
     Raises:
         As `window_affinity` and `affinity_loss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import attention_affinity_loss
         >>> query, key = torch.randn(1, 16, 400, 64, requires_grad=True), torch.randn(1, 16, 400, 64)

@@ -86,7 +86,7 @@ def bilateral_filter(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import bilateral_filter
         >>> images, values = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8), torch.rand(1, 21, 40, 50)

@@ -123,7 +123,7 @@ def dense_crf(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import dense_crf
         >>> images, probs = torch.randint(256, (1, 3, 40, 50), dtype=torch.uint8), torch.rand(1, 21, 40, 50).softmax(1)

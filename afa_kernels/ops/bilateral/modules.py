@@ -37,7 +37,7 @@ class DenseEnergyLoss(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import DenseEnergyLoss
         >>> images, probs = 255 * torch.rand(2, 3, 32, 32), torch.rand(2, 21, 32, 32, requires_grad=True)

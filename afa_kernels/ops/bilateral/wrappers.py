@@ -42,7 +42,7 @@ def crf_inference(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import crf_inference
         >>> image, probs = torch.randint(256, (40, 50, 3), dtype=torch.uint8), torch.rand(21, 40, 50).softmax(0)
@@ -82,7 +82,7 @@ def crf_inference_label(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import crf_inference_label
         >>> image, labels = torch.randint(256, (40, 50, 3), dtype=torch.uint8), torch.randint(21, (40, 50))
@@ -121,7 +121,7 @@ class DenseCRF:
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
 
-    Example:
+    Examples:
         >>> import numpy
         >>> from afa_kernels import DenseCRF
         >>> refine = DenseCRF(iter_max=10, pos_w=3, pos_xy_std=3, bi_w=4, bi_xy_std=64, bi_rgb_std=5)

@@ -85,7 +85,7 @@ def diffuse(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import diffuse
         >>> weights = torch.ones(1, 1, 2, 4)  # of one tap: the neighbour on the left

@@ -60,7 +60,7 @@ def feature_affinity(features: Tensor, radius: int, kind: str = "cos", *, backen
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import feature_affinity
         >>> affinity = feature_affinity(torch.randn(1, 192, 28, 28), radius=4, kind="cos")

@@ -218,7 +218,7 @@ def par(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import par
         >>> images, scores = torch.rand(2, 3, 64, 64), torch.rand(2, 21, 32, 32)
@@ -254,7 +254,7 @@ def par_weights(
     Channels: for each dilation the 8 neighbours, row-major in (dy, dx), centre left out. Arguments and errors as
     `par`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import par_weights
         >>> weights = par_weights(torch.rand(1, 3, 32, 32), dilations=(1, 2))

@@ -30,7 +30,7 @@ class PAR(nn.Module):
     `afa_kernels.par`. The attributes keep their published meaning and may be changed: ``w1`` (0.3) is the smoothing of
     both terms, ``w2`` (0.01) the position term's share.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import PAR
         >>> refine = PAR(dilations=[1, 2, 4, 8, 12, 24], num_iter=10)
@@ -78,7 +78,7 @@ class PAMR(nn.Module):
     forward(x [B, 3, H, W] in 0..1, mask [B, C, h, w]) -> [B, C, H, W]; see `afa_kernels.pamr`. Note the argument
     order of the constructor, the reverse of `PAR`'s.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import PAMR
         >>> refine = PAMR(num_iter=10, dilations=[1, 2, 4, 8, 12, 24])

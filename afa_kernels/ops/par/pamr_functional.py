@@ -45,7 +45,7 @@ def pamr(
     """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020, Eq. 5-6). Arguments, result and errors as
     `par`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import pamr
         >>> pamr(torch.rand(1, 3, 64, 64), torch.rand(1, 21, 64, 64), dilations=(1, 2, 4), num_iter=5).shape
@@ -58,7 +58,7 @@ def pamr_weights(images: Tensor, dilations: Sequence[int] = (1,), *, backend: st
     """The weights of `pamr`: images [B, 3, H, W] in 0..1 -> [B, 8*len(dilations), H, W], positive, sum 1. Channels
     as `par_weights`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import pamr_weights
         >>> weights = pamr_weights(torch.rand(1, 3, 32, 32), dilations=(1, 2))

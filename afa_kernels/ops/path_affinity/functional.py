@@ -51,7 +51,7 @@ def path_affinity(edge: Tensor, radius: int, *, backend: str | None = None) -> T
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import path_affinity
         >>> edge = torch.tensor([[[[0.0, 0.75, 0.0]]]])
@@ -98,7 +98,7 @@ def propagate_to_edge(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import propagate_to_edge
         >>> propagate_to_edge(torch.rand(1, 20, 32, 40), torch.rand(1, 1, 32, 40), exp_times=4).shape

@@ -48,7 +48,7 @@ def pcm(cams: Tensor, features: Tensor, *, backend: str | None = None) -> Tensor
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import pcm
         >>> pcm(torch.rand(1, 21, 28, 28), torch.randn(1, 192, 28, 28)).shape

@@ -79,7 +79,7 @@ def random_walk(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import random_walk
         >>> cams = torch.tensor([[[[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]]])
@@ -129,7 +129,7 @@ def random_walk_with_background(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import random_walk_with_background
         >>> affinity, cams, present = torch.rand(1, 289, 20, 20), torch.rand(1, 20, 20, 20), torch.rand(1, 20) > 0.8

@@ -64,7 +64,7 @@ def sinkhorn(
     Raises:
         TypeError, ValueError: naming the argument that is wrong, or why the backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from afa_kernels import sinkhorn, window_to_dense
         >>> walk = window_to_dense(sinkhorn(torch.rand(1, 25, 8, 10), radius=2), radius=2)
