@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
 from ..conventions import IGNORE
 from ..labels.kinds import title
@@ -206,6 +205,9 @@ def image_level_scores(probabilities: Tensor, cls_labels: Tensor) -> dict[str, f
 
     probabilities, cls_labels: [N, K - 1], in 0..1 and 0 or 1, of N images.
     """
+    # Here: a third of the start of every command, and only an evaluation needs it.
+    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+
     occurs = cls_labels.bool().any(0)
     if not occurs.any() or probabilities.isnan().any():
         return {"f1": math.nan, "map": math.nan}
