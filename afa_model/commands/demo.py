@@ -1,8 +1,8 @@
 """`afa demo`: a small AFA learns from image-level labels on generated pictures; what each part of it adds.
 
-The data come from ``data/synthetic.py``, the run from the one training loop with ``config/demo.yaml``. CAM, refined
-CAM and random-walk label know which classes a picture shows, as in the paper's Table 2; the segmentation does
-not.
+The data come from ``data/synthetic.py``, the run from the one training loop with ``config/demo.yaml``, or, with a
+Vision Transformer, ``config/demo_vit.yaml``. CAM, refined CAM and random-walk label know which classes a picture shows, as
+in the paper's Table 2; the segmentation does not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from ..evaluation.scores import ScoreKeeper, Scores
 from ..labels.kinds import KINDS
 from ..labels.label_maps import MapSettings, cam_label, label_maps
 from ..labels.settings import LabelSettings
+from ..networks.create import create_backbone
+from ..networks.settings import STRIDE
 from ..pictures.overlays import label_overlay, photo_of
 from ..pictures.panels import cam_tile, peak_of, prediction_panel, save
 from ..pictures.words import write
@@ -39,6 +41,7 @@ from ..runs.loop import train
 from ..runs.restore import Restored, load_model
 from ..runtime.processes import processes
 from ..runtime.progress import progress
+from .options import given
 
 # Rows of the table, in the order in which they build on each other.
 OF_THE_CAM = {"pamr": "CAM + PAMR", "crf": "CAM + CRF"}  # refinements beside PAR
@@ -213,6 +216,19 @@ def _overview(rows: Sequence[Sequence], titles: Sequence[str], names: Sequence[s
     return figure
 
 
+def settings_for(argv: Sequence[str]) -> str:
+    """The packaged settings that the demo starts from: those of a Vision Transformer if the line asks for one, whose
+    cells are its patches.
+    """
+    asked = given(argv, "--model.backbone")
+    try:
+        with torch.device("meta"):  # nothing is computed
+            backbone = asked and create_backbone(asked, STRIDE, False, {})
+    except ValueError:  # there is no such backbone: the model's own error says so
+        backbone = None
+    return "demo_vit" if hasattr(backbone, "cell") else "demo"
+
+
 def main(argv: Sequence[str]) -> None:
     """`afa demo [--seed S] [--out DIR] [--SECTION.KEY VALUE ...]`."""
     start = time.perf_counter()
@@ -222,8 +238,9 @@ def main(argv: Sequence[str]) -> None:
         "Train a small AFA from scratch on generated pictures (minutes on 2 CPU cores), print what CAM,"
         " PAMR, CRF, PAR, random walk and segmentation reach, and draw them. --out takes the run and the"
         " pictures, --data.root the generated data (a folder in the cache if not given); all settings of"
-        " afa train are accepted.",
-        defaults=to_dict(parse(["--config", "demo"])),
+        " afa train are accepted. With --model.backbone of a Vision Transformer those of --config demo_vit are the"
+        " defaults.",
+        defaults=to_dict(parse(["--config", settings_for(argv)])),
     )
     result = demo(config)
     Console().print(result.table())

@@ -51,12 +51,12 @@ def switched_on(argv: Sequence[str], option: str) -> list[str]:
     return [*words, *argv[end:]]
 
 
-def _given(argv: Sequence[str]) -> str | None:
-    """The checkpoint, read before all else: the settings of its run are the defaults of the others."""
+def given(argv: Sequence[str], option: str) -> str | None:
+    """The value of an option, read before all else, for others' defaults depend on it."""
     for position, word in enumerate(argv):
-        if word == "--checkpoint" and position + 1 < len(argv):
+        if word == option and position + 1 < len(argv):
             return argv[position + 1]
-        if word.startswith("--checkpoint="):
+        if word.startswith(f"{option}="):
             return word.partition("=")[2]
     return None
 
@@ -68,7 +68,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 def restored(argv: Sequence[str]) -> Restored | None:
     """The model of ``--checkpoint``, on the CPU; None where the line asks for help or names none."""
-    wanted = not asks_for_help(argv) and _given(argv)
+    wanted = not asks_for_help(argv) and given(argv, "--checkpoint")
     return load_model(wanted) if wanted else None
 
 

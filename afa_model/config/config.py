@@ -136,7 +136,7 @@ def sections(config: Config) -> dict[str, object]:
 # Counts of steps that belong to a schedule, by section.
 _COUNTS = {
     "schedule": ("max_iters", "warmup_iters"),
-    "step": ("cam_iters", "aff_iters"),
+    "step": ("cam_iters", "aff_iters", "contrast_from"),
     "eval": ("every",),
     "log": ("every", "pictures_every"),
     "checkpoint": ("every",),
@@ -188,6 +188,7 @@ def check(config: Config) -> Config:
             ("schedule.warmup_iters", schedule.warmup_iters),
             ("step.cam_iters", step.cam_iters),
             ("step.aff_iters", step.aff_iters),
+            ("step.contrast_from", step.contrast_from),
         ):
             require(value <= schedule.max_iters, key, shorter, value)
     except ValueError as error:

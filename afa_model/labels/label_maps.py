@@ -193,7 +193,7 @@ def _evidence(
     cam = affinity = None
     if with_cam:
         by = how.cam_scales, None if plain_affinity else radius, slots
-        cam, affinity = multi_scale_cam(model, small, *by)
+        cam, affinity, _ = multi_scale_cam(model, small, *by)
         if plain_affinity:
             affinity = model.affinity(plain, radius)[:1].float()
     return Evidence(probabilities, given, slots, cam, affinity)

@@ -37,17 +37,19 @@ class PseudoLabels(NamedTuple):
     """What a step makes of a batch and its image-level labels.
 
     cam            [B, S, H, W] in 0..1, a channel for each slot
-    refined_label  [B, H, W] int64: CAM after the refinement
+    refined_label  [B, H, W] int64: CAM after the refinement, or None
     affinity       [B, (2r + 1)^2, h, w] of the largest CAM scale, or None
     walked         [B, 1 or 2 scores x (S + 1), h, w] after the random walk, or None
     aff_label      [B, H, W] int64: CAM after random walk and refinement, or None
+    aux_cam        as ``cam``, of the auxiliary classifier, or None
     """
 
     cam: Tensor
-    refined_label: Tensor
+    refined_label: Tensor | None = None
     affinity: Tensor | None = None
     walked: Tensor | None = None
     aff_label: Tensor | None = None
+    aux_cam: Tensor | None = None
 
 
 def cam_to_label(cam: Tensor, slots: ClassSlots, scores: Sequence[float], img_box: Tensor | None = None) -> Tensor:
@@ -58,6 +60,19 @@ def cam_to_label(cam: Tensor, slots: ClassSlots, scores: Sequence[float], img_bo
     if len(scores) == 2:
         label = torch.where((value > scores[0]) & (label == 0), IGNORE, label)
     return _outside_ignored(slots.name(label), img_box)
+
+
+@torch.no_grad()
+def grid_label(
+    cam: Tensor, slots: ClassSlots, scores: Sequence[float], grid: Sequence[int], img_box: Tensor | None = None
+) -> Tensor:
+    """The label of each cell of a coarse ``grid`` (h, w), of the CAM resized to it -> [B, h, w]."""
+    _check(cam, slots, scores, img_box)
+    label = cam_to_label(resize(cam.float(), grid), slots, scores)
+    if img_box is None:
+        return label
+    inside = inside_boxes(img_box, cam.shape[2:], cam.device)[:, None].float()
+    return torch.where(F.interpolate(inside, tuple(grid), mode="nearest")[:, 0] > 0, label, IGNORE)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from .folder import RunFolder
 from .guards import FiniteGuard, Interrupt, same_in_all
 from .logs import RunLog, Window
 from .memory import keep_freed_memory
-from .trainer import NUMBERS, Trainer
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Loop:
         self.guard.watch(iteration, batch, numbers)
         rate = trainer.update(numbers["grad_norm"])
         absent = torch.full((), torch.nan, device=trainer.here.device)  # an empty field in the table
-        values = {name: numbers.get(name, absent) for name in (*NUMBERS, "grad_norm")}
+        values = {name: numbers.get(name, absent) for name in (*trainer.numbers, "grad_norm")}
         self.window.add(trainer.progress.iteration, rate, values)
         return batch, result
 

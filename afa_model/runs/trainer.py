@@ -29,7 +29,8 @@ _COURSE = ("seed", "amp", "augment", "loader", "model", "labels", "step", "loss"
 
 _SCORES_ONLY = ("labels.bkg_score", "labels.walk_score")  # but these change what is scored, not what is learned
 
-NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "reg_loss", "pos_count", "neg_count")
+_NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "reg_loss", "pos_count", "neg_count")
+_AUXILIARY = ("aux_loss", "contrast_loss")  # of a model that has an auxiliary classifier
 
 
 class Trainer:
@@ -39,7 +40,8 @@ class Trainer:
         model: the network itself, on its device.
         learning: the parameters that the optimizer changes.
         progress: steps done, best score.
-        notes: what a resume found, for the log.
+        numbers: the names of what every step is to be logged with, beside its gradient's norm.
+        notes: what a resume found, or what is odd about the run, for the log.
         owes_evaluation: one that was due after the last step was given up.
     """
 
@@ -53,7 +55,7 @@ class Trainer:
                 self._check_kinds()  # now, not at the first evaluation
         optim = config.optim
         self.optimizer = build_optimizer(
-            self.model, optim.lr, optim.weight_decay, optim.betas, optim.head_multiplier
+            self.model, optim.lr, optim.weight_decay, optim.betas, optim.head_multiplier, optim.freeze_norms
         )
         groups = self.optimizer.param_groups
         self.learning = [p for group in groups if group["lr_scale"] > 0 for p in group["params"]]
@@ -68,7 +70,8 @@ class Trainer:
         )
         self.step = data_parallel(step, here)
         self.progress = checkpoint.Progress()
-        self.notes: list[str] = [note] if note else []
+        self.numbers = (*_NUMBERS, *(_AUXILIARY if self.model.aux_classifier is not None else ()))
+        self.notes: list[str] = [note, *_about_frozen(config)] if note else _about_frozen(config)
         self.owes_evaluation = False
         self.batches: Batches | None = None
         seed_everything(config.seed + here.rank)  # dropout differs between processes
@@ -170,7 +173,7 @@ class Trainer:
         with autocast(self.config.amp, self.here.device):
             result = self.step(batch, self.progress.iteration, everything)
         result.loss.backward()
-        numbers = {name: getattr(result, name) for name in NUMBERS if getattr(result, name) is not None}
+        numbers = {name: getattr(result, name) for name in self.numbers if getattr(result, name) is not None}
         norm = nn.utils.get_total_norm([p.grad for p in self.learning if p.grad is not None])
         return batch, result, {**numbers, "grad_norm": norm}
 
@@ -233,6 +236,19 @@ def open_data(config: Config) -> tuple[TrainingSet, EvaluationSet | ImageLevelSe
     if errors:
         raise errors[0] if len(errors) == 1 else DataError("\n".join(map(str, errors)))
     return opened[0], opened[1], ""
+
+
+def _about_frozen(config: Config) -> list[str]:
+    """What is to be told of a backbone that does not learn."""
+    model, notes = config.model, []
+    if model.freeze_backbone and not model.pretrained:
+        notes.append(
+            "warning: the backbone is frozen (model.freeze_backbone) and has no weights (model.pretrained): it stays as"
+            " it was drawn, at random"
+        )
+    if model.freeze_backbone and model.aux_layer is not None and config.step.contrast_weight > 0:
+        notes.append("the backbone is frozen: its tokens do not learn, and step.contrast_weight has no effect")
+    return notes
 
 
 def _scoring(section: Mapping[str, Any]) -> dict[str, Any]:

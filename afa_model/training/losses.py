@@ -1,4 +1,5 @@
-"""The losses of a training step: classification, segmentation, affinity and dense energy (section 3.5).
+"""The losses of a training step: classification, segmentation, affinity and dense energy (section 3.5), and ToCo's
+contrast of patch tokens.
 
 Several processes train together by averaging their gradients. With ``across`` each loss is this process's share
 of the loss of all their images: counts are summed over the processes, and the mean of the shares is what one
@@ -119,6 +120,42 @@ def affinity_loss(
     counts = sum_over_processes(torch.stack([same.sum(), different.sum()])) + 1
     sums = torch.stack([torch.where(same, 1 - window, 0).sum(), torch.where(different, window, 0).sum()])
     return 0.5 * process_count() * (sums / counts).sum(), counts[0], counts[1]
+
+
+def patch_contrast_loss(
+    tokens: Tensor, labels: Tensor, ignore_index: int = 255, across: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Patch token contrast: tokens of patches with the same label are pulled together, others pushed apart.
+
+        L = 1/2 (1 - sum_{y_i = y_j} |cos(f_i, f_j)| / (N+ + 1)) + 1/2 sum_{y_i != y_j} |cos(f_i, f_j)| / (N- + 1)
+
+    over the ordered pairs of two different patches of an image whose labels are both known; N+ and N- are their numbers
+    in the batch.
+
+    tokens: [B, C, h, w]. labels: [B, h, w] integer. ``across``: over the pairs of all processes.
+
+    -> (loss, pos_count, neg_count), a scalar and the two divisors. A batch without a pair of a kind is fine; without
+    any the loss is 1/2 and its gradient 0.
+
+    Source: Ru et al., ToCo (CVPR 2023), in the form that its public code computes, read line by line. The paper itself
+    was not at hand; its equation 4, as it is remembered, is 1/N+ sum (1 - cos) + 1/N- sum cos.
+    """
+    if tokens.ndim != 4 or labels.shape != (len(tokens), *tokens.shape[2:]):
+        raise ValueError(f"labels: expected [B, h, w] for tokens {list(tokens.shape)}, got {list(labels.shape)}")
+    with torch.autocast(tokens.device.type, enabled=False):  # as with every loss here the sums are float32
+        unit = F.normalize(tokens.float().flatten(2), dim=1, eps=1e-8)
+        cosine = (unit.transpose(1, 2) @ unit).abs()
+    own = labels.flatten(1)
+    known = own != ignore_index
+    counted = known[:, :, None] & known[:, None, :]
+    counted.diagonal(dim1=1, dim2=2).fill_(False)
+    equal = own[:, :, None] == own[:, None, :]
+    same, different = counted & equal, counted & ~equal
+    counts = torch.stack([same.sum(), different.sum()])
+    counts = (sum_over_processes(counts) if across else counts) + 1
+    sums = torch.stack([(cosine * pairs).sum() for pairs in (same, different)])
+    pull, push = (process_count() if across else 1) * sums / counts
+    return 0.5 * (1 - pull) + 0.5 * push, counts[0], counts[1]
 
 
 def energy_loss(

@@ -13,12 +13,14 @@ from ..conventions import require
 
 @dataclass
 class OptimSettings:
-    """AdamW. The backbone's norm layers are frozen.
+    """AdamW.
 
     Args:
         lr: learning rate of the backbone.
-        head_multiplier: the classifier, affinity head and decoder learn this many times faster.
-        weight_decay: of all weights but the norms'.
+        head_multiplier: the classifiers, affinity head and decoder learn this many times faster.
+        weight_decay: of all weights but the backbone's norms, position embeddings and tokens.
+        freeze_norms: the backbone's norm layers keep the values they begin with (AFA); false lets them learn as the
+            rest of the backbone does (ToCo).
         betas: decay rates of AdamW's running averages.
         clip_norm: gradients longer than this are scaled down to it; null leaves them as they are.
     """
@@ -28,6 +30,7 @@ class OptimSettings:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = None
+    freeze_norms: bool = True
 
     def __post_init__(self) -> None:
         require(0 < self.lr < float("inf"), "lr", "a positive number", self.lr)
@@ -66,26 +69,48 @@ class ScheduleSettings:
         require(0 < self.warmup_ratio <= 1, "warmup_ratio", "a number in 0..1 (0 not included)", self.warmup_ratio)
 
 
-def parameter_groups(model: nn.Module, head_multiplier: float = 10.0) -> list[dict[str, Any]]:
-    """The trainable parameters in four named groups, each with ``lr_scale``, its share of the learning rate.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
-    backbone        x 1
-    backbone_norms  x 0: frozen; they keep their ImageNet values (also no weight decay)
-    heads           x ``head_multiplier``: classifier and affinity head
-    decoder         x ``head_multiplier``
 
-    Empty groups (the decoder of a CNN baseline) are left out. A wrapped model (DataParallel's ``module``) is taken too.
+def _is_norm(module: nn.Module) -> bool:
+    # Some of timm's are none of torch's classes.
+    return isinstance(module, _NORMS) or type(module).__module__ == "timm.layers.norm"
+
+
+def _norms(backbone: nn.Module) -> set[int]:
+    """The parameters of its norm layers, by their ids."""
+    found = filter(_is_norm, backbone.modules())
+    return {id(parameter) for module in found for parameter in module.parameters(recurse=False)}
+
+
+def _undecayed(backbone: nn.Module) -> set[int]:
+    """The parameters that a timm model says should not decay, by their ids: a Vision Transformer's position embeddings,
+    class token and the like; none of a MiT.
+    """
+    said = [(module, module.no_weight_decay()) for module in backbone.modules() if hasattr(module, "no_weight_decay")]
+    return {id(value) for module, names in said for name, value in module.named_parameters() if name in names}
+
+
+def parameter_groups(
+    model: nn.Module, head_multiplier: float = 10.0, freeze_norms: bool = True
+) -> list[dict[str, Any]]:
+    """The trainable parameters in named groups, each with ``lr_scale``, its share of the learning rate.
+
+    backbone            x 1
+    backbone_norms      x 0: they keep their ImageNet values; x 1 without ``freeze_norms``; no weight decay
+    backbone_positions  x 1: position embeddings, class token and the like of a Vision Transformer; no weight decay
+    heads               x ``head_multiplier``: classifier, auxiliary classifier and affinity head
+    decoder             x ``head_multiplier``
+
+    Empty groups (the decoder of a CNN baseline, all of a frozen backbone's) are left out. A wrapped model
+    (DataParallel's ``module``) is taken too.
     """
     model = getattr(model, "module", model)
-    norms = {
-        id(parameter)
-        for module in model.encoder.modules()
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
-        for parameter in module.parameters(recurse=False)
-    }
+    norms, undecayed = _norms(model.encoder), _undecayed(model.encoder)
     groups: dict[str, dict[str, Any]] = {
         "backbone": {"lr_scale": 1.0},
-        "backbone_norms": {"lr_scale": 0.0, "weight_decay": 0.0},
+        "backbone_norms": {"lr_scale": 0.0 if freeze_norms else 1.0, "weight_decay": 0.0},
+        "backbone_positions": {"lr_scale": 1.0, "weight_decay": 0.0},
         "heads": {"lr_scale": head_multiplier},
         "decoder": {"lr_scale": head_multiplier},
     }
@@ -96,7 +121,10 @@ def parameter_groups(model: nn.Module, head_multiplier: float = 10.0) -> list[di
             continue
         top = name.split(".", 1)[0]
         if top == "encoder":
-            group = "backbone_norms" if id(parameter) in norms else "backbone"
+            number = id(parameter)
+            group = "backbone"
+            if number in norms or number in undecayed:
+                group = "backbone_norms" if number in norms else "backbone_positions"
         else:
             group = "decoder" if top == "decoder" else "heads"
         groups[group]["params"].append(parameter)
@@ -109,10 +137,11 @@ def build_optimizer(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
     head_multiplier: float = 10.0,
+    freeze_norms: bool = True,
     **kwargs: Any,
 ) -> torch.optim.AdamW:
     """AdamW over :func:`parameter_groups`; ``kwargs`` go to ``torch.optim.AdamW`` (``fused``, ...)."""
-    groups = parameter_groups(model, head_multiplier)
+    groups = parameter_groups(model, head_multiplier, freeze_norms)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conventions import IGNORE, denormalize
-from ..labels.cams import evaluating, multi_scale_cam, same_in_eval_mode
+from ..conventions import IGNORE, denormalize, require
+from ..labels.cams import Known, evaluating, multi_scale_cam, same_in_eval_mode
 from ..labels.pseudo_labels import (
     PseudoLabels,
+    grid_label,
     labels_of_one_diffusion,
     propagate,
     refine_label,
@@ -25,7 +27,14 @@ from ..labels.slots import ClassSlots
 from ..runtime.collectives import shown_as_mean, sum_over_processes
 from ..runtime.phases import phase
 from .acceleration import CompiledNetworks, GraphedFunction
-from .losses import LossSettings, affinity_loss, classification_loss, energy_loss, segmentation_loss
+from .losses import (
+    LossSettings,
+    affinity_loss,
+    classification_loss,
+    energy_loss,
+    patch_contrast_loss,
+    segmentation_loss,
+)
 
 
 @dataclass
@@ -40,6 +49,11 @@ class StepSettings:
         aff_iters: last iteration in which the refined CAM is the decoder's target.
         seg_weight: of the segmentation's loss.
         aff_weight: of the affinity's loss.
+        aux_weight: of the auxiliary classifier's classification loss, from the first iteration on (where
+            ``model.aux_layer`` makes one).
+        contrast_weight: of the patch contrast of the last tokens by the auxiliary classifier's CAM, in every phase;
+            with 0, without such a classifier or with a frozen backbone it is not computed.
+        contrast_from: first iteration of the patch contrast.
         affinity_target: labels that the affinity learns from: refined_cam throughout (VOC), or the segmentation's
             target of the phase (COCO).
         cam_mode: eval: the CAM is made without drop path, and the decoder does not run for it. train: as published, in
@@ -56,6 +70,9 @@ class StepSettings:
     aff_iters: int = 6000
     seg_weight: float = 0.1
     aff_weight: float = 0.1
+    aux_weight: float = 1.0
+    contrast_weight: float = 0.2
+    contrast_from: int = 0
     affinity_target: Literal["refined_cam", "segmentation"] = "refined_cam"
     cam_mode: Literal["eval", "train"] = "eval"
     normalise_across: bool = True
@@ -68,9 +85,15 @@ class StepSettings:
                 "cam_iters, aff_iters: expected 0 <= cam_iters <= aff_iters,"
                 f" got {self.cam_iters} and {self.aff_iters}"
             )
+        for name in ("aux_weight", "contrast_weight", "contrast_from"):
+            require(0 <= getattr(self, name) < math.inf, name, "at least 0", getattr(self, name))
         for name, known in (("affinity_target", ("refined_cam", "segmentation")), ("cam_mode", ("eval", "train"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
+
+
+# By the name that it has in the result: a loss and its weight in the sum.
+Losses = dict[str, tuple[float, Tensor]]
 
 
 @dataclass
@@ -80,7 +103,7 @@ class StepResult:
     ``loss`` carries the gradient; all else is detached, on the device, and there for logs and pictures. Where
     several processes train together the losses are means over them and the counts sums.
 
-    loss, cls_loss, seg_loss, aff_loss, reg_loss
+    loss, cls_loss, seg_loss, aff_loss, reg_loss, aux_loss, contrast_loss
                                         scalars; ``loss`` is the weighted sum
     pos_count, neg_count                pairs in the affinity loss, plus one each (its divisors)
     seg_logits                          [B, K, h4, w4]
@@ -98,6 +121,8 @@ class StepResult:
     seg_logits: Tensor | None = None
     labels: PseudoLabels | None = None
     slots: ClassSlots | None = None
+    aux_loss: Tensor | None = None
+    contrast_loss: Tensor | None = None
 
     @property
     def refined_label(self) -> Tensor | None:
@@ -126,7 +151,8 @@ class TrainingStep(nn.Module):
     It holds the model, and is what DistributedDataParallel wraps.
 
     model: an :class:`~afa_model.networks.afa.AFA` in train mode. A CAM-only CNN learns from the classification loss
-    alone; the labels made from its CAMs are computed only if asked for.
+    alone; the labels made from its CAMs are computed only if asked for. Of a frozen backbone
+    (``model.freeze_backbone``) nothing is kept for the backward pass, and the CAM's scale 1 is the step's own pass.
 
     labels: how pixel labels are made, the settings that evaluation starts from too.
 
@@ -193,24 +219,45 @@ class TrainingStep(nn.Module):
         decodes = learns or (s.compute_unused and looked_at)
         walks = pixels and (looked_at or iteration > s.aff_iters)
 
+        may_contrast = self._may_contrast()
+        contrasts = may_contrast and iteration >= s.contrast_from
         # Before the CAM passes: under autocast they then find the weights cast already, with their gradients.
         with phase("forward"):
             out = self.model(images, decode=decodes)
         labels = slots = None
-        if decodes or looked_at:
-            as_trained = decodes and s.cam_mode == "train"
-            labels, slots = self._label(batch, walks, out.last_map, as_trained)
+        if decodes or looked_at or contrasts:
+            asked = {"refines": decodes or looked_at, "walks": walks, "aux": contrasts or (may_contrast and looked_at)}
+            labels, slots = self._label(batch, out, as_trained=decodes and s.cam_mode == "train", **asked)
         with phase("losses"):
-            cls_loss = classification_loss(out.cls_logits, batch["cls_labels"])
+            losses = self._image_losses(batch, out, labels, slots, contrasts)
         if pixels and decodes:
-            result = self._pixel_losses(batch, out, cls_loss, labels, iteration, learns)
+            result = self._pixel_losses(batch, out, losses, labels, iteration, learns)
         else:
-            loss, cls_loss = shown_as_mean(cls_loss + self._no_part(), cls_loss)
-            result = StepResult(loss, cls_loss.detach())
+            result = _result(losses, {}, extra=self._no_part())
             if pixels and looked_at:
                 self._look(batch, labels, iteration, result)
         result.labels, result.slots = labels, slots
         return result
+
+    def _may_contrast(self) -> bool:
+        """Whether tokens are contrasted at all; those of a frozen backbone do not learn."""
+        model = self.model
+        return model.aux_classifier is not None and not model.freeze_backbone and self.settings.contrast_weight > 0
+
+    def _image_losses(
+        self, batch: Mapping[str, Any], out: Any, labels: PseudoLabels | None, slots: ClassSlots | None, contrasts: bool
+    ) -> Losses:
+        """What is learned in every phase; the contrast only shown if not ``contrasts``."""
+        s, cls_labels = self.settings, batch["cls_labels"]
+        losses = {"cls_loss": (1.0, classification_loss(out.cls_logits, cls_labels))}
+        if out.aux_logits is not None:
+            losses["aux_loss"] = s.aux_weight, classification_loss(out.aux_logits, cls_labels)
+        if labels is not None and labels.aux_cam is not None:
+            patches = grid_label(labels.aux_cam, slots, self.labels.scores, out.grid, batch.get("img_box"))
+            tokens = out.last_map if contrasts else out.last_map.detach()
+            contrast, _, _ = patch_contrast_loss(tokens, patches, IGNORE, across=s.normalise_across)
+            losses["contrast_loss"] = s.contrast_weight * contrasts, contrast
+        return losses
 
     @torch.no_grad()
     def _look(
@@ -221,7 +268,8 @@ class TrainingStep(nn.Module):
         """
         with evaluating(self.model):
             out = self.model(batch["image"])
-        seen = self._pixel_losses(batch, out, result.cls_loss, labels, iteration, learns=False)
+        shown = {"cls_loss": (1.0, result.cls_loss)}
+        seen = self._pixel_losses(batch, out, shown, labels, iteration, learns=False)
         for name in ("seg_loss", "aff_loss", "reg_loss", "pos_count", "neg_count", "seg_logits"):
             setattr(result, name, getattr(seen, name))
 
@@ -229,7 +277,7 @@ class TrainingStep(nn.Module):
         self,
         batch: Mapping[str, Any],
         out: Any,
-        cls_loss: Tensor,
+        losses: Losses,
         labels: PseudoLabels,
         iteration: int,
         learns: bool,
@@ -246,35 +294,37 @@ class TrainingStep(nn.Module):
             )
             if not s.normalise_across:
                 pos_count, neg_count = sum_over_processes(torch.stack([pos_count, neg_count]) - 1) + 1
-        pixel_losses = [(s.seg_weight, seg_loss), (s.aff_weight, aff_loss)]
+        pixel_losses = {"seg_loss": (s.seg_weight, seg_loss), "aff_loss": (s.aff_weight, aff_loss)}
         if self.loss.regularises:
             with phase("energy loss"):
                 images01 = denormalize(batch["image"].float())
                 energy = energy_loss(out.seg_logits, images01, target, batch.get("img_box"), self.loss)
-            pixel_losses.append((self.loss.regularisation, energy))
-        loss = cls_loss + float(learns) * sum(weight * value for weight, value in pixel_losses)
-        loss, *parts = shown_as_mean(loss, cls_loss, *(value for _, value in pixel_losses))
-        named = dict(zip(("cls_loss", "seg_loss", "aff_loss", "reg_loss"), (part.detach() for part in parts)))
-        return StepResult(
-            loss, **named, pos_count=pos_count, neg_count=neg_count, seg_logits=out.seg_logits.detach()
-        )
+            pixel_losses["reg_loss"] = self.loss.regularisation, energy
+        result = _result(losses, pixel_losses, share=float(learns))
+        result.pos_count, result.neg_count = pos_count, neg_count
+        result.seg_logits = out.seg_logits.detach()
+        return result
 
     @torch.no_grad()
     def _label(
-        self, batch: Mapping[str, Any], walks: bool, last_map: Tensor, as_trained: bool
+        self, batch: Mapping[str, Any], out: Any, *, refines: bool, walks: bool, aux: bool, as_trained: bool
     ) -> tuple[PseudoLabels, ClassSlots]:
-        """CAM and pseudo-labels, with ``walks`` also affinity and random-walk label; and the batch's classes."""
+        """The CAM; with ``refines`` pseudo-labels, with ``walks`` also affinity and random-walk label, with ``aux`` the
+        auxiliary classifier's CAM; and the batch's classes. ``out``: of the training pass.
+        """
         images, img_box = batch["image"], batch.get("img_box")
         slots = ClassSlots.of(batch["cls_labels"], self.max_classes)
-        inputs = images, slots.classes, slots.present
-        options = {"count": slots.count, "walks": walks, "as_trained": as_trained}
-        if self._graph is None:
+        known = Known()
+        if same_in_eval_mode(self.model.encoder) and not as_trained:
             # Exact without drop path only, with which the training pass is not what the CAM needs.
-            known = last_map if same_in_eval_mode(self.model.encoder) else None
-            labels = self._pseudo_labels(*inputs, img_box, known, **options)
+            known = Known.of(out, self.labels.cam_scales, affinity=walks, aux=aux)
+        options = {"count": slots.count, "refines": refines, "walks": walks, "aux": aux, "as_trained": as_trained}
+        inputs = images, slots.classes, slots.present
+        if self._graph is None:
+            labels = self._pseudo_labels(*inputs, img_box, *known, **options)
         else:
             box = None if img_box is None else img_box.to(images.device, non_blocking=True)
-            labels = self._graph(*inputs, box, None, key=walks, **options)
+            labels = self._graph(*inputs, box, *known, key=(refines, walks, aux), **options)
         if walks and labels.aff_label is None:
             label = refine_propagated(denormalize(images.float()), labels.walked, slots, self.labels, img_box)
             labels = labels._replace(aff_label=label)
@@ -286,17 +336,23 @@ class TrainingStep(nn.Module):
         classes: Tensor,
         present: Tensor,
         img_box: Tensor | None,
-        last_map: Tensor | None,
+        *known: Tensor | None,
         count: int,
         walks: bool,
+        refines: bool = True,
+        aux: bool = False,
         as_trained: bool = False,
     ) -> PseudoLabels:
         """All that a CUDA graph can hold; ``aff_label`` only with shared refinement."""
         how, slots = self.labels, ClassSlots(classes, present, count)
         with phase("CAM"):
             radius = how.radius if walks else None
-            cam, affinity = multi_scale_cam(self.model, images, how.cam_scales, radius, slots, last_map, as_trained)
-            images01 = denormalize(images.float())
+            cam, affinity, aux_cam = multi_scale_cam(
+                self.model, images, how.cam_scales, radius, slots, Known(*known), as_trained, aux
+            )
+        if not refines:
+            return PseudoLabels(cam, aux_cam=aux_cam)
+        images01 = denormalize(images.float())
         walked = aff_label = None
         if walks:
             walked = propagate(affinity, cam, slots, how, how.scores)
@@ -304,9 +360,19 @@ class TrainingStep(nn.Module):
             refined, aff_label = labels_of_one_diffusion(images01, walked, cam, slots, how, how.scores, img_box)
         else:
             refined = refine_label(images01, cam, slots, how, how.scores, img_box)
-        return PseudoLabels(cam, refined, affinity, walked, aff_label)
+        return PseudoLabels(cam, refined, affinity, walked, aff_label, aux_cam)
 
     def _no_part(self) -> Tensor | float:
         """Zero, with a zero gradient for every parameter of decoder and affinity head."""
         modules = [m for m in (self.model.decoder, self.model.attn_proj) if m is not None]
         return sum((0.0 * p.sum() for m in modules for p in m.parameters() if p.requires_grad), 0.0)
+
+
+def _result(losses: Losses, pixel_losses: Losses, share: float = 0.0, extra: Tensor | float = 0.0) -> StepResult:
+    """The sum of both, of the second ``share`` times, and each by its name; ``extra`` joins the sum."""
+    loss = sum(weight * value for weight, value in losses.values()) + extra
+    if pixel_losses:
+        loss = loss + share * sum(weight * value for weight, value in pixel_losses.values())
+    named = losses | pixel_losses
+    loss, *parts = shown_as_mean(loss, *(value for _, value in named.values()))
+    return StepResult(loss, **{name: part.detach() for name, part in zip(named, parts)})
