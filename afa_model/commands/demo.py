@@ -1,8 +1,8 @@
 """`afa demo`: a small AFA learns from image-level labels on generated pictures; what each part of it adds.
 
 The data come from ``data/synthetic.py``, the run from the one training loop with ``config/demo.yaml``, or, with a
-Vision Transformer, ``config/demo_vit.yaml``. CAM, refined CAM and random-walk label know which classes a picture shows, as
-in the paper's Table 2; the segmentation does not.
+Vision Transformer, ``config/demo_vit.yaml``. CAM, refined CAM and random-walk label know which classes a picture shows,
+as in the paper's Table 2; the segmentation does not.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from afa_model.labels.settings import LabelSettings
@@ -16,6 +18,16 @@ def tiny(drop: float = 0.0, classes: int = 5) -> AFA:
     torch.manual_seed(0)
     arguments = {"embedding": 16, "decoder_dropout": drop, "backbone_args": TINY | {"drop_path_rate": drop}}
     return AFA("mit_b0", classes, **arguments).train()
+
+
+VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64}
+
+
+def tiny_vit(drop: float = 0.0, classes: int = 5, **changes: Any) -> AFA:
+    """A Vision Transformer with patches of 16 pixels; ``changes`` are arguments of AFA."""
+    torch.manual_seed(0)
+    arguments = {"embedding": 16, "decoder_dropout": drop, "backbone_args": VIT | {"drop_path_rate": drop}}
+    return AFA("vit_tiny_patch16_224", classes, **arguments | changes).train()
 
 
 def batch(size: int = 64, seed: int = 0, count: int = 2) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +20,10 @@ from afa_model.labels.settings import LabelSettings
 from afa_model.labels.slots import ClassSlots
 from afa_model.networks.afa import AFA
 from afa_model.runtime.phases import PhaseTimer, phase
-from afa_model.training import acceleration
 from afa_model.training.acceleration import CompiledNetworks, GraphedFunction
 from afa_model.training.step import StepSettings, TrainingStep
+
+pytest_plugins = ["support.pretend_cuda"]  # the fixture of that name
 
 
 def assert_close(got: dict, want: dict, tolerance: float) -> None:
@@ -191,28 +191,6 @@ def test_pseudo_labels_never_read_a_value_back(shared):
         labels = step._pseudo_labels(*inputs, count=4, walks=True)
         assert labels.cam.shape == (2, 2, 64, 64)
         assert (labels.aff_label is not None) is shared
-
-
-@pytest.fixture
-def pretend_cuda(monkeypatch):
-    """GraphedFunction's bookkeeping without a GPU: replays run the function on the static inputs once more."""
-    replays = []
-
-    def capture(self, inputs, options):
-        places = [None if x is None else x.clone() for x in inputs]
-        outputs = self._function(*places, **options)
-
-        def replay():
-            replays.append(options)
-            for out, new in zip(outputs, self._function(*places, **options)):
-                if out is not None:
-                    out.copy_(new)
-
-        return SimpleNamespace(replay=replay), places, outputs
-
-    monkeypatch.setattr(GraphedFunction, "_capture", capture)
-    monkeypatch.setattr(acceleration, "_on_gpu", lambda tensor: True)
-    return replays
 
 
 def test_graphed_function_replays_for_known_shapes_and_gives_copies(pretend_cuda):
