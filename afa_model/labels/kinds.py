@@ -50,5 +50,5 @@ def kinds_of(model: nn.Module, asked: Sequence[str] | None = None, crf: bool = F
         asked = (*asked, "segmentation_crf")
     for kind in asked:
         if kind not in offered:
-            raise ValueError(f"kinds: {kind!r} needs a MiT backbone; this model gives {', '.join(offered)}")
+            raise ValueError(f"kinds: {kind!r} needs a backbone with attention; this model gives {', '.join(offered)}")
     return tuple(kind for kind in KINDS | ON_REQUEST if kind in asked)

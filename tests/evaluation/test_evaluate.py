@@ -177,7 +177,7 @@ def test_the_segmentation_after_a_crf_is_a_row_of_its_own_on_request(data):
     assert list(again.scores) == ["segmentation_crf"]
     assert torch.equal(again["segmentation_crf"].confusion, both[1].confusion)
     assert kinds_of(ColorModel(), ("cam",), crf=True) == ("cam", "segmentation_crf")
-    with pytest.raises(ValueError, match="'segmentation_crf' needs a MiT backbone"):
+    with pytest.raises(ValueError, match="'segmentation_crf' needs a backbone with attention"):
         kinds_of(AFA("resnet18", 21), crf=True)
 
 
@@ -303,7 +303,7 @@ def test_a_cnn_gives_cams_only(data):
     assert kinds_of(model) == ("cam", "refined_cam")
     result = evaluate(model, data, EvaluateSettings(limit=1, long_side=0))
     assert list(result.scores) == ["cam", "refined_cam"]
-    with pytest.raises(ValueError, match="'random_walk' needs a MiT backbone"):
+    with pytest.raises(ValueError, match="'random_walk' needs a backbone with attention"):
         evaluate(model, data, EvaluateSettings(kinds=("random_walk",)))
 
 
