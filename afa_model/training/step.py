@@ -254,8 +254,7 @@ class TrainingStep(nn.Module):
             losses["aux_loss"] = s.aux_weight, classification_loss(out.aux_logits, cls_labels)
         if labels is not None and labels.aux_cam is not None:
             patches = grid_label(labels.aux_cam, slots, self.labels.scores, out.grid, batch.get("img_box"))
-            tokens = out.last_map if contrasts else out.last_map.detach()
-            contrast, _, _ = patch_contrast_loss(tokens, patches, IGNORE, across=s.normalise_across)
+            contrast, _, _ = patch_contrast_loss(out.last_map, patches, IGNORE, across=s.normalise_across)
             losses["contrast_loss"] = s.contrast_weight * contrasts, contrast
         return losses
 

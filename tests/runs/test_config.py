@@ -341,3 +341,31 @@ def test_one_number_scales_every_count_of_steps():
     for wrong in ("0", "-1", "nan", ".inf"):
         with pytest.raises(ConfigError, match=r"schedule\.scale: expected (a positive number|float)"):
             parse(["--config=coco", f"--schedule.scale={wrong}"])
+
+
+def test_settings_of_vision_transformers_are_those_they_name():
+    """What stands in their comments as ToCo's, for its public code and logs say so; the rest is AFA's."""
+    voc, coco, afa = parse(["--config", "voc_vit"]), parse(["--config", "coco_vit"]), parse(["--config", "voc"])
+    for config in (voc, coco):
+        assert config.augment.crop == 448 and config.loader.batch_size == 4 and config.amp == "off"
+        assert (config.model.decoder, config.model.aux_layer, config.model.pooling) == ("largefov", -3, "gmp")
+        assert config.model.backbone == "vit_base_patch16_224.augreg_in21k_ft_in1k"
+        assert (config.optim.lr, config.optim.head_multiplier, config.optim.weight_decay) == (6e-5, 10, 0.01)
+        assert (config.schedule.warmup_iters, config.schedule.warmup_ratio, config.schedule.power) == (1500, 1e-6, 0.9)
+        assert (config.step.seg_weight, config.step.aux_weight, config.step.contrast_weight) == (0.1, 1.0, 0.2)
+        assert not config.optim.freeze_norms and config.loss.regularisation == 0.05
+        assert (config.labels.cam_scales, config.labels.num_iter) == ((1.0, 0.5, 1.5), 10)
+        assert (config.step.aff_weight, config.labels.radius) == (afa.step.aff_weight, afa.labels.radius)
+    scores = [(c.labels.high_score, c.labels.low_score, c.labels.bkg_score) for c in (voc, coco)]
+    assert scores == [(0.7, 0.25, 0.5), (0.65, 0.25, 0.45)]
+    steps = [(c.schedule.max_iters, c.step.cam_iters, c.step.aff_iters, c.step.contrast_from) for c in (voc, coco)]
+    assert steps == [(20_000, 2_000, 6_000, 0), (80_000, 8_000, 15_000, 12_001)]
+    assert (voc.data.num_classes, coco.data.num_classes) == (21, 81)
+
+
+def test_a_shorter_run_begins_its_contrast_sooner():
+    short = parse(["--config", "coco_vit", "--schedule.scale", "0.01"])
+    assert short.step.contrast_from == 120
+    with pytest.raises(ConfigError, match=r"step\.contrast_from: expected at most schedule\.max_iters = 10"):
+        parse(["--schedule.max_iters", "10", "--schedule.warmup_iters", "0", "--step.cam_iters", "0",
+               "--step.aff_iters", "0", "--step.contrast_from", "11"])  # fmt: skip

@@ -88,3 +88,13 @@ def test_several_processes_score_the_model_that_is_saved(tmp_path):
     for rank in range(2):
         mean, batches = torch.load(tmp_path / f"{rank}.pt")
         assert (mean == 1).all() and batches == 1, rank
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_norms_of_the_backbone_learn_if_asked_to(root, tmp_path, frozen):
+    config = parse(tiny_args(root, tmp_path, model__backbone="test_vit", optim__freeze_norms=frozen))
+    trainer = Trainer(config, ALONE)
+    (norms,) = (group for group in trainer.optimizer.param_groups if group["name"] == "backbone_norms")
+    assert norms["lr_scale"] == float(not frozen)
+    learning = {id(parameter) for parameter in trainer.learning}
+    assert {id(parameter) in learning for parameter in norms["params"]} == {not frozen}
