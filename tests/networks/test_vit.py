@@ -18,8 +18,6 @@ from afa_model.conventions import MEAN, STD
 from afa_model.labels.cams import Known, multi_scale_cam
 from afa_model.networks.afa import AFA
 
-EXACT = [family for family in FAMILIES if family != "beit"]  # whose table timm resamples by another rule
-
 
 def images_of(model: AFA, down: int = 3, across: int = 4, off: int = 0, count: int = 2) -> torch.Tensor:
     """down x across patches less ``off`` pixels each way."""
@@ -40,7 +38,7 @@ def names_with_gradient(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_affinity_and_cam_are_those_of_the_models_own_scores_and_tokens(family):
     """Raw scores from the weights and what goes into each attention, by hooks, of timm's model as it comes."""
     model = tiny_vit(family).eval()
-    images = images_of(model, 3, 3) if family == "beit" else images_of(model, off=5)
+    images = images_of(model, off=5)
     result = model(images)
     cell = model.encoder.cell
     plain = own_model(family, model, tuple(side * cell for side in cells(images.shape[2:], cell)))
@@ -70,7 +68,7 @@ def test_affinity_and_cam_are_those_of_the_models_own_scores_and_tokens(family):
 BOTH_NORMS = {"use_post_transformer_norm": True, "use_fc_norm": True}
 
 
-@pytest.mark.parametrize(("family", "more"), [*((family, {}) for family in EXACT), ("eva-02", BOTH_NORMS)])
+@pytest.mark.parametrize(("family", "more"), [*((family, {}) for family in FAMILIES), ("eva-02", BOTH_NORMS)])
 def test_every_parameter_learns(family, more):
     model = tiny_vit(family, aux_layer=-2, backbone_args=more).train()
     result = model(images_of(model))

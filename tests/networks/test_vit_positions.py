@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from support.common import relative_error
-from support.tiny_vit import own_model, tiny_vit
+from support.tiny_vit import SMALL, tiny_vit
 from timm.layers import resample_abs_pos_embed
 
 from afa_model.networks import vit_positions
@@ -134,7 +135,7 @@ def test_not_more_sizes_are_kept_than_said():
 
 @torch.no_grad()
 def test_relative_tables_are_resampled_to_the_grids_distances():
-    """A bias that grows evenly with the distance still does; those of the class token stay."""
+    """Near distances keep their entries, as do those of the class token."""
     model = tiny_vit("beit").eval()
     attention = model.encoder.model.blocks[1].attn
     table = attention.relative_position_bias_table
@@ -152,18 +153,38 @@ def test_relative_tables_are_resampled_to_the_grids_distances():
     assert bias.shape == (2, 25, 25) and bias[0, 0, 0] == 9 and (bias[:, 0, 1:] == 7).all() and (bias[:, 1:, 0] == 8).all()
     assert torch.allclose(bias[1, 1:, 1:], torch.tensor(0.5))
     inner = bias[0, 1:, 1:].unflatten(0, (4, 6)).unflatten(2, (4, 6))
-    # 5 distances of a 3 x 3 grid lie over the 7 and 11 of a 4 x 6 one; the slope is about their ratio
-    assert float(inner[2, 3, 1, 3] - inner[1, 3, 1, 3]) == pytest.approx(5 / 7, rel=0.1)
-    assert float(inner[1, 4, 1, 3] - inner[1, 3, 1, 3]) == pytest.approx(10 * 5 / 11, rel=0.1)
+    assert float(inner[2, 3, 1, 3] - inner[1, 3, 1, 3]) == pytest.approx(1)
+    assert float(inner[1, 4, 1, 3] - inner[1, 3, 1, 3]) == pytest.approx(10)
+    assert float(inner[3, 3, 0, 3] - inner[1, 3, 1, 3]) == pytest.approx(2)  # the last entry, for what is farther too
     assert model.encoder.relative and not tiny_vit().encoder.relative
 
 
+@pytest.mark.parametrize("made_for", [(48, 48), (32, 80)])
+@pytest.mark.parametrize("size", [(80, 112), (48, 64), (16, 32), (64, 80)])  # some leave a side of the table as it is
 @torch.no_grad()
-def test_beits_bias_is_near_what_timm_resamples():
-    model = tiny_vit("beit").eval()
-    images = torch.randn(1, 3, 80, 80)
-    plain = own_model("beit", model, (80, 80))
-    scaled = images * model.encoder.scale + model.encoder.shift
-    want = plain.fc_norm(plain.forward_features(scaled))[:, 1:]
-    got = model(images).last_map.flatten(2).transpose(1, 2)
-    assert relative_error(got, want) < 0.1
+def test_relative_tables_are_what_timm_resamples(made_for, size):
+    model = tiny_vit("beit", backbone_args={"img_size": made_for}).eval()
+    plain = timm.create_model("beit_base_patch16_224", num_classes=0, **SMALL, img_size=made_for)
+    plain.load_state_dict(model.encoder.model.state_dict())
+    plain.eval().set_input_size(img_size=size)
+    images = torch.randn(1, 3, *size)
+    want = plain.fc_norm(plain.forward_features(images * model.encoder.scale + model.encoder.shift))[:, 1:]
+    assert relative_error(model(images).last_map.flatten(2).mT, want) < 1e-5
+    seen = []
+    table = model.encoder.model.blocks[1].attn
+    table.register_forward_hook(lambda *_: seen.append(table._get_rel_pos_bias()))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    own = plain.blocks[1].attn._get_rel_pos_bias()
+    assert seen[0].dtype == own.dtype and relative_error(seen[0], own) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["beit", "relative, network"])
+@torch.no_grad()
+def test_relative_positions_in_another_precision(family):
+    model = tiny_vit(family).eval()
+    images = torch.randn(1, 3, 32, 80)
+    single = model(images).last_map
+    assert relative_error(model.double()(images.double()).last_map.float(), single) < 1e-5
+    assert relative_error(model.bfloat16()(images.bfloat16()).last_map.float(), single) < 0.05
+
