@@ -1,7 +1,7 @@
 """Affinity from attention: the loss with its gradients, as a training step calls it, and the window on its own.
 
-"dense" is the published way: 16 score maps of N x N, their transposes added, projected, compared with int64 label
-matrices, the window a mask made beforehand (`published`). "reference" is the oracle of the tests: the same
+"dense" is the published way: 16 score maps of N x N (of a ViT-B 24), their transposes added, projected, compared with
+int64 label matrices, the window a mask made beforehand (`published`). "reference" is the oracle of the tests: the same
 maps, boolean labels; for the window it is the dense way, with one gather at the end.
 At N = 9216 the maps alone are 5.4 GB, and a backward pass holds several times that. There the first provider, "by
 rows", is dense arithmetic for eight lines of pixels at a time against the lines in their reach.
@@ -27,6 +27,8 @@ HEADS, DEPTH, RADIUS = 16, 64, 8
 # (batch, grid): crop 320 and crop 512 of training, 48x48 of multi-scale inference, a photograph of 1536 pixels.
 SHAPES = [(2, 20), (2, 32), (1, 48)]
 LARGE = (1, 96)
+# ViT-B/16 at crop 448, two blocks of 12 heads: ToCo's batch on each of two GPUs, and both together.
+VIT = [(2, 28, 24), (4, 28, 24)]
 Results = tuple[Tensor, ...]
 
 
@@ -36,7 +38,9 @@ def pairs(side: int) -> int:
     return line * line
 
 
-def make_inputs(batch: int, side: int, device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def make_inputs(
+    batch: int, side: int, device: str, dtype: torch.dtype, heads: int = HEADS
+) -> tuple[list[Tensor], Tensor]:
     """-> [query, key, head weight, head bias]; labels [B, h, w] int64 in patches of 4 x 4, some of them ignored.
 
     Pixels with the same label are alike, so that the sums over both kinds of pairs do not cancel in the gradients.
@@ -44,9 +48,9 @@ def make_inputs(batch: int, side: int, device: str, dtype: torch.dtype) -> tuple
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(6, (batch, side // 4, side // 4), generator=generator)
     labels = torch.tensor([0, 0, 0, 7, 15, IGNORE])[drawn].repeat_interleave(4, 1).repeat_interleave(4, 2)
-    common = 0.3 * torch.randn(IGNORE + 1, HEADS, DEPTH, generator=generator)[labels.flatten(1)].transpose(1, 2)
+    common = 0.3 * torch.randn(IGNORE + 1, heads, DEPTH, generator=generator)[labels.flatten(1)].transpose(1, 2)
     query, key = (torch.randn(common.shape, generator=generator) + common for _ in range(2))
-    weight, bias = 0.03 * torch.rand(HEADS, generator=generator), torch.full((1,), -0.5)
+    weight, bias = 0.03 * torch.rand(heads, generator=generator), torch.full((1,), -0.5)
     moved = [tensor.to(device, dtype) for tensor in (query, key)] + [tensor.to(device) for tensor in (weight, bias)]
     return moved, labels.to(device)
 
@@ -102,8 +106,10 @@ def loss_by_rows(inputs: list[Tensor], labels: Tensor, lines: int = 8) -> Result
 # --- cases ---
 
 
-def loss_case(batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool) -> Case:
-    inputs, labels = make_inputs(batch, side, device, dtype)
+def loss_case(
+    batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool, heads: int = HEADS
+) -> Case:
+    inputs, labels = make_inputs(batch, side, device, dtype, heads)
     loss = partial(afa_kernels.attention_affinity_loss, radius=RADIUS)
     ways = {}
     if (batch, side) == LARGE:
@@ -117,12 +123,12 @@ def loss_case(batch: int, side: int, device: str, dtype: torch.dtype, compiling:
     ways |= {name: partial(loss, backend=name) for name in kernels("attention_affinity_loss", device)}
     providers |= {name: partial(with_gradients, way, inputs, labels) for name, way in ways.items()}
     return Case(
-        title("loss and gradients", batch, side, dtype),
+        title("loss and gradients", batch, side, dtype, heads),
         providers,
         # Queries and keys in, their gradients out.
-        bytes=4.0 * batch * HEADS * side * side * DEPTH * dtype.itemsize,
+        bytes=4.0 * batch * heads * side * side * DEPTH * dtype.itemsize,
         # One dot product over all heads for an ordered pair; a multiple of a key and of a query for its gradients.
-        operations=3 * 2.0 * batch * pairs(side) * HEADS * DEPTH,
+        operations=3 * 2.0 * batch * pairs(side) * heads * DEPTH,
         dtype=dtype,
         # bfloat16: the dense way rounds every score before they are summed.
         tolerance=1e-4 if dtype == torch.float32 else 3e-2,
@@ -147,15 +153,19 @@ def window_case(batch: int, side: int, device: str, dtype: torch.dtype, compilin
     )
 
 
-def title(what: str, batch: int, side: int, dtype: torch.dtype) -> str:
+def title(what: str, batch: int, side: int, dtype: torch.dtype, heads: int = HEADS) -> str:
     suffix = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
-    return f"{what}, N={side * side}, B={batch}{suffix}"
+    many = "" if heads == HEADS else f", {heads} heads"
+    return f"{what}, N={side * side}, B={batch}{many}{suffix}"
 
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
     shapes = SHAPES[:2] if quick else SHAPES
     dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
     table = [loss_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
+    for dtype in dtypes:
+        for batch, side, heads in VIT[:1] if quick else VIT:
+            table.append(loss_case(batch, side, device, dtype, compiling, heads))
     if not quick:
         table.append(loss_case(*LARGE, device, torch.float32, compiling))
     return table + [window_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
