@@ -2,7 +2,9 @@
 
 timm resamples them (bicubic, antialiased: ``resample_abs_pos_embed``) and makes rotary ones anew in every pass. Where
 they cannot change they are made once for a size, and kept: rotary ones that nothing learns always; what learns in eval
-mode without gradients, as long as it is what it was.
+mode without gradients on the CPU, as long as its values are what they were. (Fused optimisers and writes through
+``.data`` leave a tensor's version as it is; and a look at the values would wait for any other device, where what learns
+is made in every pass.)
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Positions:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.kept: dict[Any, tuple[Any, Tensor]] = {}
+        self.kept: dict[Any, tuple[Any, Tensor, list[Tensor]]] = {}  # of what, the result, what learns as it was
         self.held: list[Tensor] = []  # in memory that CUDA graphs read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,10 +66,11 @@ class Positions:
         name, grid, like = what
         key = (name, grid, like.device, like.dtype)
         state = tuple((source.data_ptr(), source._version) for source in sources)
+        learned = [source for source in sources if isinstance(source, nn.Parameter)]
         found = self.kept.pop(key, None)
-        if found is None or found[0] != state:
+        if found is None or found[0] != state or not all(map(torch.equal, found[2], learned)):
             with torch.inference_mode(False), torch.no_grad():  # the next pass may want a gradient of what uses it
-                found = (state, make())
+                found = (state, make(), [source.clone() for source in learned])
         self.kept[key] = found  # the last used is the last to go
         if captured():
             self.held.append(found[1])
@@ -81,6 +84,8 @@ def _constant(module: nn.Module, sources: Sequence[Tensor], learns: bool) -> boo
     if any(source.is_meta or source.is_inference() for source in sources):
         return False
     if module.training and getattr(module, "aug_active", False):  # noise of DINOv3's coordinates
+        return False
+    if learns and any(source.device.type != "cpu" for source in sources):
         return False
     wants_gradient = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
     return not learns or not (module.training or wants_gradient or captured())

@@ -46,6 +46,40 @@ def test_learned_ones_are_made_once_for_a_size(made):
     assert relative_error(got, copy.deepcopy(model)(first).query) < 1e-6
 
 
+def written_through_data(parameter: torch.nn.Parameter) -> None:
+    parameter.data.neg_()
+
+
+def learned_by_a_fused_optimiser(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = torch.randn_like(parameter)  # one and the same everywhere is taken out by norms
+    torch.optim.AdamW([parameter], lr=1.0, fused=True).step()
+
+
+@pytest.mark.parametrize("change", [written_through_data, learned_by_a_fused_optimiser])
+@pytest.mark.parametrize("family", ["vit", "rotary, mixed"])
+def test_a_change_that_leaves_no_trace_in_the_version_is_seen(family, change):
+    model = tiny_vit(family).eval()
+    positions = model.encoder.model.pos_embed if family == "vit" else model.encoder.model.rope.freqs
+    images = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        before, version = model(images).query, positions._version
+    change(positions)
+    assert positions._version == version
+    with torch.no_grad():
+        got, want = model(images).query, copy.deepcopy(model)(images).query
+    assert relative_error(got, want) < 1e-6 and relative_error(before, want) > 1e-2
+
+
+@torch.no_grad()
+def test_what_learns_is_made_in_every_pass_of_another_device(monkeypatch):
+    model = tiny_vit("vit").eval().encoder.model
+    source = torch.empty(1, 197, 24, device="meta")
+    assert vit_positions._constant(model, [model.pos_embed], learns=True)
+    monkeypatch.setattr(torch.Tensor, "is_meta", False)
+    assert not vit_positions._constant(model, [source], learns=True)
+    assert vit_positions._constant(model, [source], learns=False)
+
+
 def test_they_learn(made):
     model = tiny_vit()
     images = torch.randn(1, 3, 32, 48)
