@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.common import relative_error
 from support.tiny_vit import FAMILIES, as_it_takes_them, cells, own_attention, own_model, tiny_vit
+from timm.layers import set_fused_attn
 from torch.overrides import TorchFunctionMode
 
 from afa_kernels import affinity_from_maps
@@ -95,8 +96,7 @@ class Calls(TorchFunctionMode):
 
 @pytest.mark.parametrize("family", ["vit", "dinov3", "eva-02", "clip"])
 @torch.no_grad()
-def test_fused_attention_stays_and_nothing_is_computed_twice(family, monkeypatch):
-    monkeypatch.setenv("TIMM_FUSED_ATTN", "0")
+def test_fused_attention_stays_and_nothing_is_computed_twice(family):
     model = tiny_vit(family).eval()
     images = images_of(model, 5, 6, count=1)
     plain = own_model(family, model, tuple(images.shape[2:]))
@@ -111,6 +111,20 @@ def test_fused_attention_stays_and_nothing_is_computed_twice(family, monkeypatch
         assert ours.names.count(name) == theirs.names.count(name), name
     tokens = 30 + model.encoder.prefix_tokens
     assert not [shape for shape in ours.shapes if shape[-2:] in ((30, 30), (tokens, tokens))]
+
+
+@torch.no_grad()
+def test_where_timm_is_told_not_to_fuse_the_last_blocks_do():
+    want = tiny_vit().eval()(torch.ones(1, 3, 32, 48))
+    set_fused_attn(False)
+    try:
+        model = tiny_vit().eval()
+    finally:
+        set_fused_attn(True)
+    with Calls() as calls:
+        got = model(torch.ones(1, 3, 32, 48))
+    assert calls.names.count("scaled_dot_product_attention") == 2
+    assert relative_error(got.query, want.query) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,6 +202,7 @@ def test_a_frozen_backbone_learns_nothing_and_drops_nothing(backbone):
     model.train()
     assert model.decoder.training and not any(module.training for module in model.encoder.modules())
     images = torch.randn(2, 3, 48, 32)
+    assert not model(images.clone().requires_grad_()).last_map.requires_grad
     result = model(images)
     assert torch.equal(result.last_map, model(images).last_map)
     assert not result.last_map.requires_grad and not result.query.requires_grad

@@ -113,6 +113,13 @@ def test_by_way_of_the_hub_and_back(trained, here, capsys):
     assert "AFA, test_vit, 3 classes" in card and "NVIDIA" not in card
 
 
+def test_a_folder_that_knows_no_run_says_how_its_model_is_made(trained, here):
+    trained[1].save_pretrained("folder")
+    restored = load_model("folder")
+    assert restored.config.model.arguments() == parse(SETTINGS).model.arguments()
+    assert isinstance(restored.config.model.stride, tuple) and alike(restored.model, trained[1])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
