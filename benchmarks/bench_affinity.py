@@ -25,10 +25,11 @@ from torch import Tensor
 import afa_kernels
 from afa_kernels.ops.affinity.reference import dense_affinity, window_mask
 
-HEADS, DEPTH, RADIUS = 16, 64, 8
+HEADS, DEPTH, RADIUS = 16, 64, 8  # two blocks of MiT-B1
 # (batch, grid): crop 320 and crop 512 of training, 48x48 of multi-scale inference, a photograph of 1536 pixels.
 SHAPES = [(2, 20), (2, 32), (1, 48)]
 LARGE = (1, 96)
+VIT, VIT_HEADS = (2, 28), 24  # two blocks of ViT-B/16, of 12 heads each, at a crop of 448
 Results = tuple[Tensor, ...]
 
 
@@ -38,7 +39,9 @@ def pairs(side: int) -> int:
     return line * line
 
 
-def make_inputs(batch: int, side: int, device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def make_inputs(
+    batch: int, side: int, device: str, dtype: torch.dtype, heads: int = HEADS
+) -> tuple[list[Tensor], Tensor]:
     """-> [query, key, head weight, head bias]; labels [B, h, w] int64 in patches of 4 x 4, some of them ignored.
 
     Pixels with the same label are alike, so that the sums over both kinds of pairs do not cancel in the gradients.
@@ -46,9 +49,9 @@ def make_inputs(batch: int, side: int, device: str, dtype: torch.dtype) -> tuple
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(6, (batch, side // 4, side // 4), generator=generator)
     labels = torch.tensor([0, 0, 0, 7, 15, IGNORE])[drawn].repeat_interleave(4, 1).repeat_interleave(4, 2)
-    common = 0.3 * torch.randn(IGNORE + 1, HEADS, DEPTH, generator=generator)[labels.flatten(1)].transpose(1, 2)
+    common = 0.3 * torch.randn(IGNORE + 1, heads, DEPTH, generator=generator)[labels.flatten(1)].transpose(1, 2)
     query, key = (torch.randn(common.shape, generator=generator) + common for _ in range(2))
-    weight, bias = 0.03 * torch.rand(HEADS, generator=generator), torch.full((1,), -0.5)
+    weight, bias = 0.03 * torch.rand(heads, generator=generator), torch.full((1,), -0.5)
     moved = [tensor.to(device, dtype) for tensor in (query, key)] + [tensor.to(device) for tensor in (weight, bias)]
     return moved, labels.to(device)
 
@@ -104,8 +107,10 @@ def loss_by_rows(inputs: list[Tensor], labels: Tensor, lines: int = 8) -> Result
 # --- cases ---
 
 
-def loss_case(batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool) -> Case:
-    inputs, labels = make_inputs(batch, side, device, dtype)
+def loss_case(
+    batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool, heads: int = HEADS
+) -> Case:
+    inputs, labels = make_inputs(batch, side, device, dtype, heads)
     loss = partial(afa_kernels.attention_affinity_loss, radius=RADIUS)
     ways = {}
     if (batch, side) == LARGE:
@@ -119,20 +124,22 @@ def loss_case(batch: int, side: int, device: str, dtype: torch.dtype, compiling:
     ways |= {name: partial(loss, backend=name) for name in kernels("attention_affinity_loss", device)}
     providers |= {name: partial(with_gradients, way, inputs, labels) for name, way in ways.items()}
     return Case(
-        title("loss and gradients", batch, side, dtype),
+        title("loss and gradients", batch, side, dtype, heads),
         providers,
         # Queries and keys in, their gradients out.
-        bytes=4.0 * batch * HEADS * side * side * DEPTH * dtype.itemsize,
+        bytes=4.0 * batch * heads * side * side * DEPTH * dtype.itemsize,
         # One dot product over all heads for an ordered pair; a multiple of a key and of a query for its gradients.
-        operations=3 * 2.0 * batch * pairs(side) * HEADS * DEPTH,
+        operations=3 * 2.0 * batch * pairs(side) * heads * DEPTH,
         dtype=dtype,
         # bfloat16: the dense way rounds every score before they are summed.
         tolerance=1e-4 if dtype == torch.float32 else 3e-2,
     )
 
 
-def window_case(batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool) -> Case:
-    inputs, _ = make_inputs(batch, side, device, dtype)
+def window_case(
+    batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool, heads: int = HEADS
+) -> Case:
+    inputs, _ = make_inputs(batch, side, device, dtype, heads)
     call = partial(afa_kernels.window_affinity, *inputs, side, side, RADIUS)
     providers = {"reference": partial(call, backend="reference")}
     if compiling:
@@ -140,27 +147,30 @@ def window_case(batch: int, side: int, device: str, dtype: torch.dtype, compilin
     providers |= {name: partial(call, backend=name) for name in kernels("window_affinity", device)}
     taps = (2 * RADIUS + 1) ** 2
     return Case(
-        title("window", batch, side, dtype),
+        title("window", batch, side, dtype, heads),
         providers,
-        bytes=batch * side * side * (2.0 * HEADS * DEPTH + taps) * dtype.itemsize,
-        operations=2.0 * batch * pairs(side) * HEADS * DEPTH,
+        bytes=batch * side * side * (2.0 * heads * DEPTH + taps) * dtype.itemsize,
+        operations=2.0 * batch * pairs(side) * heads * DEPTH,
         dtype=dtype,
         tolerance=1e-5 if dtype == torch.float32 else 1e-2,
     )
 
 
-def title(what: str, batch: int, side: int, dtype: torch.dtype) -> str:
+def title(what: str, batch: int, side: int, dtype: torch.dtype, heads: int) -> str:
+    of = "" if heads == HEADS else f", {heads} heads"
     suffix = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
-    return f"{what}, N={side * side}, B={batch}{suffix}"
+    return f"{what}, N={side * side}, B={batch}{of}{suffix}"
 
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
-    shapes = SHAPES[:2] if quick else SHAPES
+    shapes = [(*shape, HEADS) for shape in SHAPES]
+    shapes = shapes[:2] if quick else [*shapes, (*VIT, VIT_HEADS)]
     dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
-    table = [loss_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
+    both = [(*shape, dtype) for dtype in dtypes for shape in shapes]
+    table = [loss_case(batch, side, device, dtype, compiling, heads) for batch, side, heads, dtype in both]
     if not quick:
         table.append(loss_case(*LARGE, device, torch.float32, compiling))
-    return table + [window_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
+    return table + [window_case(batch, side, device, dtype, compiling, heads) for batch, side, heads, dtype in both]
 
 
 if __name__ == "__main__":
