@@ -124,6 +124,20 @@ def test_pairs_in_the_window_are_counted(bench):
     assert bench.tables.affinity.pairs(20) == int(window.sum())
 
 
+def test_heads_of_a_vision_transformer_are_a_case(bench):
+    table = bench.bench_affinity
+    names = [case.name for case in table.cases("cpu", quick=False)]
+    assert [name for name in names if "24 heads" in name] == [
+        "loss and gradients, N=784, B=2, 24 heads", "window, N=784, B=2, 24 heads"
+    ]  # fmt: skip
+    for make in (table.loss_case, table.window_case):
+        few, many = (make(1, 8, "cpu", torch.float32, False, heads) for heads in (16, 24))
+        assert many.operations == 1.5 * few.operations and few.bytes < many.bytes <= 1.5 * few.bytes
+        want = next(iter(many.providers.values()))()
+        for call in many.providers.values():
+            assert all(relative_error(got, wanted) < 1e-4 for got, wanted in zip(call(), want))
+
+
 def test_dense_arithmetic_by_rows_is_that_of_the_whole(bench):
     table = bench.tables.affinity
     inputs, labels = table.make_inputs(2, 24, "cpu", torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import forked
-from support.tiny_step import ALL, batch, tiny_vit
+from support.tiny_step import ALL, batch, small_vit
 
 from afa_model.runtime.processes import Here, data_parallel
 from afa_model.training.losses import patch_contrast_loss
@@ -26,7 +26,7 @@ def share(here: Here, seed: int) -> dict:
 
 def trained(here: Here, freeze: bool) -> dict:
     """A step of each phase -> losses and weights."""
-    model = tiny_vit(aux_layer=-2, freeze_backbone=freeze, decoder="largefov")
+    model = small_vit(aux_layer=-2, freeze_backbone=freeze, decoder="largefov")
     step = data_parallel(TrainingStep(model, STEP, LABELS), here)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, 0.03)
@@ -97,7 +97,7 @@ def test_two_processes_train_as_one(outcomes, kind):
 
 
 def test_a_frozen_backbone_stays_the_same_in_all_processes(outcomes):
-    before = dict(tiny_vit(aux_layer=-2, decoder="largefov").named_parameters())
+    before = dict(small_vit(aux_layer=-2, decoder="largefov").named_parameters())
     for found in outcomes:
         weights = found["frozen"]["weights"]
         same = {name for name in before if torch.equal(before[name], weights[name])}

@@ -23,7 +23,7 @@ def tiny(drop: float = 0.0, classes: int = 5) -> AFA:
 VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64}
 
 
-def tiny_vit(drop: float = 0.0, classes: int = 5, **changes: Any) -> AFA:
+def small_vit(drop: float = 0.0, classes: int = 5, **changes: Any) -> AFA:
     """A Vision Transformer with patches of 16 pixels; ``changes`` are arguments of AFA."""
     torch.manual_seed(0)
     arguments = {"embedding": 16, "decoder_dropout": drop, "backbone_args": VIT | {"drop_path_rate": drop}}

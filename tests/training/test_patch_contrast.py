@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support.common import relative_error
-from support.tiny_step import ALL, batch, tiny, tiny_vit
+from support.tiny_step import ALL, batch, small_vit, tiny
 
 from afa_model.conventions import IGNORE
 from afa_model.labels.cams import multi_scale_cam
@@ -97,7 +97,7 @@ def parts(result) -> list[float]:
 @pytest.mark.parametrize("iteration", [0, 1, 2])
 def test_both_losses_join_in_every_phase_with_their_weights(iteration):
     how = dataclasses.replace(STEP, aux_weight=0.7, contrast_weight=0.3, seg_weight=0.2, aff_weight=0.4)
-    result = TrainingStep(tiny_vit(aux_layer=-2), how, CONTRASTS)(batch(), iteration)
+    result = TrainingStep(small_vit(aux_layer=-2), how, CONTRASTS)(batch(), iteration)
     cls, aux, contrast, seg, aff = parts(result)
     learned = 0.2 * seg + 0.4 * aff
     assert (learned > 0) == (iteration > 0) and aux > 0 and 0 < contrast < 1
@@ -105,7 +105,7 @@ def test_both_losses_join_in_every_phase_with_their_weights(iteration):
 
 
 def test_the_contrast_is_of_the_last_tokens_by_the_auxiliary_cam():
-    model, example = tiny_vit(aux_layer=-2), batch()
+    model, example = small_vit(aux_layer=-2), batch()
     result = TrainingStep(model, STEP, CONTRASTS)(example, 0)
     slots = ClassSlots.of(example["cls_labels"])
     cams = multi_scale_cam(model, example["image"], CONTRASTS.cam_scales, slots=slots, aux=True)
@@ -122,7 +122,7 @@ def test_the_contrast_is_of_the_last_tokens_by_the_auxiliary_cam():
 
 def test_the_auxiliary_cam_of_an_image_is_that_of_its_classifier():
     """The model whose two classifiers see the same tokens has one CAM twice."""
-    model = tiny_vit(aux_layer=-1)
+    model = small_vit(aux_layer=-1)
     with torch.no_grad():
         model.aux_classifier.weight.copy_(model.classifier.weight)
     model.encoder.model.norm = torch.nn.Identity()  # only the last map is normed
@@ -132,19 +132,19 @@ def test_the_auxiliary_cam_of_an_image_is_that_of_its_classifier():
 
 
 def test_when_the_contrast_begins():
-    step = TrainingStep(tiny_vit(aux_layer=-2), dataclasses.replace(STEP, contrast_from=1), CONTRASTS)
+    step = TrainingStep(small_vit(aux_layer=-2), dataclasses.replace(STEP, contrast_from=1), CONTRASTS)
     before, looked, after = step(batch(), 0), step(batch(), 0, True), step(batch(), 1)
     assert before.contrast_loss is None and before.labels is None and before.aux_loss > 0
     assert looked.contrast_loss > 0 and torch.equal(looked.loss, before.loss), "only to be seen"
     assert after.contrast_loss > 0
-    never = TrainingStep(tiny_vit(aux_layer=-2), dataclasses.replace(STEP, contrast_weight=0.0), CONTRASTS)
+    never = TrainingStep(small_vit(aux_layer=-2), dataclasses.replace(STEP, contrast_weight=0.0), CONTRASTS)
     assert never(batch(), 2, True).contrast_loss is None and never(batch(), 2).aux_loss > 0
 
 
 def test_looking_teaches_no_contrast():
     gradients = []
     for everything in (None, True):
-        model = tiny_vit(aux_layer=-2)
+        model = small_vit(aux_layer=-2)
         step = TrainingStep(model, dataclasses.replace(STEP, contrast_from=1), CONTRASTS)
         step(batch(), 0, everything).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -152,7 +152,7 @@ def test_looking_teaches_no_contrast():
 
 
 def test_a_model_without_an_auxiliary_classifier_has_neither_loss():
-    for model in (tiny(), tiny_vit()):
+    for model in (tiny(), small_vit()):
         result = TrainingStep(model, STEP, LABELS)(batch(), 2)
         assert result.aux_loss is None and result.contrast_loss is None and result.labels.aux_cam is None
 
@@ -161,7 +161,7 @@ def test_contrast_parts_tokens_of_different_labels():
     """What it is for: with it tokens that differ in label differ more, without it less."""
     example, spread = batch(), {}
     for weight in (0.0, 5.0):
-        model = tiny_vit(aux_layer=-2)
+        model = small_vit(aux_layer=-2)
         step = TrainingStep(model, dataclasses.replace(STEP, contrast_weight=weight), CONTRASTS)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for _ in range(25):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support.common import relative_error
-from support.tiny_step import ALL, VIT, batch, tiny, tiny_vit
+from support.tiny_step import ALL, VIT, batch, small_vit, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa_model.labels.cams import Known, multi_scale_cam, same_in_eval_mode
@@ -23,7 +23,7 @@ NUMBERS = ("loss", "cls_loss", "seg_loss", "aff_loss", "aux_loss", "contrast_los
 
 
 def frozen(**changes) -> AFA:
-    return tiny_vit(freeze_backbone=True, **changes)
+    return small_vit(freeze_backbone=True, **changes)
 
 
 def learning(model: AFA) -> list[str]:
@@ -37,9 +37,9 @@ def learning(model: AFA) -> list[str]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: tiny_vit(aux_layer=-2, decoder="largefov"),
+        lambda: small_vit(aux_layer=-2, decoder="largefov"),
         lambda: frozen(aux_layer=-2),
-        lambda: tiny_vit(backbone_args=VIT | {"reg_tokens": 2, "global_pool": "avg"}),
+        lambda: small_vit(backbone_args=VIT | {"reg_tokens": 2, "global_pool": "avg"}),
         lambda: AFA("eva02_tiny_patch14_224", 5, embedding=16, backbone_args={**VIT, "img_size": 56}).train(),
     ],
     ids=["toco", "frozen", "registers", "eva02"],
@@ -58,7 +58,7 @@ def test_every_parameter_that_learns_has_a_gradient_in_every_phase(make, iterati
 def test_a_frozen_step_has_the_losses_of_one_that_learns():
     """In eval mode, which a frozen backbone always is in, both compute the same."""
     for iteration in (0, 2):
-        want = TrainingStep(tiny_vit(aux_layer=-2), STEP, LABELS)(batch(), iteration)
+        want = TrainingStep(small_vit(aux_layer=-2), STEP, LABELS)(batch(), iteration)
         got = TrainingStep(frozen(aux_layer=-2), STEP, LABELS)(batch(), iteration)
         for name in ("cls_loss", "aux_loss", "seg_loss", "aff_loss"):
             if getattr(want, name) is not None:
@@ -121,12 +121,12 @@ def test_a_frozen_backbone_never_sees_an_image_twice(passes, scales, wanted):
 
 def test_one_with_drop_path_does(passes):
     labels = dataclasses.replace(LABELS, cam_scales=(1.0, 0.5))
-    TrainingStep(tiny_vit(drop=0.2), STEP, labels)(batch(), 2)
+    TrainingStep(small_vit(drop=0.2), STEP, labels)(batch(), 2)
     assert passes == [2 * 64, 4 * 64, 4 * 32]
 
 
 def test_what_is_known_gives_both_cams_and_the_affinity(passes):
-    model, images, scales = tiny_vit(aux_layer=-2), batch()["image"], (0.5, 1.0)
+    model, images, scales = small_vit(aux_layer=-2), batch()["image"], (0.5, 1.0)
     known = Known.of(model(images), scales, affinity=True, aux=True)
     passes.clear()
     slots = ClassSlots.of(batch()["cls_labels"])
@@ -156,7 +156,7 @@ def test_a_graph_is_given_what_is_known(pretend_cuda, passes):
 
 def test_a_graph_holds_the_labels_of_each_phase(pretend_cuda):
     """With the contrast the classifier's phase has labels too: the CAMs alone."""
-    graphed, plain = (TrainingStep(tiny_vit(aux_layer=-2), STEP, LABELS, cuda_graph=on) for on in (True, False))
+    graphed, plain = (TrainingStep(small_vit(aux_layer=-2), STEP, LABELS, cuda_graph=on) for on in (True, False))
     for iteration in (0, 1, 2, 0):
         got, want = graphed(batch(), iteration), plain(batch(), iteration)
         for name in NUMBERS:
@@ -190,7 +190,7 @@ def test_nothing_of_a_frozen_backbone_is_kept(iteration):
     assert not places & {parameter.untyped_storage().data_ptr() for parameter in one.encoder.parameters()}
     shallow, _ = kept_bytes(frozen(), iteration)
     assert kept <= 1.05 * shallow, "the depth of the backbone does not count"
-    whole, places = kept_bytes(model := tiny_vit(backbone_args=deep), iteration)
+    whole, places = kept_bytes(model := small_vit(backbone_args=deep), iteration)
     assert places & {parameter.untyped_storage().data_ptr() for parameter in model.encoder.parameters()}
     assert whole > kept + 6 * 2 * 17 * 32 * 4 * 8, "of each block at least eight activations"
 
@@ -206,7 +206,7 @@ def test_maps_of_a_frozen_backbone_need_no_gradient():
 
 
 def test_groups_of_a_vision_transformer():
-    model = tiny_vit(aux_layer=-2)
+    model = small_vit(aux_layer=-2)
     groups = {group["name"]: group for group in parameter_groups(model)}
     assert set(groups) == {"backbone", "backbone_norms", "backbone_positions", "heads", "decoder"}
     named = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -250,14 +250,14 @@ def test_crops_of_any_size(size):
     example = batch(96)
     example |= {"image": example["image"][:, :, : size[0], : size[1]], "img_box": torch.tensor([[0, *size, 0]] * 2)}
     example["img_box"] = torch.tensor([[0, size[0], 0, size[1]], [5, size[0], 0, size[1] - 9]])
-    model = tiny_vit(aux_layer=-2)
+    model = small_vit(aux_layer=-2)
     result = TrainingStep(model, STEP, LABELS)(example, 2)
     result.loss.backward()
     assert result.aff_label.shape == result.refined_label.shape == (2, *size)
     assert result.loss.isfinite() and all(getattr(result, name) > 0 for name in NUMBERS)
 
 
-@pytest.mark.parametrize("make", [tiny_vit, pytest.param(frozen, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [small_vit, pytest.param(frozen, marks=pytest.mark.slow)])
 def test_compiled_step_trains_alike(monkeypatch, make):
     real, labels = torch.compile, dataclasses.replace(LABELS, cam_scales=(1.0,))
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
@@ -277,7 +277,7 @@ def test_compiled_step_trains_alike(monkeypatch, make):
 
 def test_bfloat16_step_stays_near_float32():
     """The tolerance stated for half precision: 5 % of losses, 5 % of pixels."""
-    for make in (tiny_vit, frozen):
+    for make in (small_vit, frozen):
         want = TrainingStep(make(aux_layer=-2), STEP, LABELS)(batch(96), 2)
         with torch.autocast("cpu", torch.bfloat16):
             got = TrainingStep(make(aux_layer=-2), STEP, LABELS)(batch(96), 2)

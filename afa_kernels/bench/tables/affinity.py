@@ -23,12 +23,11 @@ from ...ops.affinity.reference import dense_affinity, window_mask
 from ..harness import Case, compiled, kernels
 from ..published import IGNORE, affinity_loss
 
-HEADS, DEPTH, RADIUS = 16, 64, 8
+HEADS, DEPTH, RADIUS = 16, 64, 8  # two blocks of MiT-B1
 # (batch, grid): crop 320 and crop 512 of training, 48x48 of multi-scale inference, a photograph of 1536 pixels.
 SHAPES = [(2, 20), (2, 32), (1, 48)]
 LARGE = (1, 96)
-# ViT-B/16 at crop 448, two blocks of 12 heads: ToCo's batch on each of two GPUs, and both together.
-VIT = [(2, 28, 24), (4, 28, 24)]
+VIT, VIT_HEADS = (2, 28), 24  # two blocks of ViT-B/16, of 12 heads each, at a crop of 448
 Results = tuple[Tensor, ...]
 
 
@@ -135,8 +134,10 @@ def loss_case(
     )
 
 
-def window_case(batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool) -> Case:
-    inputs, _ = make_inputs(batch, side, device, dtype)
+def window_case(
+    batch: int, side: int, device: str, dtype: torch.dtype, compiling: bool, heads: int = HEADS
+) -> Case:
+    inputs, _ = make_inputs(batch, side, device, dtype, heads)
     call = partial(afa_kernels.window_affinity, *inputs, side, side, RADIUS)
     providers = {"reference": partial(call, backend="reference")}
     if compiling:
@@ -144,28 +145,31 @@ def window_case(batch: int, side: int, device: str, dtype: torch.dtype, compilin
     providers |= {name: partial(call, backend=name) for name in kernels("window_affinity", device)}
     taps = (2 * RADIUS + 1) ** 2
     return Case(
-        title("window", batch, side, dtype),
+        title("window", batch, side, dtype, heads),
         providers,
-        bytes=batch * side * side * (2.0 * HEADS * DEPTH + taps) * dtype.itemsize,
-        operations=2.0 * batch * pairs(side) * HEADS * DEPTH,
+        bytes=batch * side * side * (2.0 * heads * DEPTH + taps) * dtype.itemsize,
+        operations=2.0 * batch * pairs(side) * heads * DEPTH,
         dtype=dtype,
         tolerance=1e-5 if dtype == torch.float32 else 1e-2,
     )
 
 
-def title(what: str, batch: int, side: int, dtype: torch.dtype, heads: int = HEADS) -> str:
+def title(what: str, batch: int, side: int, dtype: torch.dtype, heads: int) -> str:
+    of = "" if heads == HEADS else f", {heads} heads"
     suffix = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
-    many = "" if heads == HEADS else f", {heads} heads"
-    return f"{what}, N={side * side}, B={batch}{many}{suffix}"
+    return f"{what}, N={side * side}, B={batch}{of}{suffix}"
 
 
 def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Case]:
-    shapes = SHAPES[:2] if quick else SHAPES
+    shapes = [(*shape, HEADS) for shape in SHAPES]
+    shapes = shapes[:2] if quick else [*shapes, (*VIT, VIT_HEADS)]
     dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
-    table = [loss_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
-    for dtype in dtypes:
-        for batch, side, heads in VIT[:1] if quick else VIT:
-            table.append(loss_case(batch, side, device, dtype, compiling, heads))
+    both = [(*shape, dtype) for dtype in dtypes for shape in shapes]
+    table = [loss_case(batch, side, device, dtype, compiling, heads) for batch, side, heads, dtype in both]
     if not quick:
         table.append(loss_case(*LARGE, device, torch.float32, compiling))
-    return table + [window_case(*shape, device, dtype, compiling) for dtype in dtypes for shape in shapes]
+    return table + [window_case(batch, side, device, dtype, compiling, heads) for batch, side, heads, dtype in both]
+
+
+if __name__ == "__main__":
+    main(["affinity", *sys.argv[1:]])
