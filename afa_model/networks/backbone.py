@@ -58,7 +58,8 @@ def pyramid(backbone: nn.Module, images: Tensor) -> Pyramid:
 
 
 def cropped(model: nn.Module, maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, C, h, w] that a backbone, or a network with one, gave of images of ``size`` (height, width), without what
-    lies over padding: resized to the images they are where they belong. Where nothing is padded they stay as they are.
+    """Maps [B, C, h, w] that a backbone, or a network with one, gave of images of ``size`` (height, width), without
+    what lies over padding: resized to the images they are where they belong. Where nothing is padded they stay as they
+    are.
     """
     return model.cropped(maps, size) if hasattr(model, "cropped") else maps

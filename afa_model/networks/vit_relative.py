@@ -30,7 +30,7 @@ _METHODS = ("_get_rel_pos_bias", "get_bias", "forward")  # that give a bias, the
 
 
 def any_size(model: nn.Module, taker: Taker) -> bool:
-    """Make relative positions those of the grid of ``taker``'s pass -> whether the model has any; else it stays as it is.
+    """Make relative positions those of the grid of ``taker``'s pass -> whether it has any; else it stays as it is.
     """
     sizes: dict[type, _Sizes] = {}
     modules = [module for module in model.modules() if _is_relative(module)]

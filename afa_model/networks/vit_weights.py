@@ -8,6 +8,7 @@ another grid. Heads and what only pretraining uses are left out; all else has to
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -82,10 +83,8 @@ def _translated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     if ours is not None and theirs is not None and theirs.ndim == 4 and theirs.shape[2:] != ours.shape[2:]:
         raise ValueError(f"its patches are {theirs.shape[2]} x {theirs.shape[3]} pixels, not {tuple(ours.shape[2:])}")
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError, LookupError):  # of another model: what differs is listed
         state = dict(translate(dict(state), model)) if translate is not None else state
-    except (RuntimeError, AssertionError, LookupError):  # of another model: what differs will be listed
-        pass
     known = model.state_dict().keys()
     for key in list(state):  # layer scale by the names of DeiT III's own files
         scale = re.sub(r"gamma_([12])$", r"ls\1.gamma", key)

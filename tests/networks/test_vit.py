@@ -275,7 +275,8 @@ def test_copies_and_pickles_are_models_of_their_own():
 def test_names_of_weights_are_timms():
     model = tiny_vit("deit iii")
     own = own_model("deit iii", model, (48, 48)).state_dict()
-    assert {name for name in model.state_dict() if name.startswith("encoder")} == {f"encoder.model.{name}" for name in own}
+    ours = {name for name in model.state_dict() if name.startswith("encoder")}
+    assert ours == {f"encoder.model.{name}" for name in own}
 
 
 @torch.no_grad()
@@ -371,11 +372,11 @@ def test_attention_that_is_no_fused_call_is_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stride": (4, 2, 2, 2)}, r"stride: vit_tiny_patch16_224 has patches of 16 pixels, .* not 32: \[4, 2, 2, 1\], as without"),
+        ({"stride": (4, 2, 2, 2)}, r"stride: vit_tiny_patch16_224 has patches of 16 .* not 32: \[4, 2, 2, 1\], "),
         ({"backbone_args": {"patch_drop_rate": 0.5}}, "backbone_args: patch_drop_rate takes patches out of the grid"),
         ({"backbone_args": {"depht": 3}}, "backbone_args: vit_tiny_patch16_224 does not take .*depht"),
         ({"backbone": "vit_tiny_patch16_224.nothing"}, "backbone: timm does not make vit_tiny_patch16_224.nothing"),
-        ({"backbone": "vit_of_no_one"}, "backbone: expected mit_b0 .. mit_b5, or a Vision Transformer or a CNN of timm"),
+        ({"backbone": "vit_of_no_one"}, "backbone: expected mit_b0 .. mit_b5, or a Vision Transformer or a CNN of"),
         ({"decoder": "unet"}, "decoder: expected one of segformer, largefov, got 'unet'"),
     ],
 )

@@ -65,7 +65,7 @@ def test_containers(tmp_path):
         "backbone": behind("backbone.", state),
         "average": {"state_dict": other, "state_dict_ema": state, "epoch": 2},
         "eva": {"module": state},
-        "afa": behind("encoder.model.", state) | {"decoder.linear_pred.weight": torch.ones(3), "attn_proj.bias": torch.ones(1)},
+        "afa": behind("encoder.model.", state) | dict.fromkeys(("decoder.conv8.bias", "attn_proj.bias"), torch.ones(1)),
     }
     for name, content in contents.items():
         torch.save(content, tmp_path / "w.pth")
@@ -114,9 +114,11 @@ def test_the_visual_part_of_clip(prefix, tmp_path):
 
 def test_dinov2s_own_names(tmp_path):
     state = own("dinov2, registers")
-    theirs = {name: value for name, value in state.items() if name not in ("reg_token", "cls_token", "pos_embed", "head.weight", "head.bias")}
+    other = ("reg_token", "cls_token", "pos_embed", "head.weight", "head.bias")
+    theirs = {name: value for name, value in state.items() if name not in other}
     theirs |= {"mask_token": torch.ones(1, 24), "register_tokens": state["reg_token"]}
-    theirs |= {"cls_token": state["cls_token"] - 1, "pos_embed": torch.cat([torch.ones(1, 1, 24), state["pos_embed"]], 1)}
+    theirs["cls_token"] = state["cls_token"] - 1
+    theirs["pos_embed"] = torch.cat([torch.ones(1, 1, 24), state["pos_embed"]], 1)
     torch.save(theirs, tmp_path / "w.pth")
     got = load("dinov2, registers", tmp_path / "w.pth")
     assert torch.allclose(got.pop("cls_token"), state["cls_token"], atol=1e-6) and same(got, state)
@@ -124,7 +126,8 @@ def test_dinov2s_own_names(tmp_path):
 
 def test_deit_iiis_own_names(tmp_path):
     state = own("deit iii")
-    theirs = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value for name, value in state.items()}
+    names = {name: name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2") for name in state}
+    theirs = {names[name]: value for name, value in state.items()}
     assert theirs.keys() != state.keys()
     torch.save({"model": theirs}, tmp_path / "w.pth")
     assert same(load("deit iii", tmp_path / "w.pth"), state)
@@ -153,7 +156,8 @@ def test_what_is_wrong_is_listed(tmp_path):
 
     def error(content: dict, family: str = "vit", **changes) -> str:
         torch.save(content, tmp_path / "w.pth")
-        with pytest.raises(ValueError, match=f"pretrained: .*w.pth does not hold the weights of {FAMILIES[family][0]}") as caught:
+        begins = f"pretrained: .*w.pth does not hold the weights of {FAMILIES[family][0]}"
+        with pytest.raises(ValueError, match=begins) as caught:
             load(family, tmp_path / "w.pth", **changes)
         return str(caught.value)
 
