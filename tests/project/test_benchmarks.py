@@ -125,7 +125,7 @@ def test_pairs_in_the_window_are_counted(bench):
 
 
 def test_heads_of_a_vision_transformer_are_a_case(bench):
-    table = bench.bench_affinity
+    table = bench.tables.affinity
     names = [case.name for case in table.cases("cpu", quick=False)]
     assert [name for name in names if "24 heads" in name] == [
         "loss and gradients, N=784, B=2, 24 heads", "window, N=784, B=2, 24 heads"
