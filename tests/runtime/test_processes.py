@@ -36,7 +36,8 @@ class Launcher:
                     torch.set_num_threads(1)
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
                     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port)}
-                    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempts[rank])}
+                    os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempts[rank])}
+                    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
                     with processes("cpu", timeout) as here:
                         function(here)
                     status = 0
