@@ -169,7 +169,3 @@ def cases(device: str, quick: bool = False, compiling: bool = False) -> list[Cas
     if not quick:
         table.append(loss_case(*LARGE, device, torch.float32, compiling))
     return table + [window_case(batch, side, device, dtype, compiling, heads) for batch, side, heads, dtype in both]
-
-
-if __name__ == "__main__":
-    main(["affinity", *sys.argv[1:]])
