@@ -19,6 +19,7 @@ from support.source_tree import SOURCES, copy, package_files
 
 import afa_kernels
 
+
 def test_kernels_know_nothing_of_torch():
     assert SOURCES
     for path in SOURCES:

@@ -27,8 +27,8 @@ SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (
 
 def package_files() -> set[str]:
     """What is to be in an installation, by its path here."""
-    kinds = ("*.py", "*.yaml", "py.typed")
-    found = {path for package in ("afa_kernels", "afa_model") for kind in kinds for path in (ROOT / package).rglob(kind)}
+    folders = [ROOT / package for package in ("afa_kernels", "afa_model")]
+    found = {path for folder in folders for kind in ("*.py", "*.yaml", "py.typed") for path in folder.rglob(kind)}
     return {path.relative_to(ROOT).as_posix() for path in found if path.name != "_build_info.py"}
 
 
