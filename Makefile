@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-slow bench lint docs clean
 
 # Installed again whenever something that is compiled changes. Python files are used in place. Of all that torch brings
-# a tenth is ever imported, and compiled then: --no-compile saves a minute. What README says, `pip install -e .`, in two
+# a tenth is ever imported, and compiled then: --no-compile saves a minute. `pip install -e '.[test,real]'` in two
 # parts at a time: one core unpacks torch while the others compile the kernels.
 NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
 

@@ -167,9 +167,9 @@ def sources_digest() -> str:
 
 
 def _with_cuda(requirements: list[str]) -> list[str]:
-    linux_x86 = platform.system() == "Linux" and platform.machine() == "x86_64"
+    linux = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
     compiles = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if linux_x86 and compiles and system_nvcc() is None and why_no_cuda() is None:
+    if linux and compiles and system_nvcc() is None and why_no_cuda() is None:
         return requirements + CUDA_WHEELS
     return requirements
 

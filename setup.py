@@ -75,11 +75,15 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         info = {"native": False, "native_reason": None, "cuda": False, "cuda_reason": None, "cuda_archs": None}
         info["sources"] = build_backend.sources_digest()
-        cxx = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        # On Windows MinGW's g++ would link what Python there does not bring, and MSVC has no vector types.
+        compilers, advice = ("c++", "g++", "clang++"), "g++"
+        if sys.platform == "win32":
+            compilers, advice = ("clang++",), "clang++"
+        cxx = os.environ.get("CXX") or next(filter(shutil.which, compilers), None)
         if os.environ.get("AFA_NATIVE") == "0":
             info["native_reason"] = "AFA_NATIVE=0 was set when this was built"
         elif cxx is None or shutil.which(cxx) is None:
-            info["native_reason"] = "no C++ compiler was found when this was built (install g++ or set CXX)"
+            info["native_reason"] = f"no C++ compiler was found when this was built (install {advice} or set CXX)"
         if info["native_reason"]:
             info["cuda_reason"] = info["native_reason"]
             print(f"afa: native module left out: {info['native_reason']}", file=sys.stderr)

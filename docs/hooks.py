@@ -3,6 +3,7 @@
 A line of its own in a page stands for a text that is made when the site is:
 
     <!-- readme: Speed -->        a section of README.md, without its heading
+    <!-- changelog -->            CHANGELOG.md, without its title
     <!-- speed: par -->           the measurements of an operator that are kept in benchmarks/results
     <!-- settings -->             every setting of a run, from the dataclasses; what the packaged files set
     <!-- commands -->             what each `afa COMMAND --help` prints
@@ -30,7 +31,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 FILES = "files"  # where on the site files from outside docs/ lie
-MARKER = re.compile(r"^<!-- (readme|speed|settings|commands)(?:: (.+))? -->$", re.M)
+MARKER = re.compile(r"^<!-- (readme|changelog|speed|settings|commands)(?:: (.+))? -->$", re.M)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 HEADING = re.compile(r"^(#+) (.+)$", re.M)
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
@@ -48,7 +49,8 @@ def filled(page: str) -> str:
     Raises:
         ValueError: a marker asks for what is not there.
     """
-    made = {"readme": _readme, "speed": _speed, "settings": _settings, "commands": _commands}
+    made = {"readme": _readme, "changelog": _changelog}
+    made |= {"speed": _speed, "settings": _settings, "commands": _commands}
     text = _relinked((DOCS / page).read_text(encoding="utf-8"), page, DOCS / page)
     return MARKER.sub(lambda found: made[found[1]](page, found[2]), text)
 
@@ -90,6 +92,11 @@ def section(title: str) -> str:
 
 def _readme(page: str, title: str) -> str:
     return _relinked(section(title), page, ROOT / "README.md")
+
+
+def _changelog(page: str, nothing: None) -> str:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return _relinked(text[text.index("\n") :].strip(), page, ROOT / "CHANGELOG.md")
 
 
 def _shown() -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch  # before the native module: both then share one OpenMP runtime and one thread pool
@@ -17,11 +19,32 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def _load() -> tuple[Any, str | None]:
+    for last in (False, True):
+        try:
+            return importlib.import_module("afa_kernels._native"), None
+        except ImportError as error:
+            if last or "undefined symbol" not in str(error) or not _openmp_for_all():
+                reason = build_info().get("native_reason")
+                return None, reason or f"the native module could not be loaded: {error}"
+    raise AssertionError
+
+
+def _openmp_for_all() -> bool:
+    """Lets the native module find OpenMP's runtime, with which it is not linked: the one that torch has loaded, so that
+    both share its threads, by whatever name; else the system's. The torch of PyPI has done it already.
+    """
     try:
-        return importlib.import_module("afa_kernels._native"), None
-    except ImportError as error:
-        reason = build_info().get("native_reason")
-        return None, reason or f"the native module could not be loaded: {error}"
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
+    except OSError:
+        loaded = set()
+    names = "libgomp", "libiomp5", "libomp"
+    for path in [*sorted(path for path in loaded if os.path.basename(path).startswith(names)), "libgomp.so.1"]:
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def build_info() -> dict[str, Any]:

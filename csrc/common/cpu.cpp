@@ -1,17 +1,38 @@
 // Which of the three copies of the CPU kernels runs.
 #include "common/cpu.h"
 
+#if AFA_WITH_X86_ISAS && (defined(_WIN32) || defined(AFA_ASK_CPUID))
+#define AFA_ASK_CPUID 1
+#include <cpuid.h>
+#endif
+
 namespace afa {
 
-static Isa detect() {
-  Isa best = Isa::baseline;
-#if AFA_WITH_X86_ISAS
+#if !AFA_WITH_X86_ISAS
+static Isa of_machine() { return Isa::baseline; }
+#elif AFA_ASK_CPUID
+// What the builtins below do, where the library that they read from is not linked (Clang beside Microsoft's linker).
+static Isa of_machine() {
+  unsigned eax, ebx, ecx, edx, kept, high;
+  constexpr unsigned kFma = 1u << 12, kXsave = 1u << 27, kAvx2 = 1u << 5;
+  constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (~ecx & (kFma | kXsave))) return Isa::baseline;
+  asm volatile("xgetbv" : "=a"(kept), "=d"(high) : "c"(0));  // which registers the system keeps
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (~kept & 0x06) || !(ebx & kAvx2)) return Isa::baseline;
+  return (~kept & 0xe6) || (~ebx & kAvx512) ? Isa::avx2 : Isa::avx512;
+}
+#else
+static Isa of_machine() {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = Isa::avx512;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;
+  const bool all = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return all ? Isa::avx512 : Isa::avx2;
+}
 #endif
+
+static Isa detect() {
+  Isa best = of_machine();
   if (const char* wish = std::getenv("AFA_CPU_ISA")) {
     if (std::strcmp(wish, "baseline") == 0) best = Isa::baseline;
     if (std::strcmp(wish, "avx2") == 0 && best > Isa::avx2) best = Isa::avx2;

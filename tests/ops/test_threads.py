@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from support import sanitized
 from support.common import DEVICE, ROOT, available
 from support.cuda_emulator import build
 from support.every_operator import Everything, everything
+
+from afa_kernels.core import native_module
 
 NATIVE = "native" in available("par")
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native backend here")
@@ -42,6 +46,47 @@ def after_all_threads() -> list[list[torch.Tensor]]:
         return [everything(seed) for seed in range(3)]
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what is loaded is read from /proc")
+def test_torch_and_the_kernels_have_one_openmp():
+    """Another one would be a second pool, whose threads spin beside torch's."""
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    assert len({path for path in loaded if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp"))}) == 1
+
+
+def test_an_openmp_that_only_torch_sees_is_shared(monkeypatch):
+    """Where the loader does not find its functions the runtime that torch has loaded is opened for all."""
+    tried, opened = [], []
+
+    def load(name: str) -> object:
+        tried.append(name)
+        if len(tried) == 1:
+            raise ImportError("_native.so: undefined symbol: GOMP_parallel")
+        return native_module.native
+
+    monkeypatch.setattr(native_module.importlib, "import_module", load)
+    monkeypatch.setattr(native_module.ctypes, "CDLL", lambda path, mode: opened.append((path, mode)))
+    assert native_module._load() == (native_module.native, None)
+    ((path, mode),) = opened
+    assert len(tried) == 2 and mode == native_module.ctypes.RTLD_GLOBAL
+    assert "omp" in os.path.basename(path) and os.path.exists(path)
+
+
+@pytest.mark.parametrize("message", ["_native.so: undefined symbol: GOMP_parallel", "libstdc++.so.6: cannot open"])
+def test_what_cannot_be_loaded_is_tried_no_further(message, monkeypatch):
+    def load(name: str) -> object:
+        if name.endswith("_native"):
+            raise ImportError(message)
+        return importlib.import_module(name)
+
+    def no_library(path: str, mode: int) -> None:
+        raise OSError(path)
+
+    monkeypatch.setattr(native_module, "importlib", SimpleNamespace(import_module=load))
+    monkeypatch.setattr(native_module.ctypes, "CDLL", no_library)
+    native, reason = native_module._load()
+    assert native is None and message in reason
 
 
 def arrays(seed: int) -> list:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from support.common import ROOT
 from support.cuda_tools import build_backend, disassembler
+from support.source_tree import SOURCES, copy, package_files
 
 import afa_kernels
-
-SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
 
 def test_kernels_know_nothing_of_torch():
@@ -57,33 +56,25 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
         assert not shared, f"{source}: {shared}"
 
 
-TOP = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE")
-
-
-def _copy(folder: Path) -> None:
-    """The sources as they are checked out, without what a build has left in them."""
-    for name in TOP:
-        shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for package in ("afa_kernels", "afa_model"):
-        ignored = shutil.ignore_patterns("_native*.so", "_build_info.py", "__pycache__")
-        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
-
-
 def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    _copy(folder)
+    copy(folder)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-def test_a_source_distribution_can_be_built_from(tmp_path):
-    _copy(tmp_path)
-    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as files:
-        held = {name.partition("/")[2] for name in files.getnames()}
-    assert held >= {str(path.relative_to(ROOT)) for path in SOURCES} | set(TOP)
+def test_the_instruction_set_is_that_of_the_builtins(tmp_path):
+    """As it is asked for where they cannot be linked."""
+    cxx = shutil.which("g++")
+    if not cxx or platform.machine() != "x86_64":
+        pytest.skip("needs g++ and an x86-64 processor")
+    source = '#include <cstdio>\n#include "common/cpu.h"\nint main() { std::puts(afa::cpu_isa_name()); }\n'
+    (tmp_path / "main.cpp").write_text(source)
+    said = []
+    for option in ("-DBUILTINS", "-DAFA_ASK_CPUID"):
+        files = [str(tmp_path / "main.cpp"), str(ROOT / "csrc" / "common" / "cpu.cpp"), "-o", str(tmp_path / "main")]
+        subprocess.run([cxx, "-std=c++17", f"-I{ROOT / 'csrc'}", "-DAFA_WITH_X86_ISAS=1", option, *files], check=True)
+        said.append(subprocess.run([str(tmp_path / "main")], capture_output=True, text=True, check=True).stdout)
+    assert said[0] == said[1]
 
 
 def test_without_a_compiler_it_installs_and_says_what_is_missing(tmp_path):
@@ -117,7 +108,7 @@ def test_a_wheel_holds_every_module_and_works_from_an_empty_folder(tmp_path):
     tree, wheels, empty = (tmp_path / name for name in ("tree", "wheels", "empty"))
     for folder in (tree, empty):
         folder.mkdir()
-    _copy(tree)
+    copy(tree)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(wheels)]
     environment = {**os.environ, "AFA_NATIVE": "0"}
     subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
@@ -125,10 +116,7 @@ def test_a_wheel_holds_every_module_and_works_from_an_empty_folder(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         archive.extractall(empty)
-    for package in ("afa_kernels", "afa_model"):
-        files = [path for suffix in ("*.py", "*.yaml") for path in (ROOT / package).rglob(suffix)]
-        assert len(files) > 20
-        assert {path.relative_to(ROOT).as_posix() for path in files if path.name != "_build_info.py"} <= held
+    assert len(package_files()) > 200 and package_files() <= held
     program = """
 import sys, pkgutil, importlib
 sys.path[:] = [sys.argv[1], *(path for path in sys.path if path)]
@@ -144,7 +132,7 @@ print(packaged())
         [sys.executable, "-c", program, str(empty)], cwd=empty, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "['coco', 'demo', 'quick', 'voc']\n"
+    assert run.stdout == f"{sorted(path.stem for path in (ROOT / 'afa_model' / 'config').glob('*.yaml'))}\n"
 
 
 def test_a_compiler_that_fails_stops_the_installation(tmp_path):
@@ -182,6 +170,15 @@ def without_nvcc(backend, monkeypatch):
     monkeypatch.setattr(backend.platform, "system", lambda: "Linux")
     monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(backend.shutil, "which", lambda name: "/usr/bin/" + name)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64"])
+def test_build_requirements_ask_for_the_cuda_compiler_only_where_there_is_one(
+    machine, backend, without_nvcc, monkeypatch
+):
+    monkeypatch.setattr(backend, "torch_cuda", lambda: None)
+    monkeypatch.setattr(backend.platform, "machine", lambda: machine)
+    assert backend._with_cuda([]) == ([] if machine == "riscv64" else backend.CUDA_WHEELS)
 
 
 def test_build_requirements_ask_for_the_cuda_compiler_only_where_it_is_needed(backend, without_nvcc, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import inspect
 import re
 
 import pytest
 from support.common import ROOT
+
+import afa_kernels
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
@@ -48,6 +52,18 @@ def test_examples_have_the_heading_that_the_site_takes_for_code():
     ]
     assert sum("\n    Examples:\n        >>> " in text for text in texts) > 10
     assert not any(re.search(r"^ *Example:$", text, re.M) for text in texts)
+
+
+ROWS = {"CheckRow", "CheckTable"}  # what self_check returns
+
+
+@pytest.mark.parametrize("name", sorted(set(afa_kernels.__all__) - ROWS))
+def test_every_public_operator_has_an_example_that_calls_it(name):
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(afa_kernels, name)))
+    code = ast.parse("".join(example.source for example in examples))
+    called = {node.func.id for node in ast.walk(code) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    imported = {alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert name in called & imported
 
 
 def test_a_wrong_example_is_told(tmp_path, monkeypatch):

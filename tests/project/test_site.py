@@ -47,6 +47,11 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(paths(SITE["nav"])) == sorted(PAGES)
 
 
+def test_the_changelog_is_shown_whole(hooks):
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert hooks.filled("changelog.md").split("\n", 1)[1].strip() == text.split("\n", 1)[1].strip()
+
+
 def test_every_picture_is_shown():
     there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "images").rglob("*.*")}
     text = "".join(DOCUMENTS.values())

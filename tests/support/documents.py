@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/: their texts, links and anchors."""
+"""README.md, its neighbours and the pages of docs/: their texts, links and anchors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from support.common import ROOT
 
-PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PATHS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 FENCED = re.compile(r"^```(\w*)\n.*?^```$", re.S | re.M)
 

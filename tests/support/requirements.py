@@ -9,7 +9,8 @@ try:
 except ImportError:  # before Python 3.11
     from pip._vendor import tomli as tomllib
 
-project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+settings = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+project = settings["project"]
 extras = project["optional-dependencies"]
 
 
