@@ -1,8 +1,9 @@
 """python benchmarks/bench_train_step.py [--device cpu|cuda] [--backbone mit_b1] [--crop 320] [--batch 2] [--json -]
 
 One training step (all phases at work: CAM, pseudo-labels, three losses, backward, AdamW), as it was published
-(``published_step.py``) and as `afa train` does it; ``train_step.py`` measures them. With
---waiting (``waiting.py``): how long the latter takes on the CPU by how OpenMP's threads wait, alone and beside others.
+(``published_step.py``) and as `afa train` does it; ``train_step.py`` measures them. With --waiting (``waiting.py``):
+how long the latter takes on the CPU by how OpenMP's threads wait, alone and beside others. With --profile
+(``profile_step.py``): the kernels or operators that its time goes to, and the gaps between them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import as_the_command  # noqa: F401
 import torch
+from profile_step import measure_profile, show_profile
 from train_step import measure, show
 from waiting import measure_waiting, show_waiting
 
@@ -34,16 +36,19 @@ def main() -> None:
     parser.add_argument("--shared-refinement", action="store_true", help="fused: one diffusion for both labels")
     told = "fused: with the dense energy loss, which the public scripts have switched off; the paper's weight is 0.01"
     parser.add_argument("--regularisation", type=float, default=0.0, help=told)
+    parser.add_argument("--profile", action="store_true", help="fused: where its time goes, by torch.profiler")
     parser.add_argument("--waiting", action="store_true", help="by how OpenMP's threads wait, alone and beside others")
     parser.add_argument("--json", metavar="FILE", help="write the result to FILE; - prints it instead of the table")
     options = parser.parse_args()
     if options.amp == "auto":
         options.amp = "bf16" if options.device == "cuda" else "off"
-    result = measure_waiting(options) if options.waiting else measure(options)
+    ways = {"waiting": (measure_waiting, show_waiting), "profile": (measure_profile, show_profile)}
+    run, tell = next((way for name, way in ways.items() if getattr(options, name)), (measure, show))
+    result = run(options)
     if options.json == "-":
         print(json.dumps(result))
         return
-    (show_waiting if options.waiting else show)(result)
+    tell(result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -87,8 +87,10 @@ class Config:
         device: auto (CUDA if there is one), cpu, cuda or cuda:N.
         amp: auto (bfloat16 where the device is a GPU that has it), bf16 or off.
         channels_last: keep images and convolution weights in channels_last memory format.
-        compile: run backbone and decoder through torch.compile while training (for GPUs; starts slowly).
-        cuda_graph: on a GPU, make the pseudo-labels in a CUDA graph.
+        compile: run backbone and decoder through torch.compile while training; auto does on a GPU for which Triton
+            compiles, in runs of 1000 steps or more, for it starts slowly.
+        cuda_graph: on a GPU, make the pseudo-labels in a CUDA graph; auto does where one can hold them, and where what
+            it gives is what the step gives without it.
         process_timeout: minutes that one of several processes waits for another before the run ends with an error.
         data: where the images and labels are.
         augment: how training photographs are varied.
@@ -110,8 +112,8 @@ class Config:
     device: str = "auto"
     amp: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool = False
-    compile: bool = False
-    cuda_graph: bool = False
+    compile: bool | Literal["auto"] = "auto"
+    cuda_graph: bool | Literal["auto"] = "auto"
     process_timeout: float = PROCESS_TIMEOUT
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
@@ -180,9 +182,9 @@ def check(config: Config) -> Config:
         require(0 < config.process_timeout < 1e6, "process_timeout", "minutes above 0", config.process_timeout)
         check_device(config.device)
         require(bool(config.out), "out", "a folder", config.out)
-        graphed = config.cuda_graph and step.cam_mode == "train"
+        graphed = config.cuda_graph is True and step.cam_mode == "train"
         require(not graphed, "cuda_graph", "false with step.cam_mode train, whose noise a graph cannot hold", True)
-        crf = config.cuda_graph and config.labels.refinement == "crf"
+        crf = config.cuda_graph is True and config.labels.refinement == "crf"
         require(not crf, "cuda_graph", "false with labels.refinement crf, whose sizes vary with the image", True)
         for key, value in (
             ("schedule.warmup_iters", schedule.warmup_iters),

@@ -157,15 +157,16 @@ class Batches:
 
     def __init__(self, batches: Iterator[Any]):
         self._batches = batches
+        # Held by the finalizer too: as a part of garbage that is a cycle, as with a traceback, its queues would close
+        # before it could tell the processes through them to end.
+        self._end = weakref.finalize(self, _end_processes, batches)
+        self._end.atexit = False  # but by _close_all, before multiprocessing waits
         _open.add(self)
 
     def close(self) -> None:
         """End the processes that load them."""
-        batches, self._batches = self._batches, iter(())
-        # Not left to its own destructor: part of a cycle, it may run after multiprocessing has begun to wait.
-        getattr(batches, "_shutdown_workers", lambda: None)()
-
-    __del__ = close
+        self._batches = iter(())
+        self._end()
 
     def __iter__(self) -> Batches:
         return self
@@ -195,6 +196,13 @@ def death_told() -> Iterator[None]:
             f"a process that loads data ended: {reason(error)}; the system may have killed it for want of memory or of"
             " shared memory (/dev/shm): num_workers 0 (of data, of eval) loads without such processes"
         ) from error
+
+
+def _end_processes(batches: Iterator[Any]) -> None:
+    getattr(batches, "_shutdown_workers", lambda: None)()
+    for process in getattr(batches, "_workers", ()):
+        if process.is_alive():  # it did not answer, and SIGTERM does not reach it
+            process.kill()
 
 
 _open: weakref.WeakSet[Batches] = weakref.WeakSet()

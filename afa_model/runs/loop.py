@@ -153,10 +153,15 @@ class _Loop:
         trainer, config, here = self.trainer, self.trainer.config, self.trainer.here
         count = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
         done = trainer.progress.iteration
+        with autocast(config.amp, here.device):
+            half = torch.is_autocast_enabled(here.device.type)
+        fast = (("bf16", half), ("compiled", trainer.compiles), ("CUDA graph", trainer.graphs))
+        ways = ", ".join(name for name, used in fast if used)
+        how = f" ({ways})" if ways else ""
         self.log.say(
             f"{config.model.backbone} ({count:.1f} M parameters), {len(trainer.data)} training images,"
             f" labels from {trainer.data.label_source}, {trainer.data.num_classes} classes,"
-            f" crop {config.augment.crop}, batch {config.loader.batch_size} x {here.world_size} on {here.device},"
+            f" crop {config.augment.crop}, batch {config.loader.batch_size} x {here.world_size} on {here.device}{how},"
             f" steps {done + 1}..{self.total}"
         )
         for note in trainer.notes:

@@ -20,6 +20,7 @@ from ..labels.kinds import kinds_of
 from ..runtime.collectives import agreeing, gather_from_all, same_as_first
 from ..runtime.machine import threads_beside
 from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
+from ..training.acceleration import compiles, graphs
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
 from ..training.step import StepResult, TrainingStep
 from . import checkpoint
@@ -41,6 +42,7 @@ class Trainer:
         model: the network itself, on its device.
         learning: the parameters that the optimizer changes.
         progress: steps done, best score.
+        compiles, graphs: whether the networks are compiled, and pseudo-labels made in a CUDA graph.
         numbers: the names of what every step is to be logged with, beside its gradient's norm.
         notes: what a resume found, or what is odd about the run, for the log.
         owes_evaluation: one that was due after the last step was given up.
@@ -60,14 +62,17 @@ class Trainer:
         )
         groups = self.optimizer.param_groups
         self.learning = [p for group in groups if group["lr_scale"] > 0 for p in group["params"]]
+        self.compiles = compiles(config.compile, here.device, config.schedule.max_iters)
+        self.graphs = graphs(config.cuda_graph, here.device, config.step.cam_mode, config.labels.refinement)
         step = TrainingStep(
             self.model,
             config.step,
             config.labels,
             loss=config.loss,
             max_classes=int(self.data.labels.sum(1).max()),
-            compile=config.compile,
-            cuda_graph=config.cuda_graph,
+            compile=self.compiles,
+            cuda_graph=self.graphs,
+            falls_back=[name for name in ("compile", "cuda_graph") if getattr(config, name) == "auto"],
         )
         self.step = data_parallel(step, here)
         self.progress = checkpoint.Progress()

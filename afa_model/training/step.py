@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -163,6 +163,7 @@ class TrainingStep(nn.Module):
 
     compile: run backbone and decoder through ``torch.compile``. cuda_graph: on a GPU, make the pseudo-labels
     (but for a refinement inside boxes, whose shapes vary) in a CUDA graph; crop and batch size must not vary.
+    falls_back: which of "compile" and "cuda_graph" are left out, with a line that says so, where they fail.
 
     batch: ``image`` [B, 3, H, W] normalised, ``cls_labels`` [B, K - 1] multi-hot, optionally ``img_box``
     [B, 4] (best left on the CPU, see pseudo_labels.py).
@@ -190,6 +191,7 @@ class TrainingStep(nn.Module):
         max_classes: int | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
+        falls_back: Container[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -201,8 +203,9 @@ class TrainingStep(nn.Module):
             raise ValueError("cuda_graph: expected cam_mode eval, got train, whose noise a graph cannot hold")
         if cuda_graph and self.labels.refinement == "crf":
             raise ValueError("cuda_graph: expected refinement par, pamr or none, got crf, whose sizes vary")
-        self._networks = CompiledNetworks(model) if compile else None
-        self._graph = GraphedFunction(self._pseudo_labels) if cuda_graph else None
+        self._networks = CompiledNetworks(model, falls_back="compile" in falls_back) if compile else None
+        graph = GraphedFunction(self._pseudo_labels, falls_back="cuda_graph" in falls_back) if cuda_graph else None
+        self._graph = graph
 
     def forward(self, batch: Mapping[str, Any], iteration: int, everything: bool | None = None) -> StepResult:
         """One step; the first ``iteration`` is 0. ``everything`` overrides ``compute_unused`` this once, and then

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from afa_model.data.datasets import DataSettings, EvaluationSet, TrainingSet
 from afa_model.data.order import death_told, evaluation_loader, training_loader
 from afa_model.data.transforms import AugmentSettings
 from afa_model.errors import DataError, TrainingError
+from afa_model.runtime.signals import held_back
 
 
 @pytest.fixture
@@ -101,3 +105,28 @@ def test_batches_that_are_left_take_their_processes_with_them(data):
     (process,) = kept._batches._workers
     order._close_all()  # at the interpreter's end
     assert not process.is_alive() and list(kept) == []
+
+
+def test_an_error_that_is_kept_keeps_no_process_waiting(data, tmp_path):
+    """Its traceback holds the batches, as garbage that is a cycle; the queues among it are closed first."""
+    (tmp_path / "JPEGImages" / "2007_000002.jpg").write_bytes(b"no photograph")
+
+    def fails() -> int:
+        try:
+            for _ in training_loader(data, 1, num_workers=1):
+                pass
+        except DataError as error:
+            error.itself = error
+        gc.collect()
+        return len(multiprocessing.active_children())
+
+    assert forked.run(fails).returncode == 0
+
+
+def test_a_process_that_does_not_answer_is_killed():
+    with held_back():
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        process.start()
+    order._end_processes(SimpleNamespace(_shutdown_workers=process.terminate, _workers=[process]))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL

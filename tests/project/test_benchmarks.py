@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 
@@ -266,3 +268,29 @@ def test_a_reference_with_tf32_is_not_ours(bench):
     rows = [row("dense", 8.0), row("dense TF32", 1.0)]
     table = bench.reports.markdown([{"operator": "par", "machine": {"device": "a", "torch": "2"}, "rows": rows}])
     assert "TF32" not in table
+
+
+def test_a_profile_adds_up_what_ran_at_once_and_names_ours(bench, monkeypatch):
+    profiled = importlib.import_module("profile_step")
+    spans = [profiled.Span(*given) for given in (("a", 0, 10), ("afa::b<4>", 5, 12), ("a", 6, 8), ("c", 20, 25))]
+    assert profiled.busy(spans) == 17 and profiled.busy([]) == 0
+    rows = profiled.totals(spans, 2)
+    assert [(row["name"], row["calls"], row["us"], row["ours"]) for row in rows] == [
+        ("a", 1.0, 6.0, False),
+        ("afa::b<4>", 0.5, 3.5, True),
+        ("c", 0.5, 2.5, False),
+    ]
+
+
+def test_a_step_is_profiled(tmp_path):
+    script = ROOT / "benchmarks" / "bench_train_step.py"
+    line = "--profile --device cpu --backbone mit_b0 --crop 64 --batch 1 --rounds 1 --warmup 0 --threads 1 --json"
+    command = [sys.executable, str(script), *line.split(), str(tmp_path / "profile.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "profile.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert "aten::convolution_backward" in names and any(row["ours"] and row["us"] > 0 for row in found["rows"])
+    assert not {"forward", "CAM", "PAR", "backward"} & set(names), "ranges are no operators"
+    assert 0 < found["ours_ms"] < found["computing_ms"] <= found["profiled_step_ms"] * 1.01
+    assert "our operators" in run.stdout and "aten::convolution_backward" in run.stdout

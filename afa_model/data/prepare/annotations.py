@@ -114,7 +114,8 @@ def _read_table(path: Path, found: Annotations) -> None:
     if not lines:
         raise ValueError("it is empty")
     delimiter = next((mark for mark in "\t,;" if mark in lines[0][1]), " ")
-    rows = [(number, [cell.strip() for cell in next(csv.reader([text], delimiter=delimiter))]) for number, text in lines]
+    cells = [next(csv.reader([text], delimiter=delimiter)) for _, text in lines]
+    rows = [(number, [cell.strip() for cell in row]) for (number, _), row in zip(lines, cells)]
     head, body = rows[0][1], rows[1:]
     columns = _named_columns(head)
     if columns is not None:

@@ -139,7 +139,8 @@ class Names:
         path = PurePosixPath(_plain(re.sub(r"^(\./)+", "", said.strip().replace("\\", "/"))))
         bare = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES and path.stem else path
         for key in (path, bare, path.name, bare.name):
-            found = [source for source in self._by_key.get(str(key), ()) if same_folders(str(path), _plain(str(source.inside)))]
+            known = self._by_key.get(str(key), ())
+            found = [source for source in known if same_folders(str(path), _plain(str(source.inside)))]
             if found:
                 exact = [source for source in found if _plain(str(source.inside)) == str(path)]
                 return exact or found
