@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from ..runtime.tensor_files import nothing_runs
-from .weights import read_weights, under_prefix, weights_in
+from .weights import check_finite, read_weights, under_prefix, weights_in
 
 
 class NoMaps(ValueError):
@@ -47,4 +47,5 @@ def create_cnn(name: str, output_stride: int, pretrained: bool | str | Path, arg
             raise ValueError(
                 f"pretrained: {pretrained} lacks {len(missing)} tensors of {name}, e.g. {missing[0]}"
             )
+        check_finite(model, pretrained)
     return model

@@ -20,6 +20,7 @@ from .weights import load_mit_weights
 
 # The files here that register backbones with attention with timm, and what reads their weight files.
 WITH_ATTENTION = {"mit": load_mit_weights}
+DECIDED = {"features_only", "num_classes", "pretrained", "pretrained_cfg", "checkpoint_path"}
 
 
 def create_backbone(
@@ -38,6 +39,9 @@ def create_backbone(
             not fit it.
         FileNotFoundError: no file at ``pretrained``.
     """
+    decided = sorted(DECIDED.intersection(arguments))
+    if decided:
+        raise ValueError(f"backbone_args: {', '.join(decided)}: decided by what a backbone is here, not an argument")
     if not timm.is_model(name):
         raise ValueError(
             f"backbone: expected mit_b0 .. mit_b5, or a Vision Transformer or a CNN of timm's, got {name!r}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .weights import NESTED, read_weights, under_prefix, weights_in
+from .weights import NESTED, check_finite, read_weights, under_prefix, weights_in
 
 _PATCHES = "patch_embed.proj.weight"
 _CLIP = ("conv1.weight", "positional_embedding")
@@ -52,6 +52,7 @@ def load_vit_weights(model: nn.Module, path: str | Path, name: str) -> None:
     if wrong:
         raise ValueError(f"pretrained: {path} does not hold the weights of {name}: {'; '.join(wrong)}")
     model.load_state_dict(state)
+    check_finite(model, path)
 
 
 def _one_network(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

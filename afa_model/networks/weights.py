@@ -86,6 +86,19 @@ def read_weights(path: str | Path) -> Any:
         raise ValueError(str(error)) from error
 
 
+def not_finite(model: nn.Module) -> str:
+    """The names of parameters with NaN or infinity among them, as those of a run that diverged; "" of a sound model."""
+    wrong = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def check_finite(model: nn.Module, path: str | Path) -> None:
+    """Raises ValueError naming the weights that are not finite, after a file of them was loaded."""
+    wrong = not_finite(model)
+    if wrong:
+        raise ValueError(f"pretrained: {path} holds NaN or infinite weights: {wrong}")
+
+
 def load_mit_weights(model: nn.Module, path: str | Path) -> None:
     """Load a weight file (``.pth``, ``.bin``, ``.safetensors``) of any known layout into a MiT, strictly.
 
@@ -97,3 +110,4 @@ def load_mit_weights(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(checkpoint_filter_fn(content, model))
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"pretrained: {path} does not hold the weights of this MiT: {error}") from error
+    check_finite(model, path)

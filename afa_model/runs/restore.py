@@ -14,6 +14,7 @@ from ..config import Config, from_dict, to_dict
 from ..errors import CheckpointError, ConfigError
 from ..networks.afa import AFA
 from ..networks.hub import CONFIG, WEIGHTS, is_hub_folder
+from ..networks.weights import not_finite
 from ..runtime.tensor_files import read_tensors
 from . import checkpoint
 from .published import hub_model, published_model, published_weights
@@ -89,9 +90,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Restored
     run's folder, or one as the Hub keeps it.
 
     Raises:
-        CheckpointError: no such file, or no checkpoint of either.
+        CheckpointError: no such file, no checkpoint of either, or its weights are NaN or infinite.
     """
-    path = checkpoint_of(path)
+    restored = _restored(checkpoint_of(path), device)
+    wrong = not_finite(restored.model)
+    if wrong:
+        raise CheckpointError(f"checkpoint {restored.path} holds NaN or infinite weights: {wrong}")
+    return restored
+
+
+def _restored(path: Path, device: str | torch.device) -> Restored:
     if path.name == WEIGHTS and is_hub_folder(path.parent):
         model, config, names = hub_model(path.parent)
         known, step = model.class_names is not None, model.about.get("iteration")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -93,3 +94,23 @@ def test_a_library_that_asks_for_more_gets_data_only(tmp_path):
     assert not (tmp_path / "mark").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "mark").is_dir(), "a payload that would run"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("backbone", ["mit_b0", "resnet18", "test_vit"])
+def test_weights_of_a_run_that_diverged_are_refused(tmp_path, backbone, value):
+    arguments = {"backbone_args": TINY} if backbone == "mit_b0" else {}
+    encoder = AFA(backbone, 3, **arguments).encoder
+    state = getattr(encoder, "model", encoder).state_dict()
+    name = next(name for name, tensor in reversed(state.items()) if tensor.ndim > 1)
+    state[name].view(-1)[-1] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"pretrained: .*w\.pth holds NaN or infinite weights: {re.escape(name)}$"):
+        AFA(backbone, 3, pretrained=tmp_path / "w.pth", **arguments)
+
+
+@pytest.mark.parametrize("name", ["features_only", "num_classes", "checkpoint_path"])
+@pytest.mark.parametrize("backbone", ["mit_b0", "resnet18", "test_vit"])
+def test_arguments_that_are_not_the_users_are_named(backbone, name):
+    with pytest.raises(ValueError, match=rf"backbone_args: {name}: decided by what a backbone is here"):
+        AFA(backbone, 3, backbone_args={name: 1})

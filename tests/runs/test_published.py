@@ -49,6 +49,12 @@ def test_another_network_under_the_same_names_is_refused(tmp_path, state):
         load_model(tmp_path / "w.pth")
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path, state):
+    torch.save({**state, "classifier.weight": state["classifier.weight"] * float("nan")}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"checkpoint .*w\.pth holds NaN or infinite weights: classifier\.weight"):
+        load_model(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("kind", ["w.pth", "model.safetensors"])
 def test_commands_take_it(tmp_path, state, capsys, kind):
     """The file, or the folder that ``save_pretrained`` writes."""
