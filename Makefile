@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-slow bench lint docs clean
 
 # Installed again whenever something that is compiled changes. Python files are used in place. Of all that torch brings
-# a tenth is ever imported, and compiled then: --no-compile saves a minute. `pip install -e '.[test,real]'` in two
+# a tenth is ever imported, and compiled then: --no-compile saves a minute. `pip install -e '.[test,real,serve]'` in two
 # parts at a time: one core unpacks torch while the others compile the kernels.
 NATIVE := $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
@@ -26,7 +26,7 @@ $(VENV)/installed: $(NATIVE)
 	$(BIN)/python -m pip install --no-compile --no-deps -e . & kernels=$$!; \
 	  $(BIN)/python -m pip install --quiet --no-compile -r $(VENV)/requirements.txt; others=$$?; \
 	  wait $$kernels && exit $$others
-	$(BIN)/python -m pip install --quiet --no-compile 'afa[test,real]'
+	$(BIN)/python -m pip install --quiet --no-compile 'afa[test,real,serve]'
 	touch $@
 
 demo: $(VENV)/installed

@@ -19,6 +19,7 @@ COMMANDS = {
     "pseudo-labels": "labels, CAMs and random walks of many photographs as files, to train a second network on",
     "refine": "refine CAMs and label maps that are there as files, by dense CRF, PAR or PAMR",
     "figures": "draw the figures of the paper's supplement, of your own models and photographs",
+    "serve": "a page on this machine: what a model sees in a photograph, or what refinements make of a mask",
     "reproduce": "the tables of the paper's supplement: train and score each row, our numbers beside the paper's",
     "convert": "weights into other names and files: public, SegFormer, mmsegmentation, Hugging Face, a Hub folder",
     "export": "the segmentation network as ONNX, TorchScript or a torch.export program, run beside PyTorch",

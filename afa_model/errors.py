@@ -95,13 +95,17 @@ OF_TRAIN = {
 }
 
 
+# And what that of pip install 'afa[serve]' besides.
+OF_SERVE = {"gradio", "starlette"}
+
+
 class MissingError(AfaError, ModuleNotFoundError):
     """A package that pip was not asked for; the message has the command that brings it."""
 
 
 @contextlib.contextmanager
 def missing_named() -> Iterator[None]:
-    """An import that fails inside, of what the extra ``train`` brings, says how to install that.
+    """An import that fails inside, of what the extras ``train`` or ``serve`` bring, says how to install that.
 
     Raises:
         MissingError: in place of the ModuleNotFoundError.
@@ -110,9 +114,11 @@ def missing_named() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if isinstance(error, MissingError) or package not in OF_TRAIN:
+        if isinstance(error, MissingError) or package not in OF_TRAIN | OF_SERVE:
             raise
-        told = f"{package} is not installed (the operators need torch only, all else more): pip install 'afa[train]'"
+        extra = "train" if package in OF_TRAIN else "serve"
+        why = "the operators need torch only, all else more" if extra == "train" else "afa serve shows its page with it"
+        told = f"{package} is not installed ({why}): pip install 'afa[{extra}]'"
         raise MissingError(told, name=error.name) from error
 
 

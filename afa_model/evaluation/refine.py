@@ -251,13 +251,21 @@ def _of_label(
             f"{mask}: {label.shape[1]}x{label.shape[0]} pixels, but the photograph {photo} has"
             f" {size[1]}x{size[0]}{turned}"
         )
-    unknown = label == IGNORE
-    numbers = tuple(label[~unknown].unique().tolist())
+    numbers, maps = probabilities_of(label, settings.gt_prob)
     if numbers and numbers[-1] > IGNORE:
         raise DataError(f"{mask}: expected labels 0..{IGNORE}, got {numbers[-1]}")
-    others = (1 - settings.gt_prob) / max(len(numbers) - 1, 1)
+    return numbers, maps, label == IGNORE
+
+
+def probabilities_of(label: Tensor, gt_prob: float) -> tuple[tuple[int, ...], Tensor]:
+    """The classes that occur in a label, int64 [H, W], and what their probabilities float32 [1, C, H, W] are a share
+    of: where the label says a class that has ``gt_prob`` and the others share the rest, where it says 255 all have the
+    same.
+    """
+    numbers = tuple(label[label != IGNORE].unique().tolist())
+    others = (1 - gt_prob) / max(len(numbers) - 1, 1)
     of_number = label == torch.tensor(numbers, dtype=label.dtype)[:, None, None]
-    return numbers, torch.where(of_number, settings.gt_prob, others)[None], unknown
+    return numbers, torch.where(of_number, gt_prob, others)[None]
 
 
 class _Photographs:

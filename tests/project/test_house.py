@@ -24,6 +24,7 @@ ROOMS = {
         "__init__",
         "runs",
         "config",
+        "web",
         "evaluation",
         "training",
         "pictures",

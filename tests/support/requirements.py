@@ -1,5 +1,5 @@
-"""What pyproject.toml asks for. Run, it prints what `pip install '.[test,real]'` brings besides the package itself, so
-that `make` can fetch it meanwhile.
+"""What pyproject.toml asks for. Run, it prints what `pip install '.[test,real,serve]'` brings besides the package itself,
+so that `make` can fetch it meanwhile.
 """
 
 from pathlib import Path
@@ -24,5 +24,5 @@ def brought(extra: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    names = [*project["dependencies"], *brought("test"), *brought("real")]
+    names = [*project["dependencies"], *brought("test"), *brought("real"), *brought("serve")]
     print(*dict.fromkeys(names), sep="\n")

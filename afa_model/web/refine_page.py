@@ -1,0 +1,169 @@
+"""The page without a model: a photograph, a mask painted or brought, and what PAMR, PAR and the CRF make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from afa_kernels.ops.par import DILATIONS
+
+from ..errors import DataError
+from ..evaluation.refine import RefineSettings
+from ..labels.settings import LabelSettings
+from ..pictures.overlays import label_overlay
+from .clock import in_words
+from .masks import OBJECTS, Stroke, Unpainted, mask_of, painted, strokes_of, uploaded_mask
+from .painter import canvas_of, painter
+from .photographs import Photograph, masked_examples, photograph
+from .pictures import label_files, legend, shown_in
+from .quiet_gradio import gr
+from .refined import METHODS, Refined, refined, settings_of
+from .serving import own_folder
+from .settings import ServeSettings
+from .widgets import (
+    LIVE,
+    PAGE,
+    QUICK,
+    Updates,
+    dilation_slider,
+    drop,
+    examples,
+    first_of,
+    header,
+    iteration_slider,
+    label_list,
+    note,
+    picture,
+    shown,
+    telling,
+)
+
+NAMES = ["background", *(f"class {number}" for number in range(1, 255))]
+HOW_TO = "Paint roughly over an object, in one colour for each class, or drop a mask."
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one visitor works on: a photograph, a mask below what is painted, and what is painted."""
+
+    photograph: Photograph
+    base: np.ndarray | None = None
+    strokes: tuple[Stroke, ...] = ()
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The photograph, with the mask over it: what is painted on."""
+        pixels = self.photograph.pixels
+        return pixels if self.base is None else label_overlay(pixels, self.base, 0.5)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the controls say, in their order."""
+
+    unpainted: Unpainted
+    dilations: int
+    num_iter: int
+    gt_prob: float
+
+    def result(self, now: Work, device: torch.device | str) -> tuple[torch.Tensor, dict[str, Refined]]:
+        """The mask, int64 [H, W], and what becomes of it by each method.
+
+        Raises:
+            DataError: there is no mask yet.
+        """
+        label = mask_of(now.base, painted(now.strokes, now.photograph.size), self.unpainted)
+        by = settings_of(first_of(DILATIONS, self.dilations), int(self.num_iter), self.gt_prob)
+        return label, refined(now.photograph.pixels, label, by, device)
+
+
+def refine_page(settings: ServeSettings, device: torch.device | str = "cpu") -> gr.Blocks:
+    """The page. Masks are refined on ``device``."""
+    offered = masked_examples()
+    with gr.Blocks(title="AFA: refine a mask", **PAGE) as page:
+        header("AFA · refine a mask", "What PAMR, PAR and the dense CRF make of it. Nothing leaves this machine.")
+        work = gr.State(None)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=290):
+                file, gallery = drop("Drop a photograph", "photograph"), examples(offered)
+                mask = drop("Drop its mask: a PNG", "mask")
+                status = gr.HTML(note(HOW_TO), elem_id="status")
+                words = "What is not painted is"
+                unpainted = gr.Radio(["background", "unknown"], value="background", label=words, elem_id="unpainted")
+                dilations, iterations = dilation_slider(), iteration_slider(LabelSettings.num_iter)
+                words = "probability that the mask is right"
+                certainty = gr.Slider(0.5, 0.99, RefineSettings.gt_prob, step=0.01, label="Certainty", info=words)
+            with gr.Column(scale=4, min_width=600):
+                keys = gr.HTML(legend(range(OBJECTS + 1), NAMES), elem_id="legend")
+                with gr.Row(equal_height=False):
+                    canvas = painter(NAMES, "canvas")
+                    pictures = {"pamr": picture(METHODS["pamr"], elem_id="pamr")}
+                with gr.Row(equal_height=False):
+                    pictures |= {name: picture(METHODS[name], elem_id=name) for name in ("par", "crf")}
+                files = label_list()
+        controls = [unpainted, dilations, iterations, certainty]
+        everything = [work, canvas, status, keys, files, *pictures.values()]
+
+        def results(now: Work, *wanted: Any) -> Updates:
+            label, done = Wanted(*wanted).result(now, device)
+            updates = {work: now, status: note(now.photograph.said)}
+            for method, each in done.items():
+                words = f"{METHODS[method]} · {in_words(each.seconds)} · {100 * each.changed:.1f} % changed"
+                updates[pictures[method]] = shown(label_overlay(now.photograph.pixels, each.label), words)
+            kept = {method: each.label for method, each in done.items()}
+            updates[keys] = legend(shown_in([label.numpy(), *kept.values()]), NAMES)
+            return {**updates, files: label_files({"mask": label.numpy(), **kept}, now.photograph.name, own_folder())}
+
+        def begin(now: Work, *wanted: Any) -> Updates:
+            updates = {work: now, canvas: canvas_of(now.picture)}
+            if now.base is not None:
+                return updates | results(now, *wanted)
+            empty = {pictures[method]: shown(None, name) for method, name in METHODS.items()}
+            return {**updates, files: None, status: note(f"{now.photograph.said}. {HOW_TO}"), **empty}
+
+        @telling(status)
+        def take(path: str | None, *wanted: Any) -> Updates:
+            return {} if path is None else begin(Work(photograph(path, settings)), *wanted)
+
+        @telling(status)
+        def take_example(chosen: gr.SelectData, *wanted: Any) -> Updates:
+            taken = offered[chosen.index].read()
+            return begin(Work(taken, taken.label), *wanted)
+
+        @telling(status)
+        def take_mask(path: str | None, now: Work | None, *wanted: Any) -> Updates:
+            if path is None:
+                return {}
+            if now is None:
+                raise DataError("drop a photograph first, then its mask")
+            return begin(Work(now.photograph, uploaded_mask(path, now.photograph.size)), *wanted)
+
+        @telling(status)
+        def paint(sent: gr.EventData, now: Work | None, *wanted: Any) -> Updates:
+            return {} if now is None else results(replace(now, strokes=tuple(strokes_of(sent.strokes))), *wanted)
+
+        @telling(status)
+        def anew(now: Work | None, *wanted: Any) -> Updates:
+            return {} if now is None else begin(Work(now.photograph), *wanted)
+
+        @telling(status)
+        def again(now: Work | None, *wanted: Any) -> Updates:
+            return {} if now is None else results(now, *wanted)
+
+        @telling(status)
+        def first(*wanted: Any) -> Updates:
+            taken = offered[0].read()
+            return begin(Work(taken, taken.label), *wanted)
+
+        page.load(first, controls, everything, **QUICK)
+        file.upload(take, [file, *controls], everything, **QUICK)
+        gallery.select(take_example, controls, everything, **QUICK)
+        mask.upload(take_mask, [mask, work, *controls], everything, **QUICK)
+        canvas.input(paint, [work, *controls], everything, **LIVE)
+        canvas.clear(anew, [work, *controls], everything, **LIVE)
+        for control in controls:
+            control.input(again, [work, *controls], everything, **LIVE)
+    return page
