@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..errors import DataError
@@ -15,9 +16,9 @@ from ..labels.settings import LabelSettings
 from ..pictures.overlays import AFFINITY_COLORS, heat_overlay, label_overlay
 from .clock import in_words
 from .photographs import Example, Photograph, photograph
-from .pictures import label_files, legend, marked, shown_in
+from .pictures import enlargement, label_files, legend, marked, picture_file, shown_in
 from .quiet_gradio import gr
-from .seen import Look, affinity_at, heat_of, labels_of, look, peak, settings_of
+from .seen import Labels, Look, affinity_at, heat_of, labels_of, look, peak, settings_of
 from .serving import own_folder
 from .settings import ServeSettings
 from .widgets import (
@@ -77,7 +78,7 @@ class Pictures:
     def __init__(self, served: Served):
         self.served = served
 
-    def of_photograph(self, view: View) -> dict[str, tuple[Any, str]]:
+    def of_photograph(self, view: View) -> dict[str, tuple[np.ndarray, str]]:
         """The photograph, the point's affinity and the prediction."""
         seen, pixels = view.seen, view.seen.photograph.pixels
         took = in_words(seen.seconds["classifier"])
@@ -91,15 +92,16 @@ class Pictures:
             made["prediction"] = label_overlay(pixels, seen.prediction), words
         return made
 
-    def of_classes(self, view: View, classes: Sequence[int], maps: Mapping[str, Any], seconds: Mapping[str, float],
-                   how: LabelSettings) -> dict[str, tuple[Any, str]]:  # fmt: skip
+    def of_classes(
+        self, view: View, classes: Sequence[int], labels: Labels, how: LabelSettings
+    ) -> dict[str, tuple[np.ndarray, str]]:
         """The CAM and the pseudo-labels."""
         pixels = view.seen.photograph.pixels
         heat = heat_overlay(pixels, heat_of(view.seen, classes))
         made = {"heat": (heat, f"CAM · {in_words(view.seen.seconds['CAM'])}")}
-        for kind, label in maps.items():
+        for kind, label in labels.maps.items():
             words = "CAM, as a label" if kind == "cam" else title(kind, how.refinement)
-            made[kind] = label_overlay(pixels, label), f"{words} · {in_words(seconds[kind])}"
+            made[kind] = label_overlay(pixels, label), f"{words} · {in_words(labels.seconds[kind])}"
         return made
 
 
@@ -130,8 +132,10 @@ def model_page(served: Served, settings: ServeSettings, offered: Sequence[Exampl
         controls = [ticked, refinement, dilations, iterations, low, high]
         everything = [state, status, ticked, keys, files, *pictures.values()]
 
-        def update(made: Mapping[str, tuple[Any, str]]) -> Updates:
-            return {pictures[name]: shown(*each) for name, each in made.items()}
+        def update(view: View, made: Mapping[str, tuple[np.ndarray, str]]) -> Updates:
+            of, folder = view.seen.photograph.name, own_folder()
+            files = {name: picture_file(each[0], name, of, folder) for name, each in made.items()}
+            return {pictures[name]: shown(files[name], made[name][1]) for name in made}
 
         def labelled(view: View, chosen: Sequence[str], name: str, count: int, turns: int, *scores: float) -> Updates:
             classes = sorted(numbers[each] for each in chosen)
@@ -143,7 +147,7 @@ def model_page(served: Served, settings: ServeSettings, offered: Sequence[Exampl
                 kept["prediction"] = view.seen.prediction
             shares = {number: float(share) for number, share in enumerate(view.seen.probabilities, 1)}
             listed = sorted({*shown_in(kept.values()), *classes})
-            updates = update(draw.of_classes(view, classes, labels.maps, labels.seconds, by))
+            updates = update(view, draw.of_classes(view, classes, labels, by))
             updates[keys] = legend(listed, names, shares, classes)
             return {**updates, files: label_files(kept, view.seen.photograph.name, own_folder())}
 
@@ -153,7 +157,7 @@ def model_page(served: Served, settings: ServeSettings, offered: Sequence[Exampl
             view = View(seen, peak(seen, seen.found))
             words = f"{taken.said}. The classifier finds {', '.join(found)}. {POINT if attends else ''}"
             updates = {state: view, ticked: gr.update(value=found), status: note(words)}
-            return {**updates, **update(draw.of_photograph(view)), **labelled(view, found, *rest)}
+            return {**updates, **update(view, draw.of_photograph(view)), **labelled(view, found, *rest)}
 
         @telling(status)
         def take(path: str | None, *asked: Any) -> Updates:
@@ -182,11 +186,12 @@ def model_page(served: Served, settings: ServeSettings, offered: Sequence[Exampl
         def point(clicked: gr.SelectData, view: View | None) -> Updates:
             if view is None:
                 return {}
-            x, y = clicked.index
-            view = replace(view, point=(int(y), int(x)))
+            times = enlargement(view.seen.photograph.size)
+            x, y = (int(place) // times for place in clicked.index)
+            view = replace(view, point=(y, x))
             made = draw.of_photograph(view)
             made.pop("prediction", None)
-            return {state: view, **update(made)}
+            return {state: view, **update(view, made)}
 
         page.load(first, controls, everything, **SLOW)
         file.upload(take, [file, *controls], everything, **SLOW)

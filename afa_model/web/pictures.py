@@ -7,11 +7,13 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..conventions import IGNORE
 from ..data.classes import voc_palette
 from ..data.files import write_label
 
+LEAST_SIDE = 640  # of a picture that is shown
 _YELLOW, _BLACK = (255, 212, 0), (0, 0, 0)
 
 
@@ -64,15 +66,34 @@ def legend(
     return f'<div class="afa-legend">{"".join(parts)}</div>'
 
 
-def label_files(labels: Mapping[str, np.ndarray], name: str, folder: str | Path) -> list[str]:
-    """Write labels uint8 [H, W] as PNGs of class indices with VOC's colours: ``<folder>/<kind>_<name>.png``.
+def tame(name: str) -> str:
+    """Of a photograph's name those letters that any file system takes, without its ending."""
+    stem = Path(name).stem[:60]
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in stem) or "picture"
 
-    name: of the photograph's file, of whose letters those stay that any file system takes.
+
+def enlargement(size: Sequence[int]) -> int:
+    """How many pixels wide a pixel of a picture of this size is drawn, so that small pictures can be seen: browsers do
+    not enlarge what can be clicked at.
     """
-    stem = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in Path(name).stem)[:60] or "mask"
+    return max(1, -(-LEAST_SIDE // max(size)))
+
+
+def picture_file(picture: np.ndarray, kind: str, name: str, folder: str | Path) -> str:
+    """Write a picture uint8 [H, W, 3] as ``<folder>/shown_<kind>_<name>.png``, under which name it is downloaded; each
+    of its pixels is :func:`enlargement`'s.
+    """
+    path = Path(folder) / f"shown_{kind}_{tame(name)}.png"
+    times = enlargement(picture.shape[:2])
+    Image.fromarray(picture.repeat(times, 0).repeat(times, 1)).save(path, compress_level=1)
+    return str(path)
+
+
+def label_files(labels: Mapping[str, np.ndarray], name: str, folder: str | Path) -> list[str]:
+    """Write labels uint8 [H, W] as PNGs of class indices with VOC's colours: ``<folder>/<kind>_<name>.png``."""
     paths = []
     for kind, label in labels.items():
-        path = Path(folder) / f"{kind}_{stem}.png"
+        path = Path(folder) / f"{kind}_{tame(name)}.png"
         write_label(path, label)
         paths.append(str(path))
     return paths

@@ -18,7 +18,7 @@ from .clock import in_words
 from .masks import OBJECTS, Stroke, Unpainted, mask_of, painted, strokes_of, uploaded_mask
 from .painter import canvas_of, painter
 from .photographs import Photograph, masked_examples, photograph
-from .pictures import label_files, legend, shown_in
+from .pictures import label_files, legend, picture_file, shown_in
 from .quiet_gradio import gr
 from .refined import METHODS, Refined, refined, settings_of
 from .serving import own_folder
@@ -109,13 +109,14 @@ def refine_page(settings: ServeSettings, device: torch.device | str = "cpu") -> 
 
         def results(now: Work, *wanted: Any) -> Updates:
             label, done = Wanted(*wanted).result(now, device)
-            updates = {work: now, status: note(now.photograph.said)}
+            updates, folder, name = {work: now, status: note(now.photograph.said)}, own_folder(), now.photograph.name
             for method, each in done.items():
                 words = f"{METHODS[method]} · {in_words(each.seconds)} · {100 * each.changed:.1f} % changed"
-                updates[pictures[method]] = shown(label_overlay(now.photograph.pixels, each.label), words)
+                over = label_overlay(now.photograph.pixels, each.label)
+                updates[pictures[method]] = shown(picture_file(over, method, name, folder), words)
             kept = {method: each.label for method, each in done.items()}
             updates[keys] = legend(shown_in([label.numpy(), *kept.values()]), NAMES)
-            return {**updates, files: label_files({"mask": label.numpy(), **kept}, now.photograph.name, own_folder())}
+            return {**updates, files: label_files({"mask": label.numpy(), **kept}, name, folder)}
 
         def begin(now: Work, *wanted: Any) -> Updates:
             updates = {work: now, canvas: canvas_of(now.picture)}

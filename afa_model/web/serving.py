@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from .quiet_gradio import gr
 from .settings import ServeSettings
 from .stays_here import StaysHere, is_loopback
 from .style import CSS, theme
+
+_KEPT = 3600  # seconds
 
 
 def free_port(host: str, port: int) -> int:
@@ -86,5 +90,10 @@ def serving(build: Callable[[], gr.Blocks], settings: ServeSettings) -> Iterator
 
 
 def own_folder() -> Path:
-    """A new folder among those that :func:`serving` removes."""
-    return Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+    """A new folder, for files that the page is about to show; those of an hour ago go."""
+    above = Path(os.environ.get("GRADIO_TEMP_DIR", tempfile.gettempdir())) / "made"
+    above.mkdir(exist_ok=True)
+    for old in above.iterdir():
+        if time.time() - old.stat().st_mtime > _KEPT:
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=above))

@@ -16,12 +16,14 @@ CSS = """
 .afa-patch { display: inline-block; width: 1.1em; height: 1.1em; margin-right: .4em; border-radius: 3px;
   border: 1px solid #8888; }
 .afa-drop .icon-wrap, .afa-drop .or { display: none; }
-.afa-examples .grid-wrap { min-height: 0; }
+.afa-examples, .afa-examples .grid-wrap { height: auto !important; min-height: 0; max-height: none !important; }
 .afa-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; padding-top: 1.4em; }
 .afa-picture { padding-top: 1.75em !important; }
 .afa-picture .icon-button-wrapper { top: 0 !important; right: 0 !important; border-width: 0 0 1px 1px !important; }
 .afa-picture .image-container, .afa-picture .image-frame { height: auto !important; position: static !important; }
-.afa-picture img { width: 100% !important; height: auto !important; max-height: 75vh; object-fit: contain; }
+.afa-picture .image-container > button, .afa-picture .image-frame { width: 100% !important; }
+.afa-picture img { width: auto !important; height: auto !important; max-width: 100%; max-height: 75vh;
+  margin: 0 auto; }
 .afa-files { font-size: .85rem; }
 """
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
-
 from afa_kernels.ops.par import DILATIONS
 
 from ..errors import AfaError, reason
@@ -78,7 +76,7 @@ def examples(offered: Sequence[Example]) -> gr.Gallery:
         [picture for picture, _ in pictures],
         label="or take an example",
         columns=3,
-        height=118 if len(offered) <= 3 else 214,
+        height=122 if len(offered) <= 3 else 216,
         object_fit="cover",
         allow_preview=False,
         buttons=[],
@@ -91,11 +89,11 @@ def examples(offered: Sequence[Example]) -> gr.Gallery:
 def picture(label: str, **more: Any) -> gr.Image:
     """A picture to look at, enlarge and download as PNG."""
     kept = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"], "show_label": True}
-    return gr.Image(label=label, min_width=200, elem_classes="afa-picture", **kept, **more)
+    return gr.Image(label=label, min_width=235, elem_classes="afa-picture", **kept, **more)
 
 
-def shown(value: np.ndarray, label: str) -> Any:
-    """A new picture, with what it is and how long it took above it."""
+def shown(value: str | None, label: str) -> Any:
+    """A new picture's file, with what it is and how long it took above it."""
     return gr.update(value=value, label=label)
 
 

@@ -129,7 +129,7 @@ def test_examples_are_the_first_photographs_that_can_be_read(tmp_path):
 def test_a_folder_without_examples_is_told(tmp_path):
     with pytest.raises(DataError, match="examples: no photograph in"):
         examples_in(tmp_path)
-    with pytest.raises(DataError, match="examples: .*nowhere is not a folder"):
+    with pytest.raises(DataError, match=r"examples: .*nowhere is not a folder"):
         examples_in(tmp_path / "nowhere")
 
 
@@ -181,7 +181,8 @@ def test_a_file_that_is_no_mask_is_refused_by_its_name_alone(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "photo.png")
     Image.fromarray(picture()).save(tmp_path / "photo.jpg")
     (tmp_path / "words.png").write_text("no mask")
-    for name, said in (("photo.png", "colours that are no class"), ("photo.jpg", "not kept exactly"), ("words.png", "text")):
+    why = {"photo.png": "colours that are no class", "photo.jpg": "not kept exactly", "words.png": "it is a text"}
+    for name, said in why.items():
         with pytest.raises(DataError, match=f"^{name}: .*{said}"):
             uploaded_mask(tmp_path / name, (37, 53))
 

@@ -1,4 +1,4 @@
-"""What the page of `afa serve` shows: a model's labels are those of the other commands, refined masks those of `refine`."""
+"""What the page of `afa serve` shows: labels are those of the other commands, refined masks those of `afa refine`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from afa_model.labels.settings import LabelSettings
 from afa_model.pictures.overlays import affinity_of_point
 from afa_model.web.clock import in_words, timed
 from afa_model.web.photographs import Photograph, photograph
-from afa_model.web.pictures import label_files, legend, marked, shown_in
+from afa_model.web.pictures import enlargement, label_files, legend, marked, picture_file, shown_in
 from afa_model.web.refined import METHODS, refined
 from afa_model.web.refined import settings_of as refine_settings
 from afa_model.web.seen import LABELS, affinity_at, heat_of, labels_of, look, peak, settings_of
@@ -249,3 +249,13 @@ def test_pages_are_cleaned_on_their_way_and_all_else_passes(kind):
 def test_addresses_that_only_this_machine_reaches():
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]")))
     assert not any(map(is_loopback, ("0.0.0.0", "192.168.1.4", "::", "example.com", "127.evil.com")))
+
+
+def test_small_pictures_are_drawn_larger_pixel_by_pixel(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (200, 101, 3), np.uint8)
+    path = picture_file(picture, "cam", "a.jpg", tmp_path)
+    with Image.open(path) as image:
+        made = np.asarray(image)
+    assert path.endswith("shown_cam_a.png") and made.shape == (800, 404, 3)
+    assert np.array_equal(made[2::4, 1::4], picture) and np.array_equal(made[::4, ::4], picture)
+    assert [enlargement(size) for size in ((640, 3), (639, 700), (320, 320), (319, 200))] == [1, 1, 2, 3]
