@@ -53,6 +53,7 @@ def test_help_lists_every_command(capsys):
         ("pseudo-labels", ["--images IMAGES", "--out", "--save WHAT", "--labels", "--kind", "--shard", "--data.root"]),
         ("convert", ["SOURCE TARGET", "--to {public,afa,hub,mit,huggingface,mmseg}", "--partial", "--scores"]),
         ("export", ["--checkpoint", "--out", "--format", "--size", "--dynamic", "--takes", "--gives"]),
+        ("serve", ["[CHECKPOINT]", "--host", "--port", "--examples", "--max_megabytes", "127.0.0.1"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -208,7 +209,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "train", "evaluate", "predict", "figures", "convert", "export", "demo", "bench"]
+    "command", ["prepare", "train", "evaluate", "predict", "figures", "serve", "convert", "export", "demo", "bench"]
 )
 @pytest.mark.parametrize(("error", "code"), ENDS)
 def test_every_command_ends_in_the_same_way(monkeypatch, capsys, command, error, code):

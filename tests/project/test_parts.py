@@ -17,7 +17,7 @@ from support.common import ROOT
 from support.requirements import brought, project
 
 import afa_kernels
-from afa_model.errors import OF_TRAIN, MissingError, missing_named
+from afa_model.errors import OF_SERVE, OF_TRAIN, MissingError, missing_named
 
 ALONE = f"""
 import sys
@@ -122,7 +122,7 @@ for name in afa_model.__all__:
         print("told 2 afa : error:", error)
 """
     told = [line for line in run(program).splitlines() if line.startswith("told")]
-    assert len(told) == 11 + 5
+    assert len(told) == 12 + 5
     form = r"told 2 afa [\w-]*\s?: error: \w+ is not installed \(.*\): pip install 'afa\[train\]'"
     assert [line for line in told if not re.fullmatch(form, line)] == []
 
@@ -140,7 +140,7 @@ NAMED_WHERE_THEY_ARE_USED = {"onnx", "onnxruntime", "pillow_heif", "pycocotools"
 
 def test_every_package_that_the_model_imports_is_known_to_be_of_an_extra():
     """Of the message, and of what pip is told."""
-    assert imported("afa_model") - {"torch"} == OF_TRAIN - {"tensorboard"} | NAMED_WHERE_THEY_ARE_USED
+    assert imported("afa_model") - {"torch"} == OF_TRAIN - {"tensorboard"} | OF_SERVE | NAMED_WHERE_THEY_ARE_USED
     asked = {_name(each) for each in brought("train")}
     below = {_name(each) for name in asked for each in importlib.metadata.requires(name) or ()}
     everything = importlib.metadata.packages_distributions()

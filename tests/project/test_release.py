@@ -109,7 +109,7 @@ def test_a_source_distribution_says_what_it_needs(source_distribution):
     assert told["License-File"] == "LICENSE" and told["Description-Content-Type"] == "text/markdown"
     needed = told.get_all("Requires-Dist")
     assert [each for each in needed if "extra ==" not in each] == project["dependencies"]
-    assert {"train", "coco", "export", "real", "all"} <= set(told.get_all("Provides-Extra"))
+    assert {"train", "coco", "export", "real", "serve", "all"} <= set(told.get_all("Provides-Extra"))
     assert any(re.fullmatch(r"timm>=1.0; extra == .train.", each) for each in needed)
 
 

@@ -1,5 +1,5 @@
-"""What pyproject.toml asks for. Run, it prints what `pip install '.[test,real,serve]'` brings besides the package itself,
-so that `make` can fetch it meanwhile.
+"""What pyproject.toml asks for. Run, it prints what `pip install '.[test,real,serve]'` brings besides the package
+itself, so that `make` can fetch it meanwhile.
 """
 
 from pathlib import Path
