@@ -102,6 +102,8 @@ def painter(names: Sequence[str], elem_id: str) -> gr.HTML:
         js_on_load=_JS,
         apply_default_css=False,
         elem_id=elem_id,
+        scale=1,
+        min_width=235,
         container=True,
         padding=True,
     )

@@ -19,6 +19,7 @@ CSS = """
 .afa-examples, .afa-examples .grid-wrap { height: auto !important; min-height: 0; max-height: none !important; }
 .afa-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; padding-top: 1.4em; }
 .afa-picture { padding-top: 1.75em !important; }
+.afa-picture > label > span { display: none; }
 .afa-picture .icon-button-wrapper { top: 0 !important; right: 0 !important; border-width: 0 0 1px 1px !important; }
 .afa-picture .image-container, .afa-picture .image-frame { height: auto !important; position: static !important; }
 .afa-picture .image-container > button, .afa-picture .image-frame { width: 100% !important; }
