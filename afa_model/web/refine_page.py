@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..pictures.overlays import label_overlay
 from .clock import in_words
 from .masks import OBJECTS, Stroke, Unpainted, mask_of, painted, strokes_of, uploaded_mask
 from .painter import canvas_of, painter
-from .photographs import Photograph, masked_examples, photograph
+from .photographs import Example, Photograph, masked_examples, photograph
 from .pictures import label_files, legend, picture_file, shown_in
 from .quiet_gradio import gr
 from .refined import METHODS, Refined, refined, settings_of
@@ -80,9 +81,11 @@ class Wanted:
         return label, refined(now.photograph.pixels, label, by, device)
 
 
-def refine_page(settings: ServeSettings, device: torch.device | str = "cpu") -> gr.Blocks:
-    """The page. Masks are refined on ``device``."""
-    offered = masked_examples()
+def refine_page(
+    settings: ServeSettings, device: torch.device | str = "cpu", offered: Sequence[Example] | None = None
+) -> gr.Blocks:
+    """The page. Masks are refined on ``device``; the examples ``offered`` have masks, None: generated ones."""
+    offered = masked_examples() if offered is None else offered
     with gr.Blocks(title="AFA: refine a mask", **PAGE) as page:
         header("AFA · refine a mask", "What PAMR, PAR and the dense CRF make of it. Nothing leaves this machine.")
         work = gr.State(None)

@@ -70,6 +70,7 @@ def serving(build: Callable[[], gr.Blocks], settings: ServeSettings) -> Iterator
                 prevent_thread_lock=True,
                 show_error=True,
                 ssr_mode=False,
+                state_session_capacity=20,  # visits whose photographs are kept
                 mcp_server=False,
                 run_history=False,
                 footer_links=[],

@@ -86,7 +86,7 @@ def browser() -> Iterator[Callable[[str], Page]]:
         chromium = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
 
         def opened(address: str) -> Page:
-            page = Page(chromium.new_page(viewport={"width": 1440, "height": 1000}))
+            page = Page(chromium.new_page(viewport={"width": 1100, "height": 800}))
             page.page.goto(address)
             return page
 

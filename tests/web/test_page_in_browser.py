@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.browser import browser, browser_needed
+from support.browser import browser
 from support.color_model import ColorModel
 from support.voc_factory import make_voc
 
@@ -16,7 +19,7 @@ from afa_model.data.classes import VOC_CLASSES
 from afa_model.data.files import read_label, write_label
 from afa_model.labels.label_maps import MapSettings
 from afa_model.labels.settings import LabelSettings
-from afa_model.web.photographs import examples_in, photograph
+from afa_model.web.photographs import examples_in, masked_examples, photograph
 from afa_model.web.settings import ServeSettings
 
 SETTINGS = ServeSettings(port=0, max_megabytes=0.5)
@@ -40,7 +43,6 @@ def files(tmp_path):
 
 
 def test_a_model_in_the_browser(open_page, files):
-    browser_needed()
     from afa_model.web.model_page import Served, model_page
     from afa_model.web.serving import serving
 
@@ -107,6 +109,12 @@ def test_a_model_in_the_browser(open_page, files):
             assert "default-src 'self'" in answer.headers["content-security-policy"]
         with urllib.request.urlopen(f"{address}/config") as answer:
             assert json.load(answer)["analytics_enabled"] is False
+        strange = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(strange)
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert any(folder.rglob("*.png"))
+    assert not folder.exists() and os.environ.get("GRADIO_TEMP_DIR") != str(folder)
 
 
 def test_refinement_in_the_browser(open_page, files):
@@ -118,7 +126,8 @@ def test_refinement_in_the_browser(open_page, files):
     label[5:20, 10:30] = 3
     write_label(files / "flat_mask.png", label)
 
-    with serving(lambda: refine_page(SETTINGS), SETTINGS) as address:
+    offered = masked_examples(2, (108, 144))
+    with serving(lambda: refine_page(SETTINGS, offered=offered), SETTINGS) as address:
         at = open_page(address)
         at.pixels("crf")
         for name, words in (("pamr", "PAMR"), ("par", "PAR"), ("crf", "dense CRF")):
@@ -153,10 +162,12 @@ def test_refinement_in_the_browser(open_page, files):
         # a photograph and a mask of one's own, and what is no mask
         at.upload("photograph", files / "flat.png")
         at.words("status", "flat.png: 40 × 30 pixels")
-        assert at.page.locator("#par img").count() == 0
+        at.page.locator("#par img").wait_for(state="detached")
         at.upload("mask", files / "notes.jpg")
         assert at.words("status", "notes.jpg") == "notes.jpg: cannot be decoded (it is a text)"
         at.upload("mask", files / "flat_mask.png")
+        at.page.locator("#par img").wait_for()
+        at.page.locator("#legend .afa-key").nth(2).wait_for(state="detached")
         assert at.words("legend", "class 3").split() == ["background", "class", "3"]
         assert at.pixels("par").shape[:2] == (30 * 16, 40 * 16)
 
