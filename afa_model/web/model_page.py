@@ -82,8 +82,9 @@ class Pictures:
         """The photograph, the point's affinity and the prediction."""
         seen, pixels = view.seen, view.seen.photograph.pixels
         took = in_words(seen.seconds["classifier"])
-        made = {"photograph": (marked(pixels, view.point), f"photograph · classifier {took}")}
         of_point = affinity_at(seen, view.point)
+        photo = pixels if of_point is None else marked(pixels, view.point)
+        made = {"photograph": (photo, f"photograph · classifier {took}")}
         if of_point is not None:
             over = heat_overlay(pixels, of_point[0], AFFINITY_COLORS)
             made["affinity"] = marked(over, view.point), f"affinity of the point · {in_words(of_point[1])}"

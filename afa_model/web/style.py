@@ -17,7 +17,8 @@ CSS = """
   border: 1px solid #8888; }
 .afa-drop .icon-wrap, .afa-drop .or { display: none; }
 .afa-examples, .afa-examples .grid-wrap { height: auto !important; min-height: 0; max-height: none !important; }
-.afa-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; padding-top: 1.4em; }
+.afa-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; padding-top: 1.4em;
+  max-width: 30em; }
 .afa-picture { padding-top: 1.75em !important; }
 .afa-picture > label > span { display: none; }
 .afa-picture .icon-button-wrapper { top: 0 !important; right: 0 !important; border-width: 0 0 1px 1px !important; }
