@@ -106,103 +106,128 @@ class Pictures:
         return made
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The components of the page that listen or are listened to; ``controls`` are what labels are made by."""
+
+    state: gr.State
+    file: gr.File
+    gallery: gr.Gallery
+    status: gr.HTML
+    ticked: Any
+    ask: gr.Button
+    controls: list[Any]
+    keys: gr.HTML
+    pictures: Mapping[str, gr.Image]
+    files: gr.File
+
+
 def model_page(served: Served, settings: ServeSettings, offered: Sequence[Example]) -> gr.Blocks:
     """The page of a model."""
-    names, how, attends = list(served.names), served.how, served.model.has_affinity
-    numbers = {name: number for number, name in enumerate(names) if number}
-    draw = Pictures(served)
     with gr.Blocks(title="AFA: what a model sees", **PAGE) as page:
-        header("AFA · what a model sees", f"{served.about}. Nothing leaves this machine.")
-        state = gr.State(None)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=290):
-                file, gallery = drop("Drop a photograph", "photograph-file"), examples(offered)
-                status = gr.HTML(note(POINT), elem_id="status")
-                ticked = _class_choice(list(numbers))
-                ask = gr.Button("Let the classifier say", size="sm", elem_id="classifier")
-                by = {"value": _called(how.refinement), "label": "Refinement of the labels"}
-                refinement = gr.Radio(list(REFINEMENTS), elem_id="refinement", **by)
-                dilations, iterations = dilation_slider(how.dilations), iteration_slider(how.num_iter)
-                words = "CAM below it is background; between the two the label is left open"
-                low = gr.Slider(0, 1, how.low_score, step=0.01, label="Low background score", info=words)
-                high = gr.Slider(0, 1, how.high_score, step=0.01, label="High background score")
-            with gr.Column(scale=4, min_width=600):
-                keys = gr.HTML("", elem_id="legend")
-                pictures = _picture_rows(attends, how)
-                files = label_list()
-        controls = [ticked, refinement, dilations, iterations, low, high]
-        everything = [state, status, ticked, keys, files, *pictures.values()]
-
-        def update(view: View, made: Mapping[str, tuple[np.ndarray, str]]) -> Updates:
-            of, folder = view.seen.photograph.name, own_folder()
-            files = {name: picture_file(each[0], name, of, folder) for name, each in made.items()}
-            return {pictures[name]: shown(files[name], made[name][1]) for name in made}
-
-        def labelled(view: View, chosen: Sequence[str], name: str, count: int, turns: int, *scores: float) -> Updates:
-            classes = sorted(numbers[each] for each in chosen)
-            refined = REFINEMENTS[name]
-            by = settings_of(how, refined, first_of(how.dilations, count), int(turns), *scores)
-            labels = labels_of(view.seen, classes, by)
-            kept = dict(labels.maps)
-            if view.seen.prediction is not None:
-                kept["prediction"] = view.seen.prediction
-            shares = {number: float(share) for number, share in enumerate(view.seen.probabilities, 1)}
-            listed = sorted({*shown_in(kept.values()), *classes})
-            updates = update(view, draw.of_classes(view, classes, labels, by))
-            updates[keys] = legend(listed, names, shares, classes)
-            return {**updates, files: label_files(kept, view.seen.photograph.name, own_folder())}
-
-        def begin(taken: Photograph, chosen: Sequence[str], *rest: Any) -> Updates:
-            seen = look(served.model, taken, served.sizes, how)
-            found = [names[number] for number in seen.found]
-            view = View(seen, peak(seen, seen.found))
-            words = f"{taken.said}. The classifier finds {', '.join(found)}. {POINT if attends else ''}"
-            updates = {state: view, ticked: gr.update(value=found), status: note(words)}
-            return {**updates, **update(view, draw.of_photograph(view)), **labelled(view, found, *rest)}
-
-        @telling(status)
-        def take(path: str | None, *asked: Any) -> Updates:
-            return {} if path is None else begin(photograph(path, settings), *asked)
-
-        @telling(status)
-        def take_example(chosen: gr.SelectData, *asked: Any) -> Updates:
-            return begin(offered[chosen.index].read(), *asked)
-
-        @telling(status)
-        def first(*asked: Any) -> Updates:
-            return begin(offered[0].read(), *asked) if offered else {}
-
-        @telling(status)
-        def again(view: View | None, *asked: Any) -> Updates:
-            return {} if view is None else labelled(view, *asked)
-
-        @telling(status)
-        def classifier(view: View | None, chosen: Sequence[str], *rest: Any) -> Updates:
-            if view is None:
-                raise DataError("drop a photograph first, or take an example")
-            found = [names[number] for number in view.seen.found]
-            return {ticked: gr.update(value=found), **labelled(view, found, *rest)}
-
-        @telling(status)
-        def point(clicked: gr.SelectData, view: View | None) -> Updates:
-            if view is None:
-                return {}
-            times = enlargement(view.seen.photograph.size)
-            x, y = (int(place) // times for place in clicked.index)
-            view = replace(view, point=(y, x))
-            made = draw.of_photograph(view)
-            made.pop("prediction", None)
-            return {state: view, **update(view, made)}
-
-        page.load(first, controls, everything, **SLOW)
-        file.upload(take, [file, *controls], everything, **SLOW)
-        gallery.select(take_example, controls, everything, **SLOW)
-        ask.click(classifier, [state, *controls], everything, **QUICK)
-        for control in controls:
-            control.input(again, [state, *controls], everything, **LIVE)
-        for each in pictures.values() if attends else ():
-            each.select(point, [state], everything, **QUICK)
+        _listen(page, _laid_out(served, offered), served, settings, offered)
     return page
+
+
+def _laid_out(served: Served, offered: Sequence[Example]) -> Parts:
+    how = served.how
+    header("AFA · what a model sees", f"{served.about}. Nothing leaves this machine.")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=290):
+            file, gallery = drop("Drop a photograph", "photograph-file"), examples(offered)
+            status = gr.HTML(note(POINT), elem_id="status")
+            ticked = _class_choice(list(served.names)[1:])
+            ask = gr.Button("Let the classifier say", size="sm", elem_id="classifier")
+            by = {"value": _called(how.refinement), "label": "Refinement of the labels"}
+            refinement = gr.Radio(list(REFINEMENTS), elem_id="refinement", **by)
+            dilations, iterations = dilation_slider(how.dilations), iteration_slider(how.num_iter)
+            words = "CAM below it is background; between the two the label is left open"
+            low = gr.Slider(0, 1, how.low_score, step=0.01, label="Low background score", info=words)
+            high = gr.Slider(0, 1, how.high_score, step=0.01, label="High background score")
+        with gr.Column(scale=4, min_width=600):
+            keys = gr.HTML("", elem_id="legend")
+            pictures = _picture_rows(served.model.has_affinity, how)
+            files = label_list()
+    controls = [ticked, refinement, dilations, iterations, low, high]
+    return Parts(gr.State(None), file, gallery, status, ticked, ask, controls, keys, pictures, files)
+
+
+def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings, offered: Sequence[Example]) -> None:
+    """What happens on the page: each listener gives the components that change."""
+    names, how, attends, draw = list(served.names), served.how, served.model.has_affinity, Pictures(served)
+    numbers = {name: number for number, name in enumerate(names) if number}
+    state, status, ticked, controls, pictures = at.state, at.status, at.ticked, at.controls, at.pictures
+    everything = [state, status, ticked, at.keys, at.files, *pictures.values()]
+
+    def update(view: View, made: Mapping[str, tuple[np.ndarray, str]]) -> Updates:
+        of, folder = view.seen.photograph.name, own_folder()
+        files = {name: picture_file(each[0], name, of, folder) for name, each in made.items()}
+        return {pictures[name]: shown(files[name], made[name][1]) for name in made}
+
+    def labelled(view: View, chosen: Sequence[str], name: str, count: int, turns: int, *scores: float) -> Updates:
+        classes = sorted(numbers[each] for each in chosen)
+        refined = REFINEMENTS[name]
+        by = settings_of(how, refined, first_of(how.dilations, count), int(turns), *scores)
+        labels = labels_of(view.seen, classes, by)
+        kept = dict(labels.maps)
+        if view.seen.prediction is not None:
+            kept["prediction"] = view.seen.prediction
+        shares = {number: float(share) for number, share in enumerate(view.seen.probabilities, 1)}
+        listed = sorted({*shown_in(kept.values()), *classes})
+        updates = update(view, draw.of_classes(view, classes, labels, by))
+        updates[at.keys] = legend(listed, names, shares, classes)
+        return {**updates, at.files: label_files(kept, view.seen.photograph.name, own_folder())}
+
+    def begin(taken: Photograph, chosen: Sequence[str], *rest: Any) -> Updates:
+        seen = look(served.model, taken, served.sizes, how)
+        found = [names[number] for number in seen.found]
+        view = View(seen, peak(seen, seen.found))
+        words = f"{taken.said}. The classifier finds {', '.join(found)}. {POINT if attends else ''}"
+        updates = {state: view, ticked: gr.update(value=found), status: note(words)}
+        return {**updates, **update(view, draw.of_photograph(view)), **labelled(view, found, *rest)}
+
+    @telling(status)
+    def take(path: str | None, *asked: Any) -> Updates:
+        return {} if path is None else begin(photograph(path, settings), *asked)
+
+    @telling(status)
+    def take_example(chosen: gr.SelectData, *asked: Any) -> Updates:
+        return begin(offered[chosen.index].read(), *asked)
+
+    @telling(status)
+    def first(*asked: Any) -> Updates:
+        return begin(offered[0].read(), *asked) if offered else {}
+
+    @telling(status)
+    def again(view: View | None, *asked: Any) -> Updates:
+        return {} if view is None else labelled(view, *asked)
+
+    @telling(status)
+    def classifier(view: View | None, chosen: Sequence[str], *rest: Any) -> Updates:
+        if view is None:
+            raise DataError("drop a photograph first, or take an example")
+        found = [names[number] for number in view.seen.found]
+        return {ticked: gr.update(value=found), **labelled(view, found, *rest)}
+
+    @telling(status)
+    def point(clicked: gr.SelectData, view: View | None) -> Updates:
+        if view is None:
+            return {}
+        times = enlargement(view.seen.photograph.size)
+        x, y = (int(place) // times for place in clicked.index)
+        view = replace(view, point=(y, x))
+        made = draw.of_photograph(view)
+        made.pop("prediction", None)
+        return {state: view, **update(view, made)}
+
+    page.load(first, controls, everything, **SLOW)
+    at.file.upload(take, [at.file, *controls], everything, **SLOW)
+    at.gallery.select(take_example, controls, everything, **SLOW)
+    at.ask.click(classifier, [state, *controls], everything, **QUICK)
+    for control in controls:
+        control.input(again, [state, *controls], everything, **LIVE)
+    for each in pictures.values() if attends else ():
+        each.select(point, [state], everything, **QUICK)
 
 
 def _class_choice(names: Sequence[str]) -> Any:
