@@ -44,9 +44,7 @@ def settings_of(
     """
     require(num_iter >= 0, "num_iter", "at least 0", num_iter)
     crf = replace(crf or CrfSettings(), num_iter=num_iter)
-    return RefineSettings(
-        dilations=dilations, num_iter=num_iter, dense_crf=crf, gt_prob=gt_prob, fill_unknown=True, progress=False
-    )
+    return RefineSettings(dilations=dilations, num_iter=num_iter, dense_crf=crf, gt_prob=gt_prob)
 
 
 @torch.no_grad()
