@@ -51,7 +51,7 @@ def test_few_blocks_are_not_run():
 
 def test_python_goes_by_one_name():
     languages = {block[1] for text in DOCUMENTS.values() for block in FENCED.finditer(text)}
-    assert languages <= {"", "python", "cpp", "bash"}  # "py" would not be run
+    assert languages <= {"", "python", "cpp", "bash", "bibtex"}  # "py" would not be run
 
 
 @pytest.mark.parametrize("name", WITH_CODE)

@@ -114,7 +114,7 @@ def test_every_setting_is_explained_with_its_default(hooks):
     groups = {name for name in known if any(other.startswith(f"{name}.") for other in known)}
     assert set(shown) == {name for name in known - groups if name != "print_config"}
     assert shown["schedule.max_iters"] == f"`{Config().schedule.max_iters}`"
-    assert shown["seed"] == "`0`" and shown["compile"] == "`false`" and shown["loss.regularisation"] == "`0.0`"
+    assert shown["seed"] == "`0`" and shown["compile"] == "`auto`" and shown["loss.regularisation"] == "`0.0`"
     assert shown["data.label_file"] == "`null`" and shown["augment.flip"] == f"`{Config().augment.flip}`"
     assert re.search(r"^\| `step.cam_iters` .+coco `5000`", text, re.M)
 
