@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import as_the_command  # noqa: F401
 import torch
@@ -32,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import afa_kernels
 from afa_kernels.bench.machine import commit, device_name
+from afa_kernels.core import native_module
 from afa_kernels.core.registration import operator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +113,8 @@ def stubbed() -> Iterator[Callable[[], tuple[int, int]]]:
     from support.cuda_emulator import build
     from support.cuda_emulator.operators import emulated
 
-    with emulated(build.load("host")) as emulator:
+    # Scratch memory as on a GPU, where it is asked for at each call; on the CPU it is kept.
+    with emulated(build.load("host")) as emulator, mock.patch.object(native_module, "KEPT_SCRATCH", 0):
         emulator.set_dry(True)
         emulator.set_device(multiprocessors=132)
         yield emulator.counts
@@ -181,9 +184,13 @@ def measure(device: str, calls: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any]) -> None:
+def title(result: dict[str, Any]) -> str:
     what = "" if result["launcher"] == "CUDA" else ", launches stubbed: no measurement of a GPU"
-    table = Table(title=f"the host's part of a call on {result['device']}{what}")
+    return f"the host's part of a call on {result['device']}{what}"
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(title=title(result))
     for name in ("call", "launches", "memsets", "operators of PyTorch", "us", "least", "target"):
         table.add_column(name, justify="left" if name == "call" else "right")
     for row in result["rows"]:

@@ -39,12 +39,17 @@ def _device_head(head_weight: Tensor, head_bias: Tensor) -> tuple[Tensor, Tensor
     return head_weight, head_bias.float() if head_bias.dtype == torch.float64 else head_bias
 
 
+def _cast(grad: Tensor, like: Tensor) -> Tensor:
+    return grad if grad.dtype == like.dtype else grad.to(like.dtype)
+
+
 def _results(like: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
     """Where a GPU writes a loss and its counts, and their addresses."""
     device = like.device
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    pos_count = torch.empty((), dtype=torch.int64, device=device)
-    neg_count = torch.empty((), dtype=torch.int64, device=device)
+    # Of the calls that allocate, the one whose arguments PyTorch reads fastest.
+    loss = torch.empty_strided((), (), dtype=torch.float32, device=device)
+    pos_count = torch.empty_strided((), (), dtype=torch.int64, device=device)
+    neg_count = torch.empty_strided((), (), dtype=torch.int64, device=device)
     return (loss, pos_count, neg_count), (loss.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr())
 
 
@@ -118,7 +123,7 @@ def _attention_backward(
         places = query_view, key_view, view(grad_weight), view(grad_bias), scratch.data_ptr(), *place
         run = getattr(native, f"{operator}_backward_cuda")
         run(*tensors, view(weight), view(bias), grid, *source, *places)
-        return grad_query, grad_key, grad_weight.to(head_weight.dtype), grad_bias.to(head_bias.dtype)
+        return grad_query, grad_key, _cast(grad_weight, head_weight), _cast(grad_bias, head_bias)
     common = view(query), view(key), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
     scratch = workspace(native.attention_backward_cpu_workspace(*common, threads), query.device)
@@ -202,7 +207,7 @@ def affinity_from_maps_backward(
         places = maps_view, view(grad_weight), view(grad_bias), scratch.data_ptr()
         inputs = view(maps), view(weight), view(bias), grid, view(grad)
         native.affinity_from_maps_backward_cuda(*inputs, *places, *native_module.cuda_stream(maps.device))
-        return grad_maps, grad_weight.to(head_weight.dtype), grad_bias.to(head_bias.dtype)
+        return grad_maps, _cast(grad_weight, head_weight), _cast(grad_bias, head_bias)
     common = view(maps), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
     scratch = workspace(native.affinity_from_maps_backward_cpu_workspace(*common, threads), maps.device)
