@@ -42,23 +42,30 @@ __device__ inline void fill_weights(const WalkTaps& taps, int64_t b, bool presen
   }
 }
 
-// Where a step reads its maps: the CAMs as they are, or what the step before left in the workspace, numbered by present channels.
+// Where a step reads its maps: the CAMs as they are, or what the step before left in the workspace, numbered by present channels. A row
+// is walked by a pointer: an index times a stride would be more than half of what the loop does.
 template <class T>
 struct CamReader {
+  typedef T Element;
   static constexpr int kAhead = 4;  // taps, as far as registers go
   const View<4>& cams;
   int64_t b;
   SharedArray<int> kept;
-  __device__ int64_t line(int c, int y) const { return offset_of(cams, b, kept[c], y); }
-  __device__ float read(int64_t line, int x) const { return to_float(static_cast<const T*>(cams.data)[line + x * cams.stride[3]]); }
+  __device__ const T* begin(int c, int y, int x) const {
+    return static_cast<const T*>(cams.data) + offset_of(cams, b, kept[c], y) + x * cams.stride[3];
+  }
+  __device__ int64_t step() const { return cams.stride[3]; }
+  __device__ float read(const T* at) const { return to_float(*at); }
 };
 struct StepReader {
+  typedef float Element;
   static constexpr int kAhead = 2;
   const float* image;
   int64_t pixels;
   int width;
-  __device__ int64_t line(int c, int y) const { return c * pixels + int64_t(y) * width; }
-  __device__ float read(int64_t line, int x) const { return __ldcg(image + line + x); }
+  __device__ const float* begin(int c, int y, int x) const { return image + c * pixels + int64_t(y) * width + x; }
+  __device__ int64_t step() const { return 1; }
+  __device__ float read(const float* at) const { return __ldcg(at); }
 };
 
 // The sums of the channels `from` + k * `between`, over every `shares`th row of the window; of those that are not `found` the first is
@@ -66,19 +73,23 @@ struct StepReader {
 template <int kChannels, class Reader>
 __device__ inline void add_rows(const WalkTaps& taps, SharedArray<float> weights, int y, int x, int share, int shares, int from,
                                 int between, int found, const Reader& maps, float (&sum)[kFusedChannels]) {
+  const int64_t step = maps.step();
   for (int dy = -taps.reach_y + share; dy <= taps.reach_y; dy += shares) {
     if (y + dy < 0 || y + dy >= taps.height) continue;
     const SharedArray<float> row = weights + ((dy + taps.reach_y) * taps.side() * kWalkPixels + int(threadIdx.x));
-    int64_t line[kChannels];
+    const typename Reader::Element* at[kChannels];
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) line[k] = maps.line(from + k * between < found ? from + k * between : from, y + dy);
+    for (int k = 0; k < kChannels; ++k)
+      at[k] = maps.begin(from + k * between < found ? from + k * between : from, y + dy, x - taps.reach_x);
 #pragma unroll Reader::kAhead
     for (int tap = 0; tap < taps.side(); ++tap) {
-      const int column = x + tap - taps.reach_x;
-      if (column < 0 || column >= taps.width) continue;
+      const bool inside = unsigned(x + tap - taps.reach_x) < unsigned(taps.width);
       const float weight = row[tap * kWalkPixels];
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) sum[k] = fmaf(weight, maps.read(line[k], column), sum[k]);
+      for (int k = 0; k < kChannels; ++k) {
+        if (inside) sum[k] = fmaf(weight, maps.read(at[k]), sum[k]);
+        at[k] += step;
+      }
     }
   }
 }
