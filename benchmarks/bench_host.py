@@ -180,7 +180,7 @@ def measure(device: str, calls: int, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "torch": torch.__version__,
         "commit": commit(),
-        "rows": rows,
+        "host": rows,
     }
 
 
@@ -193,7 +193,7 @@ def show(result: dict[str, Any]) -> None:
     table = Table(title=title(result))
     for name in ("call", "launches", "memsets", "operators of PyTorch", "us", "least", "target"):
         table.add_column(name, justify="left" if name == "call" else "right")
-    for row in result["rows"]:
+    for row in result["host"]:
         numbers = [f"{row[key]:g}" for key in ("launches", "memsets", "operators", "us", "least_us")]
         table.add_row(row["case"], *numbers, f"{row.get('target_us', '')}")
     Console(width=120).print(table)

@@ -5,7 +5,8 @@
 // Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
 // float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
 // pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a fixed order by the block that comes
-// last, in the same launch: the same bits every run.
+// last, in the same launch: the same bits every run. Labels are read as the caller has them, checked and made -1 where ignored on their
+// way to shared memory, and the head's weights are read in their own type: the loss is one launch and a memset of its counter.
 // Floor: 2 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band. Bytes: queries and keys,
 // each tile read (reach + 1) * (2 reach + 1) times, from L2.
 // Occupancy: pair_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).

@@ -1,7 +1,8 @@
 // The affinity loss of a window on a GPU, forward and backward.
 //
 // Data flow: a block owns a run of pixels of one image, a thread one pixel, whose taps it walks; the block's sums go to the workspace,
-// and the block that comes last adds them up in order: one launch, the same bits every run.
+// and the block that comes last adds them up in order: one launch, the same bits every run. Labels are read as the caller has them;
+// each pixel's is checked where it is the centre of a window.
 // Floor: the window read once (forward) or its gradient written once (backward). Bound: memory.
 // Occupancy: window_loss_kernel 256 x 4, window_loss_gradient_kernel 256 x 4 (threads x blocks a multiprocessor, by registers).
 #include "affinity/affinity.cuh"

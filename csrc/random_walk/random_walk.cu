@@ -4,7 +4,7 @@
 //   D_i = sum_k P_ki + eps with P = A^p,   T_ij = P_ij / D_i
 //   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) / D_i dL/dT_ij + p A_ij^(p-1) dL/dD_j
 //
-// Data flow: a block has 32 neighbouring pixels, and 8 threads for each of them share its taps. walk_weights_kernel adds up what
+// Data flow of the second way: a block has 32 neighbouring pixels, and 8 threads for each of them share its taps. walk_weights_kernel adds up what
 // points at its pixels, in a fixed order, and writes their T to the workspace, in float32 and without the taps that leave the image
 // whatever pixel they start from. walk_slopes_kernel leaves dL/dT_ij, D_i and D_i dL/dD_i there, walk_gradient_kernel divides p A^(p-1)
 // by D, so that a D below the normal numbers does no harm, and adds them up.

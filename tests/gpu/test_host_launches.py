@@ -135,10 +135,12 @@ def test_the_benchmark_counts_and_times_without_a_gpu(emulator, monkeypatch, tmp
     bench = importlib.import_module("bench_host")
     monkeypatch.setattr(build, "load", lambda kind: emulator)
     result = bench.measure("stub", calls=1, rounds=2)
-    rows = {row["case"]: row for row in result["rows"]}
+    rows = {row["case"]: row for row in result["host"]}
     counts = {name: (row["launches"], row["memsets"]) for name, row in rows.items()}
     assert counts["par"] == counts["random_walk"] == (1, 0) and counts["loss"] == (1, 1)
     assert counts["loss + backward"] == (3, 1) and counts["nothing, by the dispatcher"] == (0, 0)
     assert rows["loss"]["operators"] == 4  # the three results and the scratch memory
     assert all(row["us"] >= row["least_us"] > 0 for row in rows.values())
     assert "stub" in result["launcher"] and "no measurement of a GPU" in bench.title(result)
+    (line,) = [line for line in importlib.import_module("on_gpu_report").host(result) if line.startswith("| par |")]
+    assert line.startswith("| par | 1 | 0 | 2 |")

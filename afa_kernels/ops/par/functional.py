@@ -96,7 +96,8 @@ def refine(
     if scored == 1 < shown:
         masks = masks.expand(shown, -1, -1, -1)
         class_mask = None if class_mask is None else class_mask.expand(shown, -1)
-    return _refined(images, masks, dilations, num_iter, factors, class_mask, backend).to(dtype)
+    refined = _refined(images, masks, dilations, num_iter, factors, class_mask, backend)
+    return refined if refined.dtype == dtype else refined.to(dtype)
 
 
 def _together(masks: Sequence[Tensor], class_mask: object, name: str) -> tuple[Tensor, Tensor | None]:
