@@ -1,12 +1,12 @@
 """python benchmarks/bench_host.py [--device stub|cuda] [--calls 200] [--rounds 15] [--json FILE]
 
-What the host does in a call of an operator: kernels launched, memsets, operators of PyTorch, microseconds. Inputs are so
-small that a GPU waits for the host, as it does for the small operators of an eager training step.
+What the host does in a call of an operator: kernels launched, memsets, operators of PyTorch, microseconds. Inputs are
+so small that a GPU waits for the host, as it does for the small operators of an eager training step.
 
-``stub``, where there is no GPU: the CUDA sources compiled as C++ (tests/support/cuda_emulator), whose launches are counted and
-run nothing; tensors are the CPU's. So its microseconds are those of Python, PyTorch and the launchers, without what the CUDA
-driver takes for a launch, a memset or memory, and no measurement of a GPU. ``cuda``, where there is one: what the host takes
-until the call returns, the driver's part included, and what the profiler counts.
+``stub``, where there is no GPU: the CUDA sources compiled as C++ (tests/support/cuda_emulator), whose launches are
+counted and run nothing; tensors are the CPU's. So its microseconds are those of Python, PyTorch and the launchers,
+without what the CUDA driver takes for a launch, a memset or memory, and no measurement of a GPU. ``cuda``, where there
+is one: what the host takes until the call returns, the driver's part included, and what the profiler counts.
 
 The last rows are floors: operators of as many arguments that do nothing but make their results.
 """
@@ -38,7 +38,7 @@ from afa_kernels.core.registration import operator
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTED = 4  # calls, of which the counts are the mean
-# What a call should take: about half of what it took when PyTorch's dispatcher was asked and labels had launches of their own.
+# Microseconds that a call should take on the host of a GPU.
 TARGETS = {"par": 12, "random_walk": 12, "loss": 20, "loss + backward": 50}
 
 
@@ -108,7 +108,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
 
 @contextlib.contextmanager
 def stubbed() -> Iterator[Callable[[], tuple[int, int]]]:
-    """CPU tensors take the path of CUDA tensors, to launches that are counted; yields what reads and resets the counts."""
+    """CPU tensors take the path of CUDA tensors, to launches that are counted; yields what reads and resets them."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.cuda_emulator import build
     from support.cuda_emulator.operators import emulated

@@ -37,8 +37,9 @@ def _unheard(arguments: list[torch.Tensor | None]) -> bool:
 class Operator:
     """An operator that writes into none of its inputs; what ``operator`` makes of its implementation.
 
-    Called with all of its arguments, by position. As ``torch.library.custom_op``, whose operators import the whole of torch._dynamo when one is first called: three
-    seconds of every process, also of those that compile nothing.
+    Called with all of its arguments, by position, numbers as the annotations have them: nothing converts an int to a
+    float. As ``torch.library.custom_op``, whose operators import the whole of torch._dynamo when one is first called:
+    three seconds of every process, also of those that compile nothing.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]):
@@ -58,7 +59,7 @@ class Operator:
         self._autograd: Callable[..., Any] | None = None
         self._library.impl(name, self._at_autograd, "Autograd", with_keyset=True)
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not _unheard([arguments[at] for at in self._tensors]):
             return getattr(torch.ops.afa, self._short)(*arguments)
         if _C._autograd._profiler_enabled():
@@ -66,7 +67,7 @@ class Operator:
                 return self._directly(arguments)
         return self._directly(arguments)
 
-    def _directly(self, arguments: tuple[Any, ...]):
+    def _directly(self, arguments: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled() and _C._any_requires_grad(*arguments):
             if self._recorded is None:
                 self._recorded = self._as_function()

@@ -114,9 +114,8 @@ def test_a_gradient_of_a_gradient_is_refused_as_before(walk):
 def test_counts_alone_have_no_gradient(rng):
     query = torch.rand(1, 2, 12, 4, generator=rng).to(DEVICE).requires_grad_()
     head = torch.rand(2, device=DEVICE), torch.rand(1, device=DEVICE)
-    loss, *counts = attention_affinity_loss(query, query, *head, torch.zeros(1, 3, 4, dtype=torch.int64, device=DEVICE), 1)
+    labels = torch.zeros(1, 3, 4, dtype=torch.int64, device=DEVICE)
+    loss, *counts = attention_affinity_loss(query, query, *head, labels, 1)
     assert loss.requires_grad and not any(count.requires_grad for count in counts)
     with torch.no_grad():
-        assert not attention_affinity_loss(query, query, *head, torch.zeros(1, 3, 4, dtype=torch.int64, device=DEVICE), 1)[
-            0
-        ].requires_grad
+        assert not attention_affinity_loss(query, query, *head, labels, 1)[0].requires_grad

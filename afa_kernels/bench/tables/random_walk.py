@@ -4,8 +4,8 @@
 out of it, is raised to its power, normalised and multiplied with the CAMs. Two steps are two products, which costs less
 than the power of the matrix. The others are given the window, [B, 289, h, w].
 
-On a GPU the native kernels have two ways: "resident" is one launch, with the weights on chip; "streaming" writes them to
-memory and reads them in each step. "native" chooses by itself, the other two are made to take one, and "window made
+On a GPU the native kernels have two ways: "resident" is one launch, with the weights on chip; "streaming" writes them
+to memory and reads them in each step. "native" chooses by itself, the other two are made to take one, and "window made
 dense" is the dense product of the same window, whose making is part of it: what pays on small grids, the rows say.
 
 Peaks are over the inputs (``harness.peak_memory``), so they leave out that the dense ones are N / 289 times as large.

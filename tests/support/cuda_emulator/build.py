@@ -91,8 +91,8 @@ def _headers_digest() -> bytes:
 
 def build(kind: str = "plain") -> Path:
     """Compile what changed and link; returns the shared library. ``kind``: "plain"; "contracted", products fused into
-    sums as a GPU's compiler does; "host", to time what calls them (`Emulator.set_dry`); or sanitized: "address", "thread" (the CPU's kernels), "races" (between CUDA
-    threads).
+    sums as a GPU's compiler does; "host", to time what calls them (`Emulator.set_dry`); or sanitized: "address",
+    "thread" (the CPU's kernels), "races" (between CUDA threads).
     """
     cxx = compiler()
     if cxx is None:
