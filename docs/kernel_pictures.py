@@ -194,9 +194,7 @@ def random_walk() -> str:
             ("memory", "A read twice, the second time from L2;", "the maps, read and written once"),
         ]
     )
-    return drawing(
-        "Random walk: normalised, weighed and stepped in one launch", parts, "csrc/random_walk/fused.cu"
-    )
+    return drawing("Random walk: normalised, weighed and stepped in one launch", parts, "csrc/random_walk/fused.cu")
 
 
 def exact() -> str:

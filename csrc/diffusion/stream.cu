@@ -21,9 +21,6 @@ constexpr int kStepThreads = 128;
 
 // Taps that are parameters of a kernel, of which all together are 4 KB at most: 1.8 KB of them, as a radius of 10 needs.
 constexpr int kParameterTaps = 448;
-struct Tap {
-  int16_t dy, dx;
-};
 
 struct StepArgs {
   View<4> weights;            // [B, T, H, W]
@@ -33,12 +30,13 @@ struct StepArgs {
   const int32_t* offsets;     // [T][2], on the device; null: in `taps`
   const uint8_t* class_mask;  // [B][C] or null
   bool zero_border, wide_in;  // wide_in: rows of `in` are on 16-byte boundaries
-  Tap taps[kParameterTaps];
+  int32_t taps[kParameterTaps];  // dx above 16 bits of dy
 };
 
 __device__ inline int2 tap_at(const StepArgs& args, int tap) {
   if (args.offsets != nullptr) return __ldg(reinterpret_cast<const int2*>(args.offsets) + tap);
-  return make_int2(args.taps[tap].dy, args.taps[tap].dx);
+  const int32_t packed = args.taps[tap];
+  return make_int2(int16_t(packed), packed >> 16);
 }
 
 // ---- one iteration -------------------------------------------------------------------------------------------------------
@@ -386,7 +384,7 @@ Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace,
   step.weights = args.weights, step.class_mask = args.class_mask, step.zero_border = args.border == Border::zero;
   if (in_parameter(args)) {
     for (int64_t t = 0; t < args.taps; ++t)
-      step.taps[t] = {int16_t(near_offset(args, 2 * t)), int16_t(near_offset(args, 2 * t + 1))};
+      step.taps[t] = int32_t(uint32_t(near_offset(args, 2 * t + 1)) << 16 | uint16_t(near_offset(args, 2 * t)));
   } else {
     AFA_TRY(store_taps(args, static_cast<int32_t*>(workspace), stream));
     step.offsets = static_cast<const int32_t*>(workspace);
