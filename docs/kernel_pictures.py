@@ -185,7 +185,11 @@ def random_walk() -> str:
                 "an eighth of a pixel's taps: 8 threads share them;",
                 "then the sums of up to 3 channels",
             ),
-            ("shared memory", "the 8 parts of D, added in a fixed order;", "T = A^p / D of the block's pixels, which stays"),
+            (
+                "shared memory",
+                "the 8 parts of D, added in a fixed order;",
+                "T = A^p / D of the block's pixels, which stays",
+            ),
             (
                 "L2",
                 "with several steps: the maps, that the blocks read",
