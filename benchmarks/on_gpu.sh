@@ -2,7 +2,8 @@
 # What needs a GPU, in two halves of under 5 minutes each, without a network:
 #
 #   benchmarks/on_gpu.sh OUTDIR --first     builds; tests of what only a GPU has; memory checker; PAR timed; operators' tests
-#   benchmarks/on_gpu.sh OUTDIR --second    builds if need be; race checker; the other operators and a training step timed;
+#   benchmarks/on_gpu.sh OUTDIR --second    builds if need be; race checker; the other operators, the host's part of their calls and
+#                                           a training step timed;
 #                                           the model's tests on the GPU; PAR beside torch.compile if there is time
 #
 # Each leaves <gpu>-<date>-<half>.json (keep it in benchmarks/results), .log and .md, a table to paste, in OUTDIR, which both may
@@ -157,6 +158,11 @@ else
   check racecheck 45 "${checked[@]}" racecheck "$python" tests/support/every_operator.py
   stage affinity 45 "${bench[@]}" affinity
   stage random_walk 25 "${bench[@]}" random_walk
+  if [ $device = cpu ]; then
+    leave_out host "without a GPU benchmarks/bench_host.py counts and needs no rehearsal"
+  else
+    stage host 20 "$python" benchmarks/bench_host.py --device "$device" --json "$work/benchmarks/host-$device.json"
+  fi
   stage bilateral 40 "${bench[@]}" bilateral
   stage train_step 45 "${step[@]}" --json "$work/benchmarks/train_step-$device.json"
   stage train_step_graph 45 "${step[@]}" --cuda-graph --json "$work/benchmarks/train_step_graph-$device.json"

@@ -176,6 +176,15 @@ def rows_of_cases(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def host(report: dict[str, Any]) -> list[str]:
+    """What the host does in a call, of bench_host.py."""
+    lines = ["| call | launches | memsets | operators of PyTorch | host us | least |", "|---|" + "---:|" * 5]
+    for row in report["host"]:
+        numbers = [row[key] for key in ("launches", "memsets", "operators", "us", "least_us")]
+        lines.append(f"| {' | '.join([row['case'], *map(short, numbers)])} |")
+    return [*lines, ""]
+
+
 def remarks(report: dict[str, Any]) -> list[str]:
     told = [*report.get("failures", {}).items(), *report.get("notes", {}).items()]
     return [f"- {report['operator']}, {name}: {' '.join(reason.split())}" for name, reason in told]
@@ -198,7 +207,7 @@ def markdown(result: dict[str, Any]) -> str:
     columns += ["host's share", "error"]
     header = [f"| {' | '.join(columns)} |", "|---|---|---|---|" + "---:|" * 7]
     cases = each("rows", rows_of_cases)
-    notes, steps = each("rows", remarks), each("phases", step)
+    notes, steps, hosts = each("rows", remarks), each("phases", step), each("host", host)
     versions = f"torch {described.get('torch')}, driver {described.get('driver')}, Python {described.get('python')}"
     parts = [
         [f"**{described['device']}**, {result['half']} half, {result['date']}; {versions}"],
@@ -206,6 +215,7 @@ def markdown(result: dict[str, Any]) -> str:
         [f"- {name}: {reason}" for name, reason in broken.items()],
         [*header, *cases] if cases else [],
         notes,
+        hosts,
         steps,
     ]
     return "\n\n".join("\n".join(part).rstrip() for part in parts if part) + "\n"

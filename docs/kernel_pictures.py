@@ -180,18 +180,25 @@ def random_walk() -> str:
     parts += [text(20, 298, "32 pixels of a row; what points at them is added up", 12)]
     parts += layers(
         [
-            ("registers", "an eighth of a pixel's taps: 8 threads share them"),
-            ("shared memory", "the 8 parts of each sum, added in a fixed order: D"),
             (
-                "memory",
-                "A read twice, the second time from L2; T = A^p / D written as",
-                "float32, then the streamed diffusion takes its steps",
+                "registers",
+                "an eighth of a pixel's taps: 8 threads share them;",
+                "then the sums of up to 3 channels",
             ),
+            (
+                "shared memory",
+                "the 8 parts of D, added in a fixed order;",
+                "T = A^p / D of the block's pixels, which stays",
+            ),
+            (
+                "L2",
+                "with several steps: the maps, that the blocks read",
+                "of one another; a barrier of the grid between",
+            ),
+            ("memory", "A read twice, the second time from L2;", "the maps, read and written once"),
         ]
     )
-    return drawing(
-        "Random walk: the window's weights, then the shared diffusion", parts, "csrc/random_walk/random_walk.cu"
-    )
+    return drawing("Random walk: normalised, weighed and stepped in one launch", parts, "csrc/random_walk/fused.cu")
 
 
 def exact() -> str:

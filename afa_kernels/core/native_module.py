@@ -16,6 +16,7 @@ import torch  # before the native module: both then share one OpenMP runtime and
 from .tracing import constant_when_traced
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+INTEGER_CODES = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4}
 
 
 def _load() -> tuple[Any, str | None]:
@@ -157,7 +158,12 @@ def native_can_run(operator: str, device: torch.device, *tensors: torch.Tensor) 
 
 def view(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """A tensor as the kernels take it: address, element type, shape, strides in elements."""
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def integer_view(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """The same of integers, where a kernel takes any type of them."""
+    return tensor.data_ptr(), INTEGER_CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def on_cuda(tensor: torch.Tensor) -> bool:
@@ -165,11 +171,16 @@ def on_cuda(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
+# Without an object of PyTorch's for a stream; what its own compiled code asks for a stream.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def cuda_stream(device: torch.device) -> tuple[int, int]:
     """Where the CUDA kernels run, as they take it: the device's index and the handle of PyTorch's current stream
     there.
     """
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+    index = device.index
+    return index, _raw_stream(index) if _raw_stream is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 def address(tensor: torch.Tensor | None) -> int:

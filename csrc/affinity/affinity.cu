@@ -5,7 +5,8 @@
 // Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
 // float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
 // pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a fixed order by the block that comes
-// last, in the same launch: the same bits every run.
+// last, in the same launch: the same bits every run. Labels are read as the caller has them, checked and made -1 where ignored on their
+// way to shared memory, and the head's weights are read in their own type: the loss is one launch and a memset of its counter.
 // Floor: 2 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band. Bytes: queries and keys,
 // each tile read (reach + 1) * (2 reach + 1) times, from L2.
 // Occupancy: pair_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
@@ -119,7 +120,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
                                    SharedArray<int> counts) {
   constexpr bool kTensor = Scores::kTensor;
   const TilePlace place(args.grid, tile), other_place(args.grid, other);
-  const float bias = args.head[args.query.size[1]];
+  const float bias = bias_of(args.head);
   if constexpr (kGoal == Goal::window) {
     const View<4>& out = args.window;
 #pragma unroll
@@ -175,6 +176,8 @@ __device__ inline void walk_pairs(const PairArgs& args) {
   const int64_t tile = blockIdx.x;
   const int neighbour = int(blockIdx.y);
   const int64_t other = neighbour_of(args.grid, tile, middle_of(args.grid) + neighbour);
+  const bool first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0;
+  if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && first) *args.buffers.counter = 0;
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
     const int64_t pair = args.grid.pair(b, tile, neighbour);
     if (other < 0) {
@@ -187,7 +190,7 @@ __device__ inline void walk_pairs(const PairArgs& args) {
       if (threadIdx.x < 2 * kTilePixels) {
         const TilePlace place(args.grid, threadIdx.x < kTilePixels ? tile : other);
         const int i = threadIdx.x % kTilePixels;
-        labels[threadIdx.x] = place.inside(args.grid, i) ? args.labels[b * args.grid.pixels() + place.pixel(args.grid, i)] : -1;
+        labels[threadIdx.x] = place.inside(args.grid, i) ? label_at<true>(args.labels, b, place.row(i), place.column(i)) : -1;
       }
       __syncthreads();
     }
@@ -230,7 +233,7 @@ static Status fits(const AttentionArgs& args) {
   return small && args.radius < (1 << 14) && grid.launchable() ? Status::ok : Status::unsupported;
 }
 
-static PairArgs pair_args(const AttentionArgs& args, const float* head, bool tensor) {
+static PairArgs pair_args(const AttentionArgs& args, const DeviceHead& head, bool tensor) {
   PairArgs pairs = {};
   pairs.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
   pairs.query = args.query, pairs.key = args.key, pairs.head = head, pairs.side = int(2 * args.radius + 1);
@@ -246,7 +249,7 @@ static Status clear_window(const View<4>& out, void* stream) {
   return cuda_failed(cudaMemsetAsync(out.data, 0, size_t(bytes), static_cast<cudaStream_t>(stream)));
 }
 
-Status window_affinity_cuda(const AttentionArgs& args, const float* head, const View<4>& out, int device, void* stream) {
+Status window_affinity_cuda(const AttentionArgs& args, const DeviceHead& head, const View<4>& out, int device, void* stream) {
   AFA_TRY(fits(args));
   DeviceGuard guard(device);
   AFA_TRY(clear_window(out, stream));  // taps that leave the image
@@ -255,14 +258,14 @@ Status window_affinity_cuda(const AttentionArgs& args, const float* head, const 
   return launch_products<Goal::window>(pairs, stream);
 }
 
-static PairArgs maps_args(const MapsArgs& args, const float* head) {
+static PairArgs maps_args(const MapsArgs& args, const DeviceHead& head) {
   PairArgs pairs = {};
   pairs.grid = PairGrid(args.maps.size[0], args.height, args.width, args.radius);
   pairs.query = args.maps, pairs.head = head, pairs.side = int(2 * args.radius + 1);
   return pairs;
 }
 
-Status affinity_from_maps_cuda(const MapsArgs& args, const float* head, const View<4>& out, int device, void* stream) {
+Status affinity_from_maps_cuda(const MapsArgs& args, const DeviceHead& head, const View<4>& out, int device, void* stream) {
   const int64_t pixels = args.height * args.width;
   if (args.maps.size[2] != pixels || args.maps.size[3] != pixels || args.radius < 0) return Status::bad_argument;
   DeviceGuard guard(device);
@@ -278,8 +281,8 @@ int64_t attention_cuda_workspace(const AttentionArgs& args) {
   return 64 + int64_t(sizeof(float4)) * PairGrid(args.query.size[0], args.height, args.width, args.radius).pairs();
 }
 
-Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head, const int32_t* labels, const PairResults& results,
-                                    void* workspace, int device, void* stream) {
+Status attention_affinity_loss_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceLabels& labels,
+                                    const PairResults& results, void* workspace, int device, void* stream) {
   AFA_TRY(fits(args));
   DeviceGuard guard(device);
   PairArgs pairs = pair_args(args, head, have_tensor_cores());
@@ -290,14 +293,14 @@ Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head
   return launch_products<Goal::loss>(pairs, stream);
 }
 
-Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers,
+Status pair_gradients(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers,
                       void* stream) {
   AFA_TRY(fits(args));
   PairArgs pairs = pair_args(args, head, have_tensor_cores());
   pairs.labels = slopes.labels, pairs.slopes = slopes, pairs.window = slopes.grad_window, pairs.buffers = buffers;
-  return slopes.labels ? launch_products<Goal::gradient>(pairs, stream) : launch_products<Goal::window_gradient>(pairs, stream);
+  return slopes.labels.data ? launch_products<Goal::gradient>(pairs, stream) : launch_products<Goal::window_gradient>(pairs, stream);
 }
-Status pair_gradients(const MapsArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream) {
+Status pair_gradients(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream) {
   PairArgs pairs = maps_args(args, head);
   if (!pairs.grid.launchable() || args.radius >= (1 << 14)) return Status::unsupported;
   pairs.window = slopes.grad_window, pairs.buffers = buffers;

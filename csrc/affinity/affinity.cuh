@@ -4,6 +4,7 @@
 // or to the right. A block owns one pair, 64 x 64 scores; the pairs above and to the left are the mirror images of these.
 #pragma once
 
+#include <cassert>
 #include <cstring>
 #include <type_traits>
 
@@ -89,6 +90,38 @@ __device__ inline T load_narrow(const View<4>& view, int64_t line, bool present,
     return static_cast<const T*>(view.data)[at];
 }
 
+// ---- the head and the labels ---------------------------------------------------------------------------------------------
+
+__device__ inline float weight_of(const DeviceHead& head, int64_t h) {
+  return load_element(head.weight.data, head.weight.dtype, h * head.weight.stride[0]);
+}
+__device__ inline float bias_of(const DeviceHead& head) { return load_element(head.bias.data, head.bias.dtype, 0); }
+
+__device__ inline void wrong_label() {
+  constexpr const char* kSaid = "labels must be in 0..255 or ignore_index";
+#if defined(AFA_CUDA_EMULATOR)
+  emulator::fail(kSaid, {__FILE__, __LINE__});
+#else
+  __assert_fail(kSaid, __FILE__, __LINE__, "wrong_label");  // as assert() does, which a release build leaves out
+#endif
+}
+// The label of a pixel, -1 if it is ignored. Compared as a number: in its own type 255 may be -1. Each pass checks a pixel's once.
+template <bool kCheck>
+__device__ inline int label_at(const DeviceLabels& labels, int64_t b, int64_t y, int64_t x) {
+  const int64_t at = b * labels.stride[0] + y * labels.stride[1] + x * labels.stride[2];
+  int64_t label;
+  switch (labels.type) {
+    case LabelType::u8: label = static_cast<const uint8_t*>(labels.data)[at]; break;
+    case LabelType::i8: label = static_cast<const int8_t*>(labels.data)[at]; break;
+    case LabelType::i16: label = static_cast<const int16_t*>(labels.data)[at]; break;
+    case LabelType::i32: label = static_cast<const int32_t*>(labels.data)[at]; break;
+    default: label = static_cast<const int64_t*>(labels.data)[at];
+  }
+  if (label == labels.ignore) return -1;
+  if (kCheck && (label < 0 || label > 255)) wrong_label();
+  return int(label);
+}
+
 // ---- results of a pair ---------------------------------------------------------------------------------------------------
 
 // Where a thread's 16 numbers of a 64 x 64 result lie: with tensor cores a warp has 16 rows x 32 columns, each of its 4 fragments 8
@@ -143,10 +176,11 @@ struct PairBuffers {
   bool tensor = false;      // in the operands' type
   float* scale = nullptr;   // [pairs]
   float* sums = nullptr;    // [pairs]: of G, both orders
+  unsigned* counter = nullptr;  // set to 0, for the kernel that comes next
 };
 
 // From the loss, in the operands' type if buffers.tensor; or from a window's gradient, always in float.
-Status pair_gradients(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
-Status pair_gradients(const MapsArgs& args, const float* head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
+Status pair_gradients(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
+Status pair_gradients(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
 
 }  // namespace afa

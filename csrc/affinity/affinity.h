@@ -5,7 +5,7 @@
 //
 // With u = [w q, k] and v = [k, w q] side by side, length 2 * heads * d, z_ij = u_i . v_j + bias: one product for each unordered
 // pair. A window is an image with one channel per tap, [B, (2r+1)^2, h, w], taps row-major in (dy, dx); taps that leave the
-// image hold 0. Labels are int32, negative where ignored.
+// image hold 0. Labels are int32, negative where ignored; on a GPU they are what the caller has, see DeviceLabels.
 #pragma once
 
 #include "common/common.h"
@@ -72,38 +72,50 @@ Status affinity_loss_cpu(const View<4>& window, const int32_t* labels, int64_t r
 Status affinity_loss_backward_cpu(const View<4>& grad_window, const int32_t* labels, int64_t radius, float same, float different,
                                   int threads);
 
-// The same on a GPU: every pointer is the device's, head holds the weights and then the bias. Asynchronous on the stream, nothing
-// allocated, capturable in a CUDA graph. A loss's results and its gradient stay on the device.
+// The same on a GPU: every pointer is the device's. Asynchronous on the stream, nothing allocated, capturable in a CUDA graph. Inputs
+// are read as they are, whatever their types, and results written as they are wanted: a tensor that had to be made for a kernel would
+// cost more than the kernel. A loss's results and its gradient stay on the device.
+struct DeviceHead {
+  View<1> weight, bias;  // [heads], [1]
+};
+enum class LabelType : int { u8 = 0, i8 = 1, i16 = 2, i32 = 3, i64 = 4 };
+// Integers in 0..255, or `ignore`; any other ends in an assertion on the device.
+struct DeviceLabels {
+  const void* data = nullptr;  // [B, h, w]
+  LabelType type = LabelType::i64;
+  int64_t stride[3] = {};
+  int64_t ignore = 255;
+};
 struct PairResults {
   float* loss = nullptr;
   int64_t *pos_count = nullptr, *neg_count = nullptr;  // N+ + 1 and N- + 1
 };
 struct DeviceSlopes {  // dL/dA is -grad / (2 pos_count) for pairs with the same label, grad / (2 neg_count) for others
-  const int32_t* labels = nullptr;
+  DeviceLabels labels;
   const float* grad = nullptr;
   const int64_t *pos_count = nullptr, *neg_count = nullptr;
-  View<4> grad_window;  // used if labels is null
+  View<4> grad_window;  // used if the labels' data is null
 };
 struct DeviceGradients {
-  View<4> query, key;   // or maps in query; null data: not wanted
-  float* head = nullptr;  // [heads + 1]
+  View<4> query, key;  // or maps in query; null data: not wanted
+  DeviceHead head;
 };
 
 int64_t attention_cuda_workspace(const AttentionArgs& args);
-Status window_affinity_cuda(const AttentionArgs& args, const float* head, const View<4>& out, int device, void* stream);
-Status attention_affinity_loss_cuda(const AttentionArgs& args, const float* head, const int32_t* labels, const PairResults& results,
+Status window_affinity_cuda(const AttentionArgs& args, const DeviceHead& head, const View<4>& out, int device, void* stream);
+Status attention_affinity_loss_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceLabels& labels, const PairResults& results,
                                     void* workspace, int device, void* stream);
 int64_t attention_backward_cuda_workspace(const AttentionArgs& args, int device);
-Status attention_backward_cuda(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const DeviceGradients& out,
+Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const DeviceGradients& out,
                                void* workspace, int device, void* stream);
 
-Status affinity_from_maps_cuda(const MapsArgs& args, const float* head, const View<4>& out, int device, void* stream);
+Status affinity_from_maps_cuda(const MapsArgs& args, const DeviceHead& head, const View<4>& out, int device, void* stream);
 int64_t affinity_from_maps_backward_cuda_workspace(const MapsArgs& args);
-Status affinity_from_maps_backward_cuda(const MapsArgs& args, const float* head, const DeviceSlopes& slopes,
+Status affinity_from_maps_backward_cuda(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes,
                                         const DeviceGradients& out, void* workspace, int device, void* stream);
 
 int64_t affinity_loss_cuda_workspace(const View<4>& window);
-Status affinity_loss_cuda(const View<4>& window, const int32_t* labels, int64_t radius, const PairResults& results, void* workspace,
+Status affinity_loss_cuda(const View<4>& window, const DeviceLabels& labels, int64_t radius, const PairResults& results, void* workspace,
                           int device, void* stream);
 Status affinity_loss_backward_cuda(const View<4>& grad_window, const DeviceSlopes& slopes, int64_t radius, int device, void* stream);
 

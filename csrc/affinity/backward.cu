@@ -5,11 +5,12 @@
 //   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G .
 // Data flow of product_kernel: a block owns a tile of 64 pixels and 64 channels of one head, of the queries' gradient or the keys'; it
 // walks over the tile's neighbours, whose G (mirrored for those above and to the left) and values pass through shared memory, and sums
-// in registers. head_kernel adds up what the blocks found for a head's weight, in order. A query or key that is no finite number counts
+// in registers. The block that comes last adds up what all found for the head, in order: two launches, the first of which sets the
+// counter of the second to 0. A query or key that is no finite number counts
 // as 0 there, lest 0 times it reach pixels outside its window, or, where its label is ignored, any: the pairs that it does count in have
 // a G that is NaN, or 0 at the sigmoid's ends.
 // Floor: 4 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band.
-// Occupancy: product_kernel 256 x 2, map_product_kernel 256 x 2, head_kernel 256 x 4 (threads x blocks a multiprocessor, by registers).
+// Occupancy: product_kernel 256 x 2, map_product_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 // Wide loads: product_kernel<__half, true>, product_kernel<__nv_bfloat16, true>, product_kernel<float, false>.
 #include "affinity/affinity.cuh"
 #include "common/arena.h"
@@ -17,6 +18,38 @@
 namespace afa {
 
 constexpr int kProductChannels = 64;
+
+// ---- the head --------------------------------------------------------------------------------------------------------------
+
+// What the blocks of a pass found for the head, and where its gradient goes.
+struct HeadSums {
+  float* dots;  // [count][heads][chunks]
+  int64_t count;
+  int heads, chunks;
+  const float* sums;  // [pairs]
+  int64_t pairs;
+  unsigned* counter;
+  DeviceHead out;
+};
+
+// In the block that comes last: a warp adds up a weight's gradient, or the bias's.
+__device__ inline void finish_head(const HeadSums& head, SharedArray<int> scratch) {
+  if (!comes_last(head.counter, scratch)) return;
+  const int lane = threadIdx.x % 32, warps = int(blockDim.x) / 32;
+  for (int h = threadIdx.x / 32; h <= head.heads; h += warps) {
+    double total = 0;
+    if (h < head.heads) {
+      for (int64_t at = lane; at < head.count * head.chunks; at += 32)
+        total += __ldcg(head.dots + (at / head.chunks * head.heads + h) * head.chunks + at % head.chunks);
+    } else {
+      for (int64_t at = lane; at < head.pairs; at += 32) total += 0.5 * __ldcg(head.sums + at);
+    }
+    for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+    if (lane != 0) continue;
+    const View<1>& to = h < head.heads ? head.out.weight : head.out.bias;
+    store_element(to.data, to.dtype, h < head.heads ? h * to.stride[0] : 0, float(total));
+  }
+}
 
 // ---- G times values ------------------------------------------------------------------------------------------------------
 
@@ -27,9 +60,9 @@ struct ProductArgs {
   View<4> grad_query, grad_key;
   bool wide;
   bool write[2];       // the queries' gradient, the keys'
-  const float* head;   // [heads + 1]
-  float* dots;         // [B * tiles][heads][chunks]
+  DeviceHead head;
   int chunks;          // of kProductChannels in a head
+  HeadSums found;      // of each tile
 };
 
 // The elements of 16 bytes, 0 for those that are no finite numbers: their exponents are all ones, and carry into the sign from the
@@ -150,6 +183,7 @@ template <class T, bool kTensor>
 __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_constant__ ProductArgs args) {
   SharedArena arena;
   SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
+  SharedArray<int> last = arena.take<int>(1);
   const PairGrid& grid = args.grid;
   const int64_t tile = blockIdx.x;
   const int share = int(blockIdx.y), per_side = int(args.query.size[1]) * args.chunks;
@@ -170,7 +204,7 @@ __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_c
       ProductStep<T, kTensor>::add(args, values, pair, mirrored, b, h, TilePlace(grid, other), channel, arena, total);
     }
     float dot = 0;
-    const float weight = args.head[h];
+    const float weight = weight_of(args.head, h);
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
       const int i = ResultPlace<kTensor>::row(e), c = channel + ResultPlace<kTensor>::column(e);
@@ -185,9 +219,10 @@ __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_c
     }
     if (!of_key) {
       dot = block_sum(dot, scratch);
-      if (threadIdx.x == 0) args.dots[(b * grid.tiles() + tile) * per_side + share] = dot;
+      if (threadIdx.x == 0) args.found.dots[(b * grid.tiles() + tile) * per_side + share] = dot;
     }
   }
+  finish_head(args.found, last);
 }
 
 // ---- score maps ------------------------------------------------------------------------------------------------------------
@@ -197,8 +232,8 @@ struct MapProductArgs {
   PairBuffers buffers;
   View<4> maps, grad_maps;
   bool write;
-  const float* head;
-  float* dots;  // [pairs][heads]
+  DeviceHead head;
+  HeadSums found;  // of each pair
 };
 
 // dL/dS_h,ij = w_h G_ij of one pair of tiles, both orders, and its part of dL/dw_h = sum G_ij S_h,ij. What lies outside every pair has
@@ -206,6 +241,7 @@ struct MapProductArgs {
 __global__ void __launch_bounds__(kPairThreads, 2) map_product_kernel(const __grid_constant__ MapProductArgs args) {
   SharedArena arena;
   SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
+  SharedArray<int> last = arena.take<int>(1);
   const PairGrid& grid = args.grid;
   const int64_t tile = blockIdx.x, heads = args.maps.size[1], other = neighbour_of(grid, tile, middle_of(grid) + int(blockIdx.y));
   const bool mirrored = blockIdx.y > 0;
@@ -213,6 +249,7 @@ __global__ void __launch_bounds__(kPairThreads, 2) map_product_kernel(const __gr
     const int64_t pair = grid.pair(b, tile, int(blockIdx.y));
     for (int64_t h = 0; h < heads; ++h) {
       float dot = 0;
+      const float weight = weight_of(args.head, h);
       if (other >= 0) {
         const TilePlace place(grid, tile), other_place(grid, other);
         for (int at = threadIdx.x; at < kPairScores; at += blockDim.x) {
@@ -227,46 +264,15 @@ __global__ void __launch_bounds__(kPairThreads, 2) map_product_kernel(const __gr
             dot = fmaf(gradient, score, dot);
           }
           if (!args.write) continue;
-          store_element(out.data, out.dtype, offset_of(out, b, h, n) + m * out.stride[3], args.head[h] * gradient);
-          if (mirrored) store_element(out.data, out.dtype, offset_of(out, b, h, m) + n * out.stride[3], args.head[h] * gradient);
+          store_element(out.data, out.dtype, offset_of(out, b, h, n) + m * out.stride[3], weight * gradient);
+          if (mirrored) store_element(out.data, out.dtype, offset_of(out, b, h, m) + n * out.stride[3], weight * gradient);
         }
       }
       dot = block_sum(dot, scratch);
-      if (threadIdx.x == 0) args.dots[pair * heads + h] = dot;
+      if (threadIdx.x == 0) args.found.dots[pair * heads + h] = dot;
     }
   }
-}
-
-// ---- the head --------------------------------------------------------------------------------------------------------------
-
-struct HeadArgs {
-  const float* dots;  // [count][heads][chunks]
-  int64_t count;
-  int heads, chunks;
-  const float* sums;  // [pairs]
-  int64_t pairs;
-  float* out;         // [heads + 1]
-};
-__global__ void __launch_bounds__(kPairThreads, 4) head_kernel(const __grid_constant__ HeadArgs args) {
-  SharedArena arena;
-  SharedArray<double> scratch = arena.take<double>(kPairThreads / 32);
-  const int h = int(blockIdx.x);
-  double total = 0;
-  if (h < args.heads) {
-    for (int64_t at = threadIdx.x; at < args.count * args.chunks; at += blockDim.x)
-      total += args.dots[at / args.chunks * args.heads * args.chunks + h * args.chunks + at % args.chunks];
-  } else {
-    for (int64_t at = threadIdx.x; at < args.pairs; at += blockDim.x) total += 0.5 * args.sums[at];
-  }
-  total = block_sum(total, scratch);
-  if (threadIdx.x == 0) args.out[h] = float(total);
-}
-
-static Status launch_head(const HeadArgs& args, void* stream) {
-  LaunchShape shape;
-  shape.grid = dim3(unsigned(args.heads + 1)), shape.block = dim3(kPairThreads);
-  shape.shared_bytes = SharedArena::bytes<double>(kPairThreads / 32);
-  return launch(head_kernel, shape, stream, args);
+  finish_head(args.found, last);
 }
 
 // ---- launching -------------------------------------------------------------------------------------------------------------
@@ -281,7 +287,7 @@ static Pieces pieces_of(const PairGrid& grid, int64_t dots, void* workspace) {
   Pieces pieces;
   pieces.buffers.values = arena.take<float>(grid.pairs() * kPairScores);
   pieces.buffers.scale = arena.take<float>(grid.pairs()), pieces.buffers.sums = arena.take<float>(grid.pairs());
-  pieces.dots = arena.take<float>(dots);
+  pieces.dots = arena.take<float>(dots), pieces.buffers.counter = arena.take<unsigned>(1);
   pieces.bytes = arena.used;
   return pieces;
 }
@@ -298,51 +304,49 @@ int64_t affinity_from_maps_backward_cuda_workspace(const MapsArgs& args) {
   return pieces_of(grid, grid.pairs() * args.maps.size[1], nullptr).bytes;
 }
 
+static int64_t finish_bytes() { return SharedArena::bytes<float>(kPairThreads / 32) + SharedArena::bytes<int>(1); }
+
 template <class T, bool kTensor>
 static Status launch_product(const ProductArgs& args, void* stream) {
-  LaunchShape shape = args.grid.shape(SharedArena::bytes<float>(kPairThreads / 32) + ProductStep<T, kTensor>::shared_bytes());
+  LaunchShape shape = args.grid.shape(finish_bytes() + ProductStep<T, kTensor>::shared_bytes());
   const int64_t shares = args.query.size[1] * args.chunks * (args.write[1] ? 2 : 1);
   if (shares > 65535) return Status::unsupported;
   shape.grid.y = unsigned(shares);
   return launch(product_kernel<T, kTensor>, shape, stream, args);
 }
 
-Status attention_backward_cuda(const AttentionArgs& args, const float* head, const DeviceSlopes& slopes, const DeviceGradients& out,
+Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const DeviceGradients& out,
                                void* workspace, int device, void* stream) {
   DeviceGuard guard(device);
   Pieces pieces = pieces_of(args, workspace);
   ProductArgs product = {};
   product.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
-  product.buffers = pieces.buffers, product.dots = pieces.dots;
+  product.buffers = pieces.buffers;
   product.query = args.query, product.key = args.key, product.grad_query = out.query, product.grad_key = out.key;
   product.write[0] = out.query.data != nullptr, product.write[1] = out.key.data != nullptr;
   product.head = head, product.chunks = int(blocks_for(args.query.size[3], kProductChannels));
   // A window's gradient may be of any size, so that path keeps G in float.
-  const bool tensor = slopes.labels != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
+  const bool tensor = slopes.labels.data != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
   pieces.buffers.tensor = tensor;
   product.wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
+  product.found = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
+                   pieces.buffers.sums, product.grid.pairs(), pieces.buffers.counter, out.head};
   AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
-  if (!tensor)
-    AFA_TRY((launch_product<float, false>(product, stream)));
-  else if (args.query.dtype == DType::f16)
-    AFA_TRY((launch_product<__half, true>(product, stream)));
-  else
-    AFA_TRY((launch_product<__nv_bfloat16, true>(product, stream)));
-  const HeadArgs head_args = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
-                              pieces.buffers.sums, product.grid.pairs(), out.head};
-  return launch_head(head_args, stream);
+  if (!tensor) return launch_product<float, false>(product, stream);
+  if (args.query.dtype == DType::f16) return launch_product<__half, true>(product, stream);
+  return launch_product<__nv_bfloat16, true>(product, stream);
 }
 
-Status affinity_from_maps_backward_cuda(const MapsArgs& args, const float* head, const DeviceSlopes& slopes,
+Status affinity_from_maps_backward_cuda(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes,
                                         const DeviceGradients& out, void* workspace, int device, void* stream) {
   DeviceGuard guard(device);
   const PairGrid grid(args.maps.size[0], args.height, args.width, args.radius);
   const Pieces pieces = pieces_of(grid, grid.pairs() * args.maps.size[1], workspace);
   AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
-  const MapProductArgs product = {grid, pieces.buffers, args.maps, out.query, out.query.data != nullptr, head, pieces.dots};
-  AFA_TRY(launch(map_product_kernel, grid.shape(SharedArena::bytes<float>(kPairThreads / 32)), stream, product));
-  const HeadArgs head_args = {pieces.dots, grid.pairs(), int(args.maps.size[1]), 1, pieces.buffers.sums, grid.pairs(), out.head};
-  return launch_head(head_args, stream);
+  const HeadSums found = {pieces.dots, grid.pairs(), int(args.maps.size[1]), 1, pieces.buffers.sums, grid.pairs(),
+                          pieces.buffers.counter, out.head};
+  const MapProductArgs product = {grid, pieces.buffers, args.maps, out.query, out.query.data != nullptr, head, found};
+  return launch(map_product_kernel, grid.shape(finish_bytes()), stream, product);
 }
 
 }  // namespace afa

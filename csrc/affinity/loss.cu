@@ -1,7 +1,8 @@
 // The affinity loss of a window on a GPU, forward and backward.
 //
 // Data flow: a block owns a run of pixels of one image, a thread one pixel, whose taps it walks; the block's sums go to the workspace,
-// and the block that comes last adds them up in order: one launch, the same bits every run.
+// and the block that comes last adds them up in order: one launch, the same bits every run. Labels are read as the caller has them;
+// each pixel's is checked where it is the centre of a window.
 // Floor: the window read once (forward) or its gradient written once (backward). Bound: memory.
 // Occupancy: window_loss_kernel 256 x 4, window_loss_gradient_kernel 256 x 4 (threads x blocks a multiprocessor, by registers).
 #include "affinity/affinity.cuh"
@@ -10,7 +11,7 @@ namespace afa {
 
 struct WindowLossArgs {
   View<4> window;      // or its gradient
-  const int32_t* labels;
+  DeviceLabels labels;
   int radius;
   PairResults results;
   float4* shares;      // [blocks of the grid]
@@ -20,13 +21,13 @@ struct WindowLossArgs {
 
 // Calls visit(tap, other) with the label that pixel (y, x) reaches through each tap, -1 where it leaves the image.
 template <class Visit>
-__device__ inline void walk_taps(const WindowLossArgs& args, const int32_t* labels, int y, int x, Visit visit) {
+__device__ inline void walk_taps(const WindowLossArgs& args, int64_t b, int y, int x, Visit visit) {
   const int height = int(args.window.size[2]), width = int(args.window.size[3]), r = args.radius;
   int tap = 0;
   for (int dy = -r; dy <= r; ++dy)
     for (int dx = -r; dx <= r; ++dx, ++tap) {
       const bool inside = y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < width;
-      visit(tap, inside ? labels[int64_t(y + dy) * width + x + dx] : -1);
+      visit(tap, inside ? label_at<false>(args.labels, b, y + dy, x + dx) : -1);
     }
 }
 
@@ -40,12 +41,11 @@ __global__ void __launch_bounds__(kPairThreads, 4) window_loss_kernel(const __gr
   for (int64_t b = blockIdx.y; b < window.size[0]; b += gridDim.y) {
     const int64_t pixel = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
     if (pixel >= pixels) continue;
-    const int32_t *labels = args.labels + b * pixels, own = labels[pixel];
+    const int y = int(pixel / width), x = int(pixel % width), own = label_at<true>(args.labels, b, y, x);
     if (own < 0) continue;
-    const int y = int(pixel / width), x = int(pixel % width);
     float same_part = 0, different_part = 0;
     int same_found = 0, different_found = 0;
-    walk_taps(args, labels, y, x, [&](int tap, int other) {
+    walk_taps(args, b, y, x, [&](int tap, int other) {
       if (other < 0) return;
       const float affinity = load_element(window.data, window.dtype, offset_of(window, b, tap, y) + x * window.stride[3]);
       same_part += other == own ? 1.0f - affinity : 0.0f, different_part += other == own ? 0.0f : affinity;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kPairThreads, 4) window_loss_gradient_kernel(c
   if (pixel >= pixels) return;
   const int y = int(pixel / width), x = int(pixel % width);
   for (int64_t b = blockIdx.y; b < out.size[0]; b += gridDim.y) {
-    const int32_t *labels = args.slopes.labels + b * pixels, own = labels[pixel];
-    walk_taps(args, labels, y, x, [&](int tap, int other) {
+    const int own = label_at<true>(args.labels, b, y, x);
+    walk_taps(args, b, y, x, [&](int tap, int other) {
       const float value = own < 0 || other < 0 ? 0.0f : other == own ? slopes.same : slopes.different;
       store_element(out.data, out.dtype, offset_of(out, b, tap, y) + x * out.stride[3], value);
     });
@@ -105,7 +105,7 @@ int64_t affinity_loss_cuda_workspace(const View<4>& window) {
   return 64 + 32 * int64_t(shape.grid.x) * shape.grid.y;
 }
 
-Status affinity_loss_cuda(const View<4>& window, const int32_t* labels, int64_t radius, const PairResults& results, void* workspace,
+Status affinity_loss_cuda(const View<4>& window, const DeviceLabels& labels, int64_t radius, const PairResults& results, void* workspace,
                           int device, void* stream) {
   AFA_TRY(window_fits(window, radius));
   DeviceGuard guard(device);
@@ -123,7 +123,7 @@ Status affinity_loss_backward_cuda(const View<4>& grad_window, const DeviceSlope
   AFA_TRY(window_fits(grad_window, radius));
   DeviceGuard guard(device);
   WindowLossArgs args = {};
-  args.window = grad_window, args.radius = int(radius), args.slopes = slopes;
+  args.window = grad_window, args.labels = slopes.labels, args.radius = int(radius), args.slopes = slopes;
   return launch(window_loss_gradient_kernel, window_shape(grad_window), stream, args);
 }
 

@@ -15,8 +15,8 @@ struct PairArgs {
   View<4> query, key;    // or maps in query
   bool tensor;           // half precision goes through tensor cores
   bool wide;             // rows of query and key may be read 16 bytes at a time
-  const float* head;     // [heads + 1]
-  const int32_t* labels;
+  DeviceHead head;
+  DeviceLabels labels;
   View<4> window;        // Goal::window; its gradient for Goal::window_gradient
   PairResults results;   // Goal::loss
   float4* shares;        // [pairs]: sums over same and different, counts as bits
@@ -76,7 +76,7 @@ struct SimtScores {
   static int64_t shared_bytes() { return SharedArena::bytes<float>(2 * kBuffer); }
 
   __device__ static __forceinline__ void keep(const OperandReader<kChannels>& from, int step, SharedArray<float> shared) {
-    const float weight = from.args.head[step / from.chunks];
+    const float weight = weight_of(from.args.head, step / from.chunks);
     const SharedArray<float> to = shared + (step % 2 * kBuffer + from.channel * kPitch + from.pixel);
     if (from.wide) {
 #pragma unroll
@@ -176,7 +176,7 @@ struct TensorScores {
       if (step + 1 < operands.steps) operands.fetch(step + 1);
       multiply(shared, step % 2 * kBuffer, sums);
       if ((step + 1) % operands.chunks == 0) {
-        const float weight = args.head[step / operands.chunks];
+        const float weight = weight_of(args.head, step / operands.chunks);
 #pragma unroll
         for (int e = 0; e < 16; ++e) total[e] = fmaf(weight, sums[e / 4][e % 4], total[e]), sums[e / 4][e % 4] = 0.0f;
       }
@@ -201,7 +201,7 @@ struct MapScores {
         const View<4>& maps = args.query;
         const float there = load_element(maps.data, maps.dtype, offset_of(maps, b, h, n) + m * maps.stride[3]);
         const float back = load_element(maps.data, maps.dtype, offset_of(maps, b, h, m) + n * maps.stride[3]);
-        total[e] = fmaf(args.head[h], there + back, total[e]);
+        total[e] = fmaf(weight_of(args.head, h), there + back, total[e]);
       }
     }
   }

@@ -139,7 +139,8 @@ static void bind_loss(py::module_& module) {
 }
 
 #if AFA_WITH_CUDA
-// On a GPU the head is a tensor there, [heads + 1], and so are a loss's results: addresses (loss, pos_count, neg_count).
+// On a GPU the head's weight and bias are tensors there, and so are a loss's results: addresses (loss, pos_count, neg_count). Labels
+// travel as other tensors do, their element type by LabelType.
 static AttentionArgs device_args(const View<4>& query, const View<4>& key, const Grid& grid) {
   AttentionArgs args;
   args.query = query, args.key = key, args.height = grid[0], args.width = grid[1], args.radius = grid[2];
@@ -150,6 +151,12 @@ static MapsArgs device_args(const View<4>& maps, const Grid& grid) {
   args.maps = maps, args.height = grid[0], args.width = grid[1], args.radius = grid[2];
   return args;
 }
+static DeviceLabels labels_at(const View<3>& view, int64_t ignore) {
+  DeviceLabels labels;
+  labels.data = view.data, labels.type = static_cast<LabelType>(view.dtype), labels.ignore = ignore;
+  for (int i = 0; i < 3; ++i) labels.stride[i] = view.stride[i];
+  return labels;
+}
 typedef std::array<uint64_t, 3> Addresses;
 static PairResults results_at(const Addresses& at) {
   PairResults results;
@@ -157,9 +164,9 @@ static PairResults results_at(const Addresses& at) {
   return results;
 }
 // Addresses of the loss's gradient, pos_count and neg_count.
-static DeviceSlopes slopes_at(uint64_t labels, const Addresses& at) {
+static DeviceSlopes slopes_at(const DeviceLabels& labels, const Addresses& at) {
   DeviceSlopes slopes;
-  slopes.labels = pointer<int32_t>(labels), slopes.grad = pointer<float>(at[0]);
+  slopes.labels = labels, slopes.grad = pointer<float>(at[0]);
   slopes.pos_count = pointer<int64_t>(at[1]), slopes.neg_count = pointer<int64_t>(at[2]);
   return slopes;
 }
@@ -168,66 +175,66 @@ static DeviceSlopes slopes_of(const View<4>& grad_window) {
   slopes.grad_window = grad_window;
   return slopes;
 }
-static DeviceGradients gradients(const View<4>& query, const View<4>& key, uint64_t head) {
-  DeviceGradients out;
-  out.query = query, out.key = key, out.head = pointer<float>(head);
-  return out;
-}
 
 typedef const View<4>& V;
+typedef const View<1>& W;  // of the head
+typedef const View<3>& L;  // labels
 
 static void bind_attention_cuda(py::module_& module) {
   module.def("attention_cuda_workspace",
              [](V query, V key, const Grid& grid) { return attention_cuda_workspace(device_args(query, key, grid)); });
-  module.def("window_affinity_cuda", [](V query, V key, uint64_t head, const Grid& grid, V out, int device, uint64_t stream) {
+  module.def("window_affinity_cuda", [](V query, V key, W weight, W bias, const Grid& grid, V out, int device, uint64_t stream) {
     py::gil_scoped_release release;
-    check_cuda(window_affinity_cuda(device_args(query, key, grid), pointer<float>(head), out, device, pointer<void>(stream)),
+    check_cuda(window_affinity_cuda(device_args(query, key, grid), {weight, bias}, out, device, pointer<void>(stream)),
                "window_affinity_cuda");
   });
-  module.def("attention_affinity_loss_cuda", [](V query, V key, uint64_t head, const Grid& grid, uint64_t labels,
-                                                const Addresses& results, uint64_t workspace, int device, uint64_t stream) {
-    py::gil_scoped_release release;
-    check_cuda(attention_affinity_loss_cuda(device_args(query, key, grid), pointer<float>(head), pointer<int32_t>(labels),
-                                            results_at(results), pointer<void>(workspace), device, pointer<void>(stream)),
-               "attention_affinity_loss_cuda");
-  });
+  module.def("attention_affinity_loss_cuda",
+             [](V query, V key, W weight, W bias, const Grid& grid, L labels, int64_t ignore, const Addresses& results,
+                uint64_t workspace, int device, uint64_t stream) {
+               py::gil_scoped_release release;
+               check_cuda(attention_affinity_loss_cuda(device_args(query, key, grid), {weight, bias}, labels_at(labels, ignore),
+                                                       results_at(results), pointer<void>(workspace), device,
+                                                       pointer<void>(stream)),
+                          "attention_affinity_loss_cuda");
+             });
   module.def("attention_backward_cuda_workspace", [](V query, V key, const Grid& grid, int device) {
     return attention_backward_cuda_workspace(device_args(query, key, grid), device);
   });
   module.def("window_affinity_backward_cuda",
-             [](V query, V key, uint64_t head, const Grid& grid, V grad_window, V grad_query, V grad_key, uint64_t grad_head,
-                uint64_t workspace, int device, uint64_t stream) {
+             [](V query, V key, W weight, W bias, const Grid& grid, V grad_window, V grad_query, V grad_key, W grad_weight,
+                W grad_bias, uint64_t workspace, int device, uint64_t stream) {
                py::gil_scoped_release release;
-               check_cuda(attention_backward_cuda(device_args(query, key, grid), pointer<float>(head), slopes_of(grad_window),
-                                                  gradients(grad_query, grad_key, grad_head), pointer<void>(workspace), device,
-                                                  pointer<void>(stream)),
+               check_cuda(attention_backward_cuda(device_args(query, key, grid), {weight, bias}, slopes_of(grad_window),
+                                                  {grad_query, grad_key, {grad_weight, grad_bias}}, pointer<void>(workspace),
+                                                  device, pointer<void>(stream)),
                           "window_affinity_backward_cuda");
              });
   module.def("attention_affinity_loss_backward_cuda",
-             [](V query, V key, uint64_t head, const Grid& grid, uint64_t labels, const Addresses& slopes, V grad_query, V grad_key,
-                uint64_t grad_head, uint64_t workspace, int device, uint64_t stream) {
+             [](V query, V key, W weight, W bias, const Grid& grid, L labels, int64_t ignore, const Addresses& slopes, V grad_query,
+                V grad_key, W grad_weight, W grad_bias, uint64_t workspace, int device, uint64_t stream) {
                py::gil_scoped_release release;
-               check_cuda(attention_backward_cuda(device_args(query, key, grid), pointer<float>(head), slopes_at(labels, slopes),
-                                                  gradients(grad_query, grad_key, grad_head), pointer<void>(workspace), device,
-                                                  pointer<void>(stream)),
+               check_cuda(attention_backward_cuda(device_args(query, key, grid), {weight, bias},
+                                                  slopes_at(labels_at(labels, ignore), slopes),
+                                                  {grad_query, grad_key, {grad_weight, grad_bias}}, pointer<void>(workspace),
+                                                  device, pointer<void>(stream)),
                           "attention_affinity_loss_backward_cuda");
              });
 }
 
 static void bind_maps_cuda(py::module_& module) {
-  module.def("affinity_from_maps_cuda", [](V maps, uint64_t head, const Grid& grid, V out, int device, uint64_t stream) {
+  module.def("affinity_from_maps_cuda", [](V maps, W weight, W bias, const Grid& grid, V out, int device, uint64_t stream) {
     py::gil_scoped_release release;
-    check_cuda(affinity_from_maps_cuda(device_args(maps, grid), pointer<float>(head), out, device, pointer<void>(stream)),
+    check_cuda(affinity_from_maps_cuda(device_args(maps, grid), {weight, bias}, out, device, pointer<void>(stream)),
                "affinity_from_maps_cuda");
   });
   module.def("affinity_from_maps_backward_cuda_workspace",
              [](V maps, const Grid& grid) { return affinity_from_maps_backward_cuda_workspace(device_args(maps, grid)); });
   module.def("affinity_from_maps_backward_cuda",
-             [](V maps, uint64_t head, const Grid& grid, V grad_window, V grad_maps, uint64_t grad_head, uint64_t workspace,
-                int device, uint64_t stream) {
+             [](V maps, W weight, W bias, const Grid& grid, V grad_window, V grad_maps, W grad_weight, W grad_bias,
+                uint64_t workspace, int device, uint64_t stream) {
                py::gil_scoped_release release;
-               check_cuda(affinity_from_maps_backward_cuda(device_args(maps, grid), pointer<float>(head),
-                                                           slopes_of(grad_window), gradients(grad_maps, View<4>(), grad_head),
+               check_cuda(affinity_from_maps_backward_cuda(device_args(maps, grid), {weight, bias}, slopes_of(grad_window),
+                                                           {grad_maps, View<4>(), {grad_weight, grad_bias}},
                                                            pointer<void>(workspace), device, pointer<void>(stream)),
                           "affinity_from_maps_backward_cuda");
              });
@@ -235,17 +242,18 @@ static void bind_maps_cuda(py::module_& module) {
 
 static void bind_loss_cuda(py::module_& module) {
   module.def("affinity_loss_cuda_workspace", [](V window) { return affinity_loss_cuda_workspace(window); });
-  module.def("affinity_loss_cuda", [](V window, uint64_t labels, int64_t radius, const Addresses& results, uint64_t workspace,
-                                      int device, uint64_t stream) {
+  module.def("affinity_loss_cuda", [](V window, L labels, int64_t ignore, int64_t radius, const Addresses& results,
+                                      uint64_t workspace, int device, uint64_t stream) {
     py::gil_scoped_release release;
-    check_cuda(affinity_loss_cuda(window, pointer<int32_t>(labels), radius, results_at(results), pointer<void>(workspace), device,
+    check_cuda(affinity_loss_cuda(window, labels_at(labels, ignore), radius, results_at(results), pointer<void>(workspace), device,
                                   pointer<void>(stream)),
                "affinity_loss_cuda");
   });
-  module.def("affinity_loss_backward_cuda", [](V grad_window, uint64_t labels, int64_t radius, const Addresses& slopes, int device,
-                                               uint64_t stream) {
+  module.def("affinity_loss_backward_cuda", [](V grad_window, L labels, int64_t ignore, int64_t radius, const Addresses& slopes,
+                                               int device, uint64_t stream) {
     py::gil_scoped_release release;
-    check_cuda(affinity_loss_backward_cuda(grad_window, slopes_at(labels, slopes), radius, device, pointer<void>(stream)),
+    check_cuda(affinity_loss_backward_cuda(grad_window, slopes_at(labels_at(labels, ignore), slopes), radius, device,
+                                           pointer<void>(stream)),
                "affinity_loss_backward_cuda");
   });
 }

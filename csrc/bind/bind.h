@@ -59,17 +59,22 @@ namespace pybind11::detail {
 template <int N>
 struct type_caster<afa::View<N>> {
   PYBIND11_TYPE_CASTER(afa::View<N>, const_name("tuple"));
+  // By Python's own functions: pybind11's conversions cost more than all else that a launch takes of the host.
   bool load(handle source, bool) {
-    if (!isinstance<tuple>(source)) return false;
-    auto parts = reinterpret_borrow<tuple>(source);
-    if (parts.size() != 4) return false;
-    auto shape = parts[2].cast<std::vector<int64_t>>(), strides = parts[3].cast<std::vector<int64_t>>();
-    if (int(shape.size()) != N || int(strides.size()) != N) return false;
-    value.data = afa::pointer<void>(parts[0].cast<uint64_t>());
-    value.dtype = static_cast<afa::DType>(parts[1].cast<int>());
-    for (int i = 0; i < N; ++i) value.size[i] = shape[i], value.stride[i] = strides[i];
-    return true;
+    if (!of_length(source.ptr(), 4)) return false;
+    PyObject *shape = PyTuple_GET_ITEM(source.ptr(), 2), *strides = PyTuple_GET_ITEM(source.ptr(), 3);
+    if (!of_length(shape, N) || !of_length(strides, N)) return false;
+    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
+    value.dtype = static_cast<afa::DType>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 1)));
+    for (int i = 0; i < N; ++i) {
+      value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+      value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+    }
+    if (PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    return false;
   }
+  static bool of_length(PyObject* object, int length) { return PyTuple_Check(object) && PyTuple_GET_SIZE(object) == length; }
 };
 
 }  // namespace pybind11::detail

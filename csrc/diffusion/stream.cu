@@ -6,6 +6,8 @@
 // on 16-byte boundaries take the same kernel one pixel at a time. diffuse_step_split shares a pixel's taps between 8 threads where
 // the image is too small to fill the device otherwise. diffuse_adjoint gathers, for each pixel, the (pixel, tap) pairs that read it;
 // at replicated borders these are ranges.
+// The taps travel with the launch, in the constant bank where a warp reads one at once; those that find no room there are first
+// written to the workspace by store_offsets.
 // Floor: taps * 4 (2 in half) bytes of weights per pixel and iteration through device memory.
 // Occupancy: diffuse_step 128 x 4, diffuse_step_split 128 x 4, diffuse_adjoint 128 x 4, copy_masks 128 x 8, store_offsets 128 x 8
 // (threads x blocks a multiprocessor, by registers).
@@ -17,15 +19,25 @@ namespace afa {
 
 constexpr int kStepThreads = 128;
 
+// Taps that are parameters of a kernel, of which all together are 4 KB at most: 1.8 KB of them, as a radius of 10 needs.
+constexpr int kParameterTaps = 448;
+
 struct StepArgs {
   View<4> weights;            // [B, T, H, W]
   const float* in;            // [B, C, H, W], unit stride in x
   int64_t in_stride[3];
   View<4> out;                // [B, C, H, W]
-  const int32_t* offsets;     // [T][2], on the device
+  const int32_t* offsets;     // [T][2], on the device; null: in `taps`
   const uint8_t* class_mask;  // [B][C] or null
   bool zero_border, wide_in;  // wide_in: rows of `in` are on 16-byte boundaries
+  int32_t taps[kParameterTaps];  // dx above 16 bits of dy
 };
+
+__device__ inline int2 tap_at(const StepArgs& args, int tap) {
+  if (args.offsets != nullptr) return __ldg(reinterpret_cast<const int2*>(args.offsets) + tap);
+  const int32_t packed = args.taps[tap];
+  return make_int2(int16_t(packed), packed >> 16);
+}
 
 // ---- one iteration -------------------------------------------------------------------------------------------------------
 
@@ -68,7 +80,7 @@ __device__ inline void add_taps(const StepArgs& args, int64_t b, int y, int x0, 
       if (first + k >= end) break;
       float weight[kPixels];
       ahead[k].unpack(weight);
-      const int2 offset = __ldg(reinterpret_cast<const int2*>(args.offsets) + first + k);
+      const int2 offset = tap_at(args, first + k);
       const int wanted = y + offset.x, row = clamp_to(wanted, 0, height - 1), left = x0 + offset.y;
       const bool outside = args.zero_border && row != wanted;
       const int64_t line = row * args.in_stride[2];
@@ -216,8 +228,9 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_adjoint(const __grid_
     for (int64_t y = blockIdx.y * blockDim.y + threadIdx.y; y < height; y += gridDim.y * blockDim.y) {
       float sum[kAdjointChannels] = {};
       for (int t = 0; t < int(args.weights.size[1]); ++t) {
-        const Range rows = sources(int(y), args.offsets[2 * t], height, args.zero_border);
-        const Range columns = sources(x, args.offsets[2 * t + 1], width, args.zero_border);
+        const int2 offset = tap_at(args, t);
+        const Range rows = sources(int(y), offset.x, height, args.zero_border);
+        const Range columns = sources(x, offset.y, width, args.zero_border);
         for (int row = rows.first; row <= rows.last; ++row)
           for (int column = columns.first; column <= columns.last; ++column) {
             const float weight = load_element(args.weights.data, args.weights.dtype,
@@ -262,7 +275,8 @@ struct OffsetChunk {
   int count;
   int32_t value[2 * kOffsetsAtOnce];
 };
-// The taps travel as a kernel parameter: no host memory need outlive the launch, and a CUDA graph keeps its own copy.
+// More of them than fit in StepArgs. They travel as a parameter too: no host memory need outlive the launch, and a CUDA graph keeps
+// its own copy.
 __global__ void __launch_bounds__(kStepThreads, 8) store_offsets(const __grid_constant__ OffsetChunk chunk, int32_t* to) {
   for (int i = threadIdx.x; i < 2 * chunk.count; i += blockDim.x) to[i] = chunk.value[i];
 }
@@ -329,10 +343,33 @@ static int64_t buffer_floats(const View<4>& masks) {
   return round_up(masks.size[0] * masks.size[1] * masks.size[2] * round_up(masks.size[3], 4), 64);
 }
 
+// Whether the taps, none farther than the image is large, fit in StepArgs.
+static bool in_parameter(const DiffusionArgs& args) {
+  return args.taps <= kParameterTaps && args.masks.size[2] <= INT16_MAX && args.masks.size[3] <= INT16_MAX;
+}
+static int64_t offset_floats(const DiffusionArgs& args) { return in_parameter(args) ? 0 : round_up(2 * args.taps, 64); }
+
+// Coordinate i % 2 of tap i / 2. One image length away an offset already reaches the border; farther could overflow.
+static int32_t near_offset(const DiffusionArgs& args, int64_t i) {
+  const int limit = int(args.masks.size[2 + i % 2]);
+  return clamp_to(args.offsets[i], -limit, limit);
+}
+
+static Status store_taps(const DiffusionArgs& args, int32_t* offsets, void* stream) {
+  for (int64_t first = 0; first < args.taps; first += kOffsetsAtOnce) {
+    OffsetChunk chunk = {int(args.taps - first < kOffsetsAtOnce ? args.taps - first : kOffsetsAtOnce), {}};
+    for (int i = 0; i < 2 * chunk.count; ++i) chunk.value[i] = near_offset(args, 2 * first + i);
+    LaunchShape shape;
+    shape.grid = dim3(1), shape.block = dim3(kStepThreads);
+    AFA_TRY(launch(store_offsets, shape, stream, chunk, offsets + 2 * first));
+  }
+  return Status::ok;
+}
+
 int64_t stream_workspace(const DiffusionArgs& args) {
   const bool packs = args.masks.dtype != DType::f32 || args.masks.stride[3] != 1;
   const int64_t buffers = packs || args.num_iter > 2 ? 2 : args.num_iter > 1 ? 1 : 0;
-  return 4 * (round_up(2 * args.taps, 64) + buffers * buffer_floats(args.masks));
+  return 4 * (offset_floats(args) + buffers * buffer_floats(args.masks));
 }
 
 Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace, void* stream) {
@@ -342,19 +379,17 @@ Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace,
     AFA_TRY(launch_copy(args.masks, args.out, nullptr, true, false, stream));
   if (args.num_iter == 0) return Status::ok;
 
-  int32_t* offsets = static_cast<int32_t*>(workspace);
-  const int limits[2] = {int(args.masks.size[2]), int(args.masks.size[3])};
-  for (int64_t first = 0; first < args.taps; first += kOffsetsAtOnce) {
-    OffsetChunk chunk = {int(args.taps - first < kOffsetsAtOnce ? args.taps - first : kOffsetsAtOnce), {}};
-    // One image length away an offset already reaches the border; farther could overflow.
-    for (int i = 0; i < 2 * chunk.count; ++i)
-      chunk.value[i] = clamp_to(args.offsets[2 * first + i], -limits[i & 1], limits[i & 1]);
-    LaunchShape shape;
-    shape.grid = dim3(1), shape.block = dim3(kStepThreads);
-    AFA_TRY(launch(store_offsets, shape, stream, chunk, offsets + 2 * first));
+  float* memory = static_cast<float*>(workspace) + offset_floats(args);
+  StepArgs step = {};
+  step.weights = args.weights, step.class_mask = args.class_mask, step.zero_border = args.border == Border::zero;
+  if (in_parameter(args)) {
+    for (int64_t t = 0; t < args.taps; ++t)
+      step.taps[t] = int32_t(uint32_t(near_offset(args, 2 * t + 1)) << 16 | uint16_t(near_offset(args, 2 * t)));
+  } else {
+    AFA_TRY(store_taps(args, static_cast<int32_t*>(workspace), stream));
+    step.offsets = static_cast<const int32_t*>(workspace);
   }
 
-  float* memory = reinterpret_cast<float*>(offsets) + round_up(2 * args.taps, 64);
   const View<4> buffers[2] = {buffer_view(args.masks, memory), buffer_view(args.masks, memory + buffer_floats(args.masks))};
   View<4> in = args.masks;
   if (in.dtype != DType::f32 || in.stride[3] != 1) {
@@ -362,11 +397,11 @@ Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace,
     AFA_TRY(launch_copy(args.masks, in, args.class_mask, true, false, stream));
   }
   for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {
-    const View<4>& to = iteration + 1 == args.num_iter ? args.out : buffers[iteration & 1];
-    const StepArgs step = {args.weights, static_cast<const float*>(in.data), {in.stride[0], in.stride[1], in.stride[2]},
-                           to, offsets, args.class_mask, args.border == Border::zero, wide_rows(in)};
+    step.in = static_cast<const float*>(in.data), step.wide_in = wide_rows(in);
+    for (int i = 0; i < 3; ++i) step.in_stride[i] = in.stride[i];
+    step.out = iteration + 1 == args.num_iter ? args.out : buffers[iteration & 1];
     AFA_TRY(launch_iteration(step, padded, args.transpose, stream));
-    in = to;
+    in = step.out;
   }
   return Status::ok;
 }

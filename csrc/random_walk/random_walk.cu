@@ -1,9 +1,10 @@
-// The random walk on a GPU: T, then the shared diffusion with zero border (diffusion/stream.cu); and the gradient of the affinity.
+// The random walk on a GPU: which way it goes, in one launch (fused.cu) or by way of T and the shared diffusion with zero border
+// (diffusion/stream.cu); and the gradient of the affinity.
 //
 //   D_i = sum_k P_ki + eps with P = A^p,   T_ij = P_ij / D_i
 //   dL/dT_ij = sum_c g_c,i m_c,j,   dL/dD_i = -sum_j T_ij dL/dT_ij / D_i,   dL/dA_ij = p A_ij^(p-1) / D_i dL/dT_ij + p A_ij^(p-1) dL/dD_j
 //
-// Data flow: a block has 32 neighbouring pixels, and 8 threads for each of them share its taps. walk_weights_kernel adds up what
+// Data flow of the second way: a block has 32 neighbouring pixels, and 8 threads for each of them share its taps. walk_weights_kernel adds up what
 // points at its pixels, in a fixed order, and writes their T to the workspace, in float32 and without the taps that leave the image
 // whatever pixel they start from. walk_slopes_kernel leaves dL/dT_ij, D_i and D_i dL/dD_i there, walk_gradient_kernel divides p A^(p-1)
 // by D, so that a D below the normal numbers does no harm, and adds them up.
@@ -11,61 +12,14 @@
 // window, read, its gradient, written. Bound: memory (the second reading of the window is from L2), backward the loads of m.
 // Occupancy: walk_weights_kernel 256 x 4, walk_slopes_kernel 256 x 4, walk_gradient_kernel 256 x 4 (threads x blocks a
 // multiprocessor, by registers).
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
-#include "common/cuda_common.cuh"
 #include "diffusion/diffusion.h"
-#include "random_walk/random_walk.h"
+#include "random_walk/walk.cuh"
 
 namespace afa {
-
-constexpr int kWalkPixels = 32, kWalkGroups = 8, kWalkThreads = kWalkPixels * kWalkGroups;
-
-// The taps of the window that reach from some pixel of the image to another, row-major.
-struct WalkTaps {
-  View<4> affinity;
-  int radius = 0, reach_y = 0, reach_x = 0, height = 0, width = 0;
-  float power = 0, eps = 0;
-
-  explicit WalkTaps(const WalkArgs& args) : affinity(args.affinity), power(args.power), eps(args.eps) {
-    height = int(affinity.size[2]), width = int(affinity.size[3]), radius = int(args.radius);
-    reach_y = radius < height ? radius : height - 1, reach_x = radius < width ? radius : width - 1;
-  }
-  __host__ __device__ int side() const { return 2 * reach_x + 1; }
-  __host__ __device__ int count() const { return (2 * reach_y + 1) * side(); }
-  __host__ __device__ int dy(int tap) const { return tap / side() - reach_y; }
-  __host__ __device__ int dx(int tap) const { return tap % side() - reach_x; }
-  __host__ __device__ int64_t pixels() const { return int64_t(height) * width; }
-  __device__ bool inside(int y, int x) const { return y >= 0 && y < height && x >= 0 && x < width; }
-  // A of pixel (y, x) towards (y + dy, x + dx).
-  __device__ float at(int64_t b, int dy, int dx, int y, int x) const {
-    const int64_t channel = int64_t(dy + radius) * (2 * radius + 1) + dx + radius;
-    return load_element(affinity.data, affinity.dtype, offset_of(affinity, b, channel, y) + x * affinity.stride[3]);
-  }
-  __device__ float powered(float value) const { return power == 2 ? value * value : power == 1 ? value : powf(value, power); }
-  __device__ float slope(float value) const { return power == 2 ? 2 * value : power == 1 ? 1.0f : power * powf(value, power - 1); }
-};
-
-// The sum of what the threads of one pixel bring, in order; the whole block calls this.
-__device__ inline float sum_groups(float value, SharedArray<float> sums) {
-  __syncthreads();
-  sums[threadIdx.y * kWalkPixels + threadIdx.x] = value;
-  __syncthreads();
-  float total = 0;
-  for (int group = 0; group < kWalkGroups; ++group) total += sums[group * kWalkPixels + threadIdx.x];
-  return total;
-}
-
-// D of this thread's pixel.
-__device__ inline float column_sum(const WalkTaps& taps, int64_t b, bool present, int y, int x, SharedArray<float> sums) {
-  float sum = 0;
-  if (present)
-    for (int tap = threadIdx.y; tap < taps.count(); tap += kWalkGroups) {
-      const int dy = taps.dy(tap), dx = taps.dx(tap);
-      if (taps.inside(y - dy, x - dx)) sum += taps.powered(taps.at(b, dy, dx, y - dy, x - dx));
-    }
-  return sum_groups(sum, sums) + taps.eps;
-}
 
 // T to weights [B][taps][H][W].
 __global__ void __launch_bounds__(kWalkThreads, 4) walk_weights_kernel(const __grid_constant__ WalkTaps taps, float* weights) {
@@ -186,7 +140,19 @@ static std::vector<int32_t> offsets_of(const WalkTaps& taps) {
   return offsets;
 }
 
+// AFA_PLAN=resident or streaming asks for one way of the forward, to time it; read at every call.
+static bool is_asked_for(const char* plan) {
+  const char* wish = std::getenv("AFA_PLAN");
+  return wish != nullptr && std::strcmp(wish, plan) == 0;
+}
+static FusedPlan plan_walk(const WalkArgs& args, const WalkMasks& masks) {
+  return is_asked_for("streaming") ? FusedPlan() : plan_fused(args, masks);
+}
+
 int64_t random_walk_cuda_workspace(const WalkArgs& args, const WalkMasks& masks, int device) {
+  DeviceGuard guard(device);
+  const FusedPlan plan = plan_walk(args, masks);
+  if (plan.one_launch) return plan.bytes;
   const WalkTaps taps(args);
   const std::vector<int32_t> offsets = offsets_of(taps);
   return 4 * weight_floats(taps) + diffuse_cuda_workspace(diffusion_of(taps, masks, nullptr, offsets), device);
@@ -194,14 +160,16 @@ int64_t random_walk_cuda_workspace(const WalkArgs& args, const WalkMasks& masks,
 
 Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* workspace, int64_t bytes, int device, void* stream) {
   AFA_TRY(check_window(args, masks.cams));
+  if (!same_size(masks.cams, masks.out) || masks.cams.size[1] < 1) return Status::bad_argument;
+  DeviceGuard guard(device);
+  const FusedPlan plan = plan_walk(args, masks);
+  if (plan.one_launch) return bytes < plan.bytes ? Status::not_resident : launch_fused(args, masks, workspace, stream);
+  if (is_asked_for("resident") && masks.num_steps > 0 && !masks.transpose) return Status::unsupported;
   const WalkTaps taps(args);
   float* weights = static_cast<float*>(workspace);
   const int64_t rest = bytes - 4 * weight_floats(taps);  // the diffusion's
   if (rest < 0) return Status::not_resident;
-  if (masks.num_steps > 0) {
-    DeviceGuard guard(device);
-    AFA_TRY(launch(walk_weights_kernel, walk_shape(taps), stream, taps, weights));
-  }
+  if (masks.num_steps > 0) AFA_TRY(launch(walk_weights_kernel, walk_shape(taps), stream, taps, weights));
   const std::vector<int32_t> offsets = offsets_of(taps);
   return diffuse_cuda(diffusion_of(taps, masks, weights, offsets), weights + weight_floats(taps), rest, device, stream);
 }

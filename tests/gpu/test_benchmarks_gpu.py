@@ -260,3 +260,24 @@ def test_a_plan_that_breaks_the_device_is_a_failure(bench, monkeypatch):
 
 def test_plans_are_a_gpus(bench):
     assert not any("resident" in name for case in bench.tables.par.cases("cpu", quick=True) for name in case.providers)
+
+
+# --- the walk's two ways ---
+
+
+def test_both_ways_of_the_walk_are_timed_and_a_dense_one_on_small_grids(bench, monkeypatch):
+    monkeypatch.delenv("AFA_PLAN", raising=False)
+    table = bench.tables.random_walk
+    monkeypatch.setattr(table, "kernels", lambda operator, device: ["native"])
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr(table, "SIDES", [6, 31])
+    small, _, large, _ = table.cases("cuda")
+    plans = ["dense", "reference", "native", "native resident", "native streaming"]
+    assert list(small.providers) == [*plans, "window made dense"] and list(large.providers) == plans
+    want = small.providers["dense"]()
+    torch.testing.assert_close(small.providers["window made dense"](), want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_walks_ways_are_a_gpus(bench):
+    names = {name for case in bench.tables.random_walk.cases("cpu", quick=True) for name in case.providers}
+    assert not any("resident" in name or "made" in name for name in names)

@@ -82,25 +82,28 @@ def test_code_without_tensor_cores_gives_the_same_numbers(emulator, dtype):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")
 def test_index_arithmetic_beyond_32_bits(rng, emulator):
     """Arrays of more than 2^31 elements that nobody fills; the last block alone runs, at their far end."""
-    native, view, head = emulator.native, native_module.view, torch.tensor([0.5, -0.25])
+    native, view, head = emulator.native, native_module.view, (torch.tensor([0.5]), torch.tensor([-0.25]))
     pixels, end = 48_000, 8
     maps, window = reserved(1, 1, pixels, pixels), torch.empty(1, 1, 1, pixels)
     assert maps.numel() > 2**31
     maps[0, 0, -end:, -end:] = torch.rand(end, end, generator=rng)
-    want = affinity_from_maps(maps[..., -end:, -end:].clone(), head[:1], head[1:], 1, end, 0, backend="reference")
+    want = affinity_from_maps(maps[..., -end:, -end:].clone(), *head, 1, end, 0, backend="reference")
     height, width = 40_000, 60_000
     affinity, cams, out = (reserved(1, 1, height, width) for _ in range(3))
     affinity[0, 0, -1, -32:], cams[0, 0, -1, -32:] = (torch.rand(32, generator=rng) for _ in range(2))
     walked = affinity[0, 0, -1, -32:] ** 2 / (affinity[0, 0, -1, -32:] ** 2 + 0.1) * cams[0, 0, -1, -32:]
     emulator.set_blocks(-1, 1)
     try:
-        native.affinity_from_maps_cuda(view(maps), head.data_ptr(), (1, pixels, 0), view(window), 0, 0)
-        size = native.random_walk_cuda_workspace(view(affinity), view(cams), 0, 1, False, 0)
-        assert size > 2**33
-        scratch = reserved(size // 4 + 1)
-        options = 0, 2.0, 0.1, 0, 1, False, (scratch.data_ptr(), scratch.nbytes), 0, 0
-        native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
+        native.affinity_from_maps_cuda(view(maps), *map(view, head), (1, pixels, 0), view(window), 0, 0)
+        torch.testing.assert_close(window[..., -end:], want)
+        for shared, least in ((227 * 1024, 0), (1000, 2**33)):  # in one launch, and by way of T
+            emulator.set_device(shared_bytes=shared)
+            size = native.random_walk_cuda_workspace(view(affinity), view(cams), 0, 1, False, 0)
+            assert size >= least
+            scratch, out[0, 0, -1, -32:] = reserved(size // 4 + 1), float("nan")
+            options = 0, 2.0, 0.1, 0, 1, False, (scratch.data_ptr(), scratch.nbytes), 0, 0
+            native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
+            torch.testing.assert_close(out[0, 0, -1, -32:], walked)
     finally:
         emulator.set_blocks()
-    torch.testing.assert_close(window[..., -end:], want)
-    torch.testing.assert_close(out[0, 0, -1, -32:], walked)
+        emulator.set_device()

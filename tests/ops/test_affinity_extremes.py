@@ -13,6 +13,7 @@ from support.common import DEVICE, available, relative_error
 from support.running import EMULATED
 
 import afa_kernels
+from afa_kernels.core import native_module
 
 EVERYWHERE = [*available("attention_affinity_loss"), *EMULATED[-1:]]  # one of their builds: the formulas are the same
 HALF = [torch.float16, torch.bfloat16]
@@ -85,8 +86,17 @@ def test_labels_are_compared_as_numbers(rng, backend, dtype, ignore_index, value
 @pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA an assertion on the device, which ends the process")
 def test_a_negative_label_of_a_byte_is_refused(rng, backend):
     leaves, numbers = case(rng)
-    with pytest.raises(ValueError, match=r"^labels must be in 0..255 or ignore_index = 255, got -1"):
-        afa_kernels.attention_affinity_loss(*leaves, (numbers - 1).to(torch.int8), 1)
+    labels, window = (numbers - 1).to(torch.int8), afa_kernels.window_affinity(*leaves, 3, 4, 1)
+    for call in (
+        lambda: afa_kernels.attention_affinity_loss(*leaves, labels, 1),
+        lambda: afa_kernels.affinity_loss(window, labels, 1),
+    ):
+        if native_module.on_cuda(labels):  # emulated: the assertion on the device
+            with pytest.raises(RuntimeError, match=r"CUDA: labels must be in 0..255 or ignore_index"):
+                call()
+        else:
+            with pytest.raises(ValueError, match=r"^labels must be in 0..255 or ignore_index = 255, got -1"):
+                call()
 
 
 # --- sigmoids near 1 ----------------------------------------------------------------------------------------

@@ -165,12 +165,12 @@ def test_operators_are_registered_right(rng, backend_name):
     cases = [
         (operators.window_affinity, (*leaves, 3, 4, 1)),
         (operators.affinity_from_maps, (maps, *head, 3, 4, 1)),
-        (operators.affinity_loss, (window, labels, 1)),
-        (operators.attention_affinity_loss, (*leaves, labels, 1)),
+        (operators.affinity_loss, (window, labels, 1, -1)),
+        (operators.attention_affinity_loss, (*leaves, labels, 1, -1)),
         (operators.window_affinity_backward, (*still, grad, 1, [True, False])),
         (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, 1, [True])),
-        (operators.affinity_loss_backward, (window.detach(), labels, grad_loss, *counts, 1)),
-        (operators.attention_affinity_loss_backward, (*still, labels, grad_loss, *counts, 1, [True, True])),
+        (operators.affinity_loss_backward, (window.detach(), labels, grad_loss, *counts, 1, -1)),
+        (operators.attention_affinity_loss_backward, (*still, labels, grad_loss, *counts, 1, -1, [True, True])),
     ]
     for operator, inputs in cases:
         torch.library.opcheck(operator.default, (*inputs, backend_name))

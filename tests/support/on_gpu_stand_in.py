@@ -26,6 +26,7 @@ case "$all" in
   *--compile*) name=par_compiled ;;
   *--cuda-graph*) name=train_step_graph ;;
   *train_step*) name=train_step ;;
+  *bench_host*) name=host ;;
   *) name=${!#} ;;
 esac
 echo "$name: $all" >>"$STAND_IN/calls"

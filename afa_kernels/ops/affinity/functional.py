@@ -40,7 +40,8 @@ def check_head(head_weight: Tensor, head_bias: Tensor, scores: Tensor, name: str
 def check_query_key(query: Tensor, key: Tensor, height: int, width: int) -> None:
     check_tensor(query, "query", ("B", "heads", "N", "d"))
     batch, heads, count, depth = query.shape
-    check_tensor(key, "key", ("B", "heads", "N", "d"), (query.dtype,), B=batch, heads=heads, N=count, d=depth)
+    if not isinstance(key, Tensor) or key.shape != query.shape or key.dtype != query.dtype:
+        check_tensor(key, "key", ("B", "heads", "N", "d"), (query.dtype,), B=batch, heads=heads, N=count, d=depth)
     check_same_device(query, "query", key=key)
     if count != height * width:
         raise ValueError(
@@ -97,7 +98,7 @@ def window_affinity(
     if chosen == "reference":
         with no_autocast(query.device):
             return reference.window_affinity(*inputs)
-    return torch.ops.afa.window_affinity(*inputs, chosen)
+    return _window_affinity(*inputs, chosen)
 
 
 def affinity_from_maps(
@@ -135,7 +136,7 @@ def affinity_from_maps(
     if chosen == "reference":
         with no_autocast(maps.device):
             return reference.affinity_from_maps(*inputs)
-    return torch.ops.afa.affinity_from_maps(*inputs, chosen)
+    return _affinity_from_maps(*inputs, chosen)
 
 
 def window_to_dense(affinity: Tensor, radius: int) -> Tensor:
@@ -253,7 +254,7 @@ def _save_window(ctx, inputs, output):
 def _window_affinity_backward(ctx, grad):
     radius, backend = ctx.options
     wanted = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.afa.window_affinity_backward(*ctx.saved_tensors, grad, radius, wanted, backend)
+    grads = _window_affinity_gradients(*ctx.saved_tensors, grad, radius, wanted, backend)
     return gradients(ctx, grads, 8)
 
 
@@ -279,7 +280,7 @@ def _(maps, head_weight, head_bias, grad, radius, wanted, backend):
 def _affinity_from_maps_backward(ctx, grad):
     radius, backend = ctx.options
     wanted = list(ctx.needs_input_grad[:1])
-    grads = torch.ops.afa.affinity_from_maps_backward(*ctx.saved_tensors, grad, radius, wanted, backend)
+    grads = _affinity_from_maps_gradients(*ctx.saved_tensors, grad, radius, wanted, backend)
     return gradients(ctx, grads, 7)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core import backends
+from ...core import backends, native_module
 from ...core.checks import FARTHEST, INTEGERS, check_int, check_same_device, check_tensor, check_window
 from ...core.implementations import implementation
 from ...core.registration import operator
@@ -44,8 +44,21 @@ def _(labels, ignore_index):
 
 
 def check_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels as the kernels take them: int32, contiguous, ignored ones -1."""
-    return torch.ops.afa.pair_labels(labels, check_int(ignore_index, "ignore_index", -(1 << 31), (1 << 31) - 1))
+    """Labels as most backends take them: int32, contiguous, ignored ones -1."""
+    return _pair_labels(labels, ignore_index)
+
+
+def _labels_for(backend: str, tensor: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, int]:
+    """Labels and which of them are ignored, as a backend takes them: the CUDA kernels do themselves what `check_labels`
+    needs a dozen launches for.
+    """
+    if backend == "native" and native_module.on_cuda(tensor):
+        return labels, ignore_index
+    return check_labels(labels, ignore_index), -1
+
+
+def _check_ignore_index(ignore_index: int) -> int:
+    return check_int(ignore_index, "ignore_index", -(1 << 31), (1 << 31) - 1)
 
 
 def affinity_loss(
@@ -87,11 +100,12 @@ def affinity_loss(
     batch, _, height, width = affinity.shape
     check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=batch, h=height, w=width)
     check_same_device(affinity, "affinity", labels=labels)
-    labels = check_labels(labels, ignore_index)
+    ignore_index = _check_ignore_index(ignore_index)
     chosen = backends.choose("affinity_loss", backend, affinity)
+    labels, ignored = _labels_for(chosen, affinity, labels, ignore_index)
     if chosen == "reference":
         return reference.affinity_loss(affinity, labels, radius)
-    return torch.ops.afa.affinity_loss(affinity, labels, radius, chosen)
+    return _affinity_loss(affinity, labels, radius, ignored, chosen)
 
 
 def attention_affinity_loss(
@@ -130,18 +144,20 @@ def attention_affinity_loss(
         torch.Size([1, 16, 400, 64])
     """
     radius = check_int(radius, "radius", 0, FARTHEST)
-    check_tensor(query, "query", ("B", "heads", "N", "d"))
+    if not isinstance(query, Tensor) or query.dim() != 4:
+        check_tensor(query, "query", ("B", "heads", "N", "d"))
     check_tensor(labels, "labels", ("B", "h", "w"), INTEGERS, B=query.shape[0])
     check_query_key(query, key, labels.shape[1], labels.shape[2])
     check_same_device(query, "query", labels=labels)
     head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
-    labels = check_labels(labels, ignore_index)
+    ignore_index = _check_ignore_index(ignore_index)
     chosen = backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
+    labels, ignored = _labels_for(chosen, query, labels, ignore_index)
     inputs = query, key, head_weight, head_bias, labels, radius
     if chosen == "reference":
         with no_autocast(query.device):
             return reference.attention_affinity_loss(*inputs)
-    return torch.ops.afa.attention_affinity_loss(*inputs, chosen)
+    return _attention_affinity_loss(*inputs, ignored, chosen)
 
 
 # --- forward ----------------------------------------------------------------------------------------------
@@ -154,13 +170,13 @@ def _fake_loss(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator("affinity_loss")
 def _affinity_loss(
-    affinity: Tensor, labels: Tensor, radius: int, backend: str
+    affinity: Tensor, labels: Tensor, radius: int, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(__package__, backend).affinity_loss(affinity, labels, radius)
+    return implementation(__package__, backend).affinity_loss(affinity, labels, radius, ignore_index)
 
 
 @_affinity_loss.register_fake
-def _(affinity, labels, radius, backend):
+def _(affinity, labels, radius, ignore_index, backend):
     return _fake_loss(affinity)
 
 
@@ -172,14 +188,15 @@ def _attention_affinity_loss(
     head_bias: Tensor,
     labels: Tensor,
     radius: int,
+    ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = implementation(__package__, backend)
-    return kernels.attention_affinity_loss(query, key, head_weight, head_bias, labels, radius)
+    return kernels.attention_affinity_loss(query, key, head_weight, head_bias, labels, radius, ignore_index)
 
 
 @_attention_affinity_loss.register_fake
-def _(query, key, head_weight, head_bias, labels, radius, backend):
+def _(query, key, head_weight, head_bias, labels, radius, ignore_index, backend):
     return _fake_loss(query)
 
 
@@ -194,26 +211,29 @@ def _affinity_loss_gradient(
     pos_count: Tensor,
     neg_count: Tensor,
     radius: int,
+    ignore_index: int,
     backend: str,
 ) -> Tensor:
     kernels = implementation(__package__, backend)
-    return kernels.affinity_loss_backward(affinity, labels, grad, pos_count, neg_count, radius)
+    return kernels.affinity_loss_backward(affinity, labels, grad, pos_count, neg_count, radius, ignore_index)
 
 
 @_affinity_loss_gradient.register_fake
-def _(affinity, labels, grad, pos_count, neg_count, radius, backend):
+def _(affinity, labels, grad, pos_count, neg_count, radius, ignore_index, backend):
     return torch.empty_like(affinity)
 
 
 def _save_loss(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-2], *output[1:])
-    ctx.options = inputs[-2:]
+    ctx.save_for_backward(*inputs[:-3], *output[1:])
+    ctx.options = inputs[-3:]
+    ctx.set_materialize_grads(False)  # zeros for the counts would be two launches
 
 
 def _affinity_loss_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
     affinity, labels, *counts = ctx.saved_tensors
-    gradient = torch.ops.afa.affinity_loss_backward(affinity, labels, grad, *counts, *ctx.options)
-    return gradient, None, None, None
+    return _affinity_loss_gradient(affinity, labels, grad, *counts, *ctx.options), *[None] * 4
 
 
 @operator("attention_affinity_loss_backward")
@@ -227,24 +247,27 @@ def _attention_affinity_loss_gradients(
     pos_count: Tensor,
     neg_count: Tensor,
     radius: int,
+    ignore_index: int,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, wanted
+    inputs = query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, ignore_index, wanted
     return implementation(__package__, backend).attention_affinity_loss_backward(*inputs)
 
 
 @_attention_affinity_loss_gradients.register_fake
-def _(query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, wanted, backend):
+def _(query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, ignore_index, wanted, backend):
     return fake_gradients(wanted, query, key, head_weight, head_bias)
 
 
 def _attention_affinity_loss_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
     *inputs, pos_count, neg_count = ctx.saved_tensors
-    radius, backend = ctx.options
+    *options, backend = ctx.options
     wanted = list(ctx.needs_input_grad[:2])
-    operator = torch.ops.afa.attention_affinity_loss_backward
-    return gradients(ctx, operator(*inputs, grad, pos_count, neg_count, radius, wanted, backend), 7)
+    grads = _attention_affinity_loss_gradients(*inputs, grad, pos_count, neg_count, *options, wanted, backend)
+    return gradients(ctx, grads, 8)
 
 
 # --- registration -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core import native_module
-from ...core.native_module import native, view, workspace
+from ...core.native_module import integer_view, native, view, workspace
 
 UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a gradient nobody asked for
 
@@ -14,15 +14,6 @@ UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a gradient nobody a
 def _head(head_weight: Tensor, head_bias: Tensor) -> list[float]:
     """The affinity head as the CPU's kernels take it."""
     return [*head_weight.tolist(), *head_bias.tolist()]
-
-
-def _device_head(head_weight: Tensor, head_bias: Tensor) -> Tensor:
-    """And as those of a GPU do: the host must not wait for its values."""
-    return torch.cat([head_weight.float(), head_bias.float()])
-
-
-def _split_head(grad: Tensor, head_weight: Tensor, head_bias: Tensor) -> tuple[Tensor, Tensor]:
-    return grad[:-1].to(head_weight.dtype, copy=True), grad[-1:].to(head_bias.dtype, copy=True)
 
 
 def _like(tensor: Tensor, wanted: bool) -> tuple[Tensor, tuple]:
@@ -41,11 +32,25 @@ def _loss(sums: tuple[float, float, int, int]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.tensor(loss, dtype=torch.float32), torch.tensor(same_count + 1), torch.tensor(different_count + 1)
 
 
+def _device_head(head_weight: Tensor, head_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """And as those of a GPU do, where they lie: the host must not wait for their values. There they are no float64."""
+    if head_weight.dtype == torch.float64:
+        head_weight = head_weight.float()
+    return head_weight, head_bias.float() if head_bias.dtype == torch.float64 else head_bias
+
+
+def _cast(grad: Tensor, like: Tensor) -> Tensor:
+    return grad if grad.dtype == like.dtype else grad.to(like.dtype)
+
+
 def _results(like: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
     """Where a GPU writes a loss and its counts, and their addresses."""
-    counts = (like.new_empty((), dtype=torch.int64) for _ in range(2))
-    results = (like.new_empty((), dtype=torch.float32), *counts)
-    return results, tuple(tensor.data_ptr() for tensor in results)
+    device = like.device
+    # Of the calls that allocate, the one whose arguments PyTorch reads fastest.
+    loss = torch.empty_strided((), (), dtype=torch.float32, device=device)
+    pos_count = torch.empty_strided((), (), dtype=torch.int64, device=device)
+    neg_count = torch.empty_strided((), (), dtype=torch.int64, device=device)
+    return (loss, pos_count, neg_count), (loss.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr())
 
 
 def _slopes(grad: Tensor, pos_count: Tensor, neg_count: Tensor) -> tuple[float, float]:
@@ -62,8 +67,9 @@ def window_affinity(
     out = query.new_empty(query.shape[0], (2 * radius + 1) ** 2, height, width)
     grid = height, width, radius
     if native_module.on_cuda(query):
-        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
-        native.window_affinity_cuda(view(query), view(key), head.data_ptr(), grid, view(out), *place)
+        weight, bias = _device_head(head_weight, head_bias)
+        places = view(weight), view(bias), grid, view(out), *native_module.cuda_stream(query.device)
+        native.window_affinity_cuda(view(query), view(key), *places)
         return out
     threads = torch.get_num_threads()
     common = view(query), view(key), _head(head_weight, head_bias), grid
@@ -73,15 +79,22 @@ def window_affinity(
 
 
 def attention_affinity_loss(
-    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int
+    query: Tensor,
+    key: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    labels: Tensor,
+    radius: int,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = (*labels.shape[1:], radius)
     if native_module.on_cuda(query):
-        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
-        scratch = workspace(native.attention_cuda_workspace(view(query), view(key), grid), query.device)
+        device, tensors = query.device, (view(query), view(key))
+        weight, bias = _device_head(head_weight, head_bias)
+        scratch = workspace(native.attention_cuda_workspace(*tensors, grid), device)
         results, addresses = _results(query)
-        options = labels.data_ptr(), addresses, scratch.data_ptr(), *place
-        native.attention_affinity_loss_cuda(view(query), view(key), head.data_ptr(), grid, *options)
+        options = integer_view(labels), ignore_index, addresses, scratch.data_ptr(), *native_module.cuda_stream(device)
+        native.attention_affinity_loss_cuda(*tensors, view(weight), view(bias), grid, *options)
         return results
     common = view(query), view(key), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
@@ -103,14 +116,14 @@ def _attention_backward(
     grad_query, query_view = _like(query, wanted[0])
     grad_key, key_view = _like(key, wanted[1])
     if native_module.on_cuda(query):
-        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(query.device)
-        grad_head = torch.empty_like(head)
-        size = native.attention_backward_cuda_workspace(view(query), view(key), grid, place[0])
-        scratch = workspace(size, query.device)
-        places = query_view, key_view, grad_head.data_ptr(), scratch.data_ptr(), *place
+        place, tensors = native_module.cuda_stream(query.device), (view(query), view(key))
+        weight, bias = _device_head(head_weight, head_bias)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        scratch = workspace(native.attention_backward_cuda_workspace(*tensors, grid, place[0]), query.device)
+        places = query_view, key_view, view(grad_weight), view(grad_bias), scratch.data_ptr(), *place
         run = getattr(native, f"{operator}_backward_cuda")
-        run(view(query), view(key), head.data_ptr(), grid, *source, *places)
-        return grad_query, grad_key, *_split_head(grad_head, head_weight, head_bias)
+        run(*tensors, view(weight), view(bias), grid, *source, *places)
+        return grad_query, grad_key, _cast(grad_weight, head_weight), _cast(grad_bias, head_bias)
     common = view(query), view(key), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
     scratch = workspace(native.attention_backward_cpu_workspace(*common, threads), query.device)
@@ -143,14 +156,16 @@ def attention_affinity_loss_backward(
     pos_count: Tensor,
     neg_count: Tensor,
     radius: int,
+    ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = grad.float()
     if native_module.on_cuda(query):
-        slopes = (tuple(tensor.data_ptr() for tensor in (grad, pos_count, neg_count)),)
+        addresses = grad.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr()
+        source = integer_view(labels), ignore_index, addresses
     else:
-        slopes = _slopes(grad, pos_count, neg_count)
-    inputs = query, key, head_weight, head_bias, (*labels.shape[1:], radius), (labels.data_ptr(), *slopes), wanted
+        source = labels.data_ptr(), *_slopes(grad, pos_count, neg_count)
+    inputs = query, key, head_weight, head_bias, (*labels.shape[1:], radius), source, wanted
     return _attention_backward("attention_affinity_loss", *inputs)
 
 
@@ -163,8 +178,9 @@ def affinity_from_maps(
     out = maps.new_empty(maps.shape[0], (2 * radius + 1) ** 2, height, width)
     grid = height, width, radius
     if native_module.on_cuda(maps):
-        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
-        native.affinity_from_maps_cuda(view(maps), head.data_ptr(), grid, view(out), *place)
+        weight, bias = _device_head(head_weight, head_bias)
+        places = view(weight), view(bias), grid, view(out), *native_module.cuda_stream(maps.device)
+        native.affinity_from_maps_cuda(view(maps), *places)
         return out
     threads = torch.get_num_threads()
     common = view(maps), _head(head_weight, head_bias), grid
@@ -184,13 +200,14 @@ def affinity_from_maps_backward(
     grid = (*grad.shape[2:], radius)
     grad_maps, maps_view = _like(maps, wanted[0])
     if native_module.on_cuda(maps):
-        head, place = _device_head(head_weight, head_bias), native_module.cuda_stream(maps.device)
-        grad_head = torch.empty_like(head)
+        weight, bias = _device_head(head_weight, head_bias)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
         grad_maps.zero_()  # the kernel writes what lies in the window
         scratch = workspace(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid), maps.device)
-        places = maps_view, grad_head.data_ptr(), scratch.data_ptr(), *place
-        native.affinity_from_maps_backward_cuda(view(maps), head.data_ptr(), grid, view(grad), *places)
-        return grad_maps, *_split_head(grad_head, head_weight, head_bias)
+        places = maps_view, view(grad_weight), view(grad_bias), scratch.data_ptr()
+        inputs = view(maps), view(weight), view(bias), grid, view(grad)
+        native.affinity_from_maps_backward_cuda(*inputs, *places, *native_module.cuda_stream(maps.device))
+        return grad_maps, _cast(grad_weight, head_weight), _cast(grad_bias, head_bias)
     common = view(maps), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
     scratch = workspace(native.affinity_from_maps_backward_cpu_workspace(*common, threads), maps.device)
@@ -202,25 +219,33 @@ def affinity_from_maps_backward(
 # --- the loss of a window ---------------------------------------------------------------------------------------------
 
 
-def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+def affinity_loss(
+    affinity: Tensor, labels: Tensor, radius: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     if native_module.on_cuda(affinity):
         place = native_module.cuda_stream(affinity.device)
         scratch = workspace(native.affinity_loss_cuda_workspace(view(affinity)), affinity.device)
         results, addresses = _results(affinity)
-        options = labels.data_ptr(), radius, addresses, scratch.data_ptr()
+        options = integer_view(labels), ignore_index, radius, addresses, scratch.data_ptr()
         native.affinity_loss_cuda(view(affinity), *options, *place)
         return results
     return _loss(native.affinity_loss_cpu(view(affinity), labels.data_ptr(), radius, torch.get_num_threads()))
 
 
 def affinity_loss_backward(
-    affinity: Tensor, labels: Tensor, grad: Tensor, pos_count: Tensor, neg_count: Tensor, radius: int
+    affinity: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    pos_count: Tensor,
+    neg_count: Tensor,
+    radius: int,
+    ignore_index: int,
 ) -> Tensor:
     out, grad = torch.empty_like(affinity), grad.float()
     if native_module.on_cuda(affinity):
-        slopes = tuple(tensor.data_ptr() for tensor in (grad, pos_count, neg_count))
+        slopes = grad.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr()
         place = native_module.cuda_stream(affinity.device)
-        native.affinity_loss_backward_cuda(view(out), labels.data_ptr(), radius, slopes, *place)
+        native.affinity_loss_backward_cuda(view(out), integer_view(labels), ignore_index, radius, slopes, *place)
         return out
     slopes = _slopes(grad, pos_count, neg_count)
     native.affinity_loss_backward_cpu(view(out), labels.data_ptr(), radius, *slopes, torch.get_num_threads())

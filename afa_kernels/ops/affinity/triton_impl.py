@@ -109,7 +109,7 @@ def _loss(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @on_device
 def attention_affinity_loss(
-    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int
+    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = _Grid(query.shape[0], labels.shape[1], labels.shape[2], radius, query.device)
     partial, counts = grid.sums(2), grid.sums(2, torch.int32)
@@ -159,7 +159,7 @@ def _products(
 @on_device
 def attention_affinity_loss_backward(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, grad: Tensor,
-    pos_count: Tensor, neg_count: Tensor, radius: int, wanted: list[bool],
+    pos_count: Tensor, neg_count: Tensor, radius: int, ignore_index: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grid = _Grid(query.shape[0], labels.shape[1], labels.shape[2], radius, query.device)
     pairs, partial = grid.pair_gradients(), grid.sums(2)
@@ -215,13 +215,15 @@ def _run_window_loss(window: Tensor, labels: Tensor, radius: int, slopes: Tensor
 
 
 @on_device
-def affinity_loss(affinity: Tensor, labels: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+def affinity_loss(
+    affinity: Tensor, labels: Tensor, radius: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return _loss(*_run_window_loss(affinity, labels, radius, affinity, affinity, False))
 
 
 @on_device
 def affinity_loss_backward(
-    affinity: Tensor, labels: Tensor, grad: Tensor, pos_count: Tensor, neg_count: Tensor, radius: int
+    affinity: Tensor, labels: Tensor, grad: Tensor, pos_count: Tensor, neg_count: Tensor, radius: int, ignore_index: int
 ) -> Tensor:
     out = torch.empty_like(affinity, dtype=torch.float32 if interpreted() else affinity.dtype)
     _run_window_loss(out, labels, radius, _slopes(grad, pos_count, neg_count), out, True)

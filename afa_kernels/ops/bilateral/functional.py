@@ -106,7 +106,7 @@ def bilateral_filter(
     if chosen == "reference":
         with torch.autocast(values.device.type, enabled=False):
             return reference.bilateral_filter(images, values, sigma_rgb, sigma_xy, method)
-    return torch.ops.afa.bilateral_filter(images, values, sigma_rgb, sigma_xy, method, False, chosen)
+    return _bilateral_filter(images, values, sigma_rgb, sigma_xy, method, False, chosen)
 
 
 # --- forward and its adjoint ---
@@ -143,7 +143,7 @@ def _backward(ctx, grad):
     *options, transpose, backend = ctx.options
     grad_values = None
     if ctx.needs_input_grad[1]:
-        grad_values = torch.ops.afa.bilateral_filter(*ctx.saved_tensors, grad, *options, not transpose, backend)
+        grad_values = _bilateral_filter(*ctx.saved_tensors, grad, *options, not transpose, backend)
     return None, grad_values, *[None] * 5
 
 

@@ -154,7 +154,7 @@ def dense_crf(
         if chosen == "reference":
             q, divergences = reference.dense_crf(*_unpacked(*inputs), convergence)
         else:
-            q, divergences = torch.ops.afa.dense_crf(*inputs, convergence, chosen)
+            q, divergences = _dense_crf(*inputs, convergence, chosen)
     return (q.to(probs.dtype), divergences.detach()) if convergence else q.to(probs.dtype)
 
 
@@ -183,7 +183,7 @@ def crf_of_energies(
     chosen = backends.choose("dense_crf", None, energies)
     if chosen == "reference":
         return reference.dense_crf(*_unpacked(images, energies, *options), False)[0]
-    return torch.ops.afa.dense_crf(images, energies, *options, False, chosen)[0]
+    return _dense_crf(images, energies, *options, False, chosen)[0]
 
 
 class LatticeKernel:
@@ -300,7 +300,7 @@ def _backward(ctx, grad, _):
     gradient = None
     if ctx.needs_input_grad[1]:
         inputs = images, unary, grad, num_iter, kernels, compat, *options, backend
-        gradient = torch.ops.afa.dense_crf_gradient(*inputs)
+        gradient = _dense_crf_gradient(*inputs)
     return None, gradient, *[None] * 8
 
 

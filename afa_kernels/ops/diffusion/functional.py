@@ -107,7 +107,7 @@ def diffuse(
     if chosen == "reference":
         pairs = pairs or [tuple(pair) for pair in offsets.tolist()]
         return reference.diffuse(weights, masks, pairs, num_iter, border, class_mask)
-    return torch.ops.afa.diffuse(weights, masks, offsets, num_iter, border, class_mask, False, chosen)
+    return _diffuse(weights, masks, offsets, num_iter, border, class_mask, False, chosen)
 
 
 # --- forward and its adjoint ---
@@ -147,7 +147,7 @@ def _backward(ctx, grad):
     num_iter, border, transpose, backend, dtype = ctx.options
     grad_weights = grad_masks = None
     if ctx.needs_input_grad[1]:
-        grad_masks = torch.ops.afa.diffuse(weights, grad, offsets, num_iter, border, class_mask, not transpose, backend)
+        grad_masks = _diffuse(weights, grad, offsets, num_iter, border, class_mask, not transpose, backend)
         grad_masks = grad_masks.to(dtype)
     if ctx.needs_input_grad[0]:
         # <grad, A masks> is also <A^T grad, masks>: the adjoint's weights have the same gradient with the two
@@ -170,12 +170,12 @@ def _weights_gradient(
     """Sum over steps k and channels of grad_k * neighbour of masks_(k-1): the steps are run again and kept."""
     steps = [masks.float()]
     for _ in range(num_iter - 1):
-        steps.append(torch.ops.afa.diffuse(weights, steps[-1], offsets, 1, border, class_mask, False, backend))
+        steps.append(_diffuse(weights, steps[-1], offsets, 1, border, class_mask, False, backend))
     grad, total = grad.float(), None
     for step in reversed(steps[:num_iter]):
-        term = torch.ops.afa.diffuse_correlation(grad, step, offsets, border, class_mask)
+        term = _correlation(grad, step, offsets, border, class_mask)
         total = term if total is None else total + term
-        grad = torch.ops.afa.diffuse(weights, grad, offsets, 1, border, class_mask, True, backend)
+        grad = _diffuse(weights, grad, offsets, 1, border, class_mask, True, backend)
     return torch.zeros_like(weights) if total is None else total.to(weights.dtype)
 
 

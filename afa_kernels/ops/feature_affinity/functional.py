@@ -77,7 +77,7 @@ def feature_affinity(features: Tensor, radius: int, kind: str = "cos", *, backen
         values = F.normalize(features.float(), dim=1, eps=EPS) if kind == "cos" else features
         # vmap's tensors do not always say that they need a gradient.
         keep = torch.is_grad_enabled() and (values.requires_grad or torch._C._are_functorch_transforms_active())
-        affinity, _ = torch.ops.afa.feature_affinity(values, radius, KINDS[kind], keep, chosen)
+        affinity, _ = _feature_affinity(values, radius, KINDS[kind], keep, chosen)
         return affinity.to(features.dtype)
 
 
@@ -129,7 +129,7 @@ def _backward(ctx, grad, _):
     radius, kind, _, backend = ctx.options
     if kind == "exp_l1":
         slopes = slopes[:, slopes.shape[1] // 2 :]
-    grad_features = torch.ops.afa.feature_affinity_backward(features, slopes, grad, radius, kind, backend)
+    grad_features = _gradient(features, slopes, grad, radius, kind, backend)
     return grad_features, None, None, None, None
 
 

@@ -96,7 +96,8 @@ def refine(
     if scored == 1 < shown:
         masks = masks.expand(shown, -1, -1, -1)
         class_mask = None if class_mask is None else class_mask.expand(shown, -1)
-    return _refined(images, masks, dilations, num_iter, factors, class_mask, backend).to(dtype)
+    refined = _refined(images, masks, dilations, num_iter, factors, class_mask, backend)
+    return refined if refined.dtype == dtype else refined.to(dtype)
 
 
 def _together(masks: Sequence[Tensor], class_mask: object, name: str) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +136,7 @@ def _refined(
     if chosen == "reference":
         return reference.refine(images, masks, dilations, num_iter, tuple(factors) or None, class_mask)
     if images.shape[1] == 3:
-        return torch.ops.afa.par(images, masks, dilations, num_iter, factors, class_mask, False, chosen)
+        return _par(images, masks, dilations, num_iter, factors, class_mask, False, chosen)
     weights = _by_formula(images.to(torch.promote_types(images.dtype, torch.float32)), dilations, factors)
     offsets = reference.tap_offsets(dilations)
     return diffuse(weights, masks, offsets, num_iter, "replicate", class_mask, backend=chosen)
@@ -236,7 +237,7 @@ def weights_of(images: Tensor, dilations: Sequence[int], factors: list[float], b
     chosen = backends.choose("par_weights", backend, images)
     if chosen == "reference" or images.shape[1] != 3:
         return _by_formula(images, dilations, factors)
-    return torch.ops.afa.par_weights(images, dilations, factors, chosen)
+    return _par_weights(images, dilations, factors, chosen)
 
 
 def par_weights(
@@ -312,7 +313,7 @@ def _backward(ctx, grad):
     dilations, num_iter, factors, transpose, backend, dtype = ctx.options
     grad_images = grad_masks = None
     if ctx.needs_input_grad[1]:
-        grad_masks = torch.ops.afa.par(images, grad, dilations, num_iter, factors, class_mask, not transpose, backend)
+        grad_masks = _par(images, grad, dilations, num_iter, factors, class_mask, not transpose, backend)
         grad_masks = grad_masks.to(dtype)
     if ctx.needs_input_grad[0]:
         # <grad, A masks> is also <A^T grad, masks>: the adjoint's images have the same gradient with the two

@@ -131,7 +131,7 @@ def _window(edge: Tensor, radius: int, reach: int, backend: str | None) -> Tenso
     if chosen == "reference":
         with no_autocast(edge.device):
             return reference.path_affinity(edge, radius, reach)
-    return torch.ops.afa.path_affinity(edge, radius, reach, chosen)
+    return _path_affinity(edge, radius, reach, chosen)
 
 
 # --- forward and backward -----------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (edge,) = ctx.saved_tensors
-    return torch.ops.afa.path_affinity_gradient(edge, grad, *ctx.options), None, None, None
+    return _gradient(edge, grad, *ctx.options), None, None, None
 
 
 # --- registration -------------------------------------------------------------------------------------------

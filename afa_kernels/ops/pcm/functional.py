@@ -61,7 +61,7 @@ def pcm(cams: Tensor, features: Tensor, *, backend: str | None = None) -> Tensor
     with no_autocast(cams.device):
         if chosen == "reference":
             return reference.pcm(cams, features)
-        sums = torch.ops.afa.pcm(_resized(cams, features.shape[2:]), _units(features), True, chosen)
+        sums = _pcm(_resized(cams, features.shape[2:]), _units(features), True, chosen)
         return (sums[:, :-1] / (sums[:, -1:] + EPS)).to(cams.dtype)
 
 
@@ -118,9 +118,9 @@ def _backward(ctx, grad):
     grad_values = grad_features = None
     if ctx.needs_input_grad[0]:
         own = grad[:, :-1] if ctx.ones else grad
-        grad_values = torch.ops.afa.pcm(own, features, False, ctx.backend).to(ctx.dtypes[0])
+        grad_values = _pcm(own, features, False, ctx.backend).to(ctx.dtypes[0])
     if ctx.needs_input_grad[1]:
-        grad_features = torch.ops.afa.pcm_features_gradient(grad, values, features, ctx.backend).to(ctx.dtypes[1])
+        grad_features = _features_gradient(grad, values, features, ctx.backend).to(ctx.dtypes[1])
     return grad_values, grad_features, None, None
 
 

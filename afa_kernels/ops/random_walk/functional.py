@@ -95,7 +95,7 @@ def random_walk(
     if chosen == "reference":
         with no_autocast(cams.device):
             return reference.random_walk(*inputs)
-    return torch.ops.afa.random_walk(*inputs, False, chosen)
+    return _random_walk(*inputs, False, chosen)
 
 
 def random_walk_with_background(
@@ -253,11 +253,11 @@ def _backward(ctx, grad):
     grad_affinity = grad_cams = None
     if ctx.needs_input_grad[1]:
         inputs = affinity, grad, *options, class_mask, not transpose, backend
-        grad_cams = torch.ops.afa.random_walk(*inputs).to(dtype)
+        grad_cams = _random_walk(*inputs).to(dtype)
     if ctx.needs_input_grad[0]:
         # <grad, T cams> is also <T' grad, cams>: the adjoint's affinity has the same gradient, both exchanged.
         sides = (grad, cams) if transpose else (cams, grad)
-        grad_affinity = torch.ops.afa.random_walk_affinity_gradient(affinity, *sides, *options, class_mask, backend)
+        grad_affinity = _affinity_gradient(affinity, *sides, *options, class_mask, backend)
     return grad_affinity, grad_cams, *[None] * 7
 
 

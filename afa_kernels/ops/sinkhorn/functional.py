@@ -82,7 +82,7 @@ def sinkhorn(
     if chosen == "reference":
         with no_autocast(affinity.device):
             return reference.sinkhorn(affinity, radius, num_iter, eps, symmetric)
-    return torch.ops.afa.sinkhorn(affinity, radius, num_iter, eps, symmetric, chosen)[0]
+    return _sinkhorn(affinity, radius, num_iter, eps, symmetric, chosen)[0]
 
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, _):
     affinity, scales = ctx.saved_tensors
     options = ctx.radius, ctx.eps, ctx.symmetric, ctx.backend
-    return torch.ops.afa.sinkhorn_gradient(affinity, scales, grad, *options), *[None] * 5
+    return _gradient(affinity, scales, grad, *options), *[None] * 5
 
 
 # --- registration -------------------------------------------------------------------------------------------

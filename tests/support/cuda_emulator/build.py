@@ -41,6 +41,10 @@ FAST_LOCALS = "-ftls-model=initial-exec"
 
 def _flags_of(file: Path, kind: str) -> list[str]:
     """Optimised and sanitized is only what a test is about: the emulated sources, or for "thread" the CPU's kernels."""
+    if kind == "host":  # the kernels do not run, so what is between Python and them is made fast
+        if file.name == BINDINGS:
+            return ["-O2"]
+        kind = kinds()[-1]
     if kind == "contracted" and file.suffix == ".cu":
         return CONTRACTED
     if kind == "races" and (file.suffix == ".cu" or file.parent == HERE):
@@ -87,8 +91,8 @@ def _headers_digest() -> bytes:
 
 def build(kind: str = "plain") -> Path:
     """Compile what changed and link; returns the shared library. ``kind``: "plain"; "contracted", products fused into
-    sums as a GPU's compiler does; or sanitized: "address", "thread" (the CPU's kernels), "races" (between CUDA
-    threads).
+    sums as a GPU's compiler does; "host", to time what calls them (`Emulator.set_dry`); or sanitized: "address",
+    "thread" (the CPU's kernels), "races" (between CUDA threads).
     """
     cxx = compiler()
     if cxx is None:
@@ -170,6 +174,16 @@ class Emulator:
     def set_blocks(self, first: int = 0, count: int = 2**62) -> None:
         """Run only these blocks of every launch that is not cooperative; ``first`` < 0 counts from the last one."""
         self._switches.afa_emulator_set_blocks(ctypes.c_int64(first), ctypes.c_int64(count))
+
+    def set_dry(self, dry: bool) -> None:
+        """Launches and memsets are counted and do nothing: what a call costs then is the host's part."""
+        self._switches.afa_emulator_set_dry(int(dry))
+
+    def counts(self) -> tuple[int, int]:
+        """Kernels launched and memsets made since the last call, dry or not."""
+        launches, memsets = ctypes.c_int64(), ctypes.c_int64()
+        self._switches.afa_emulator_counts(ctypes.byref(launches), ctypes.byref(memsets))
+        return launches.value, memsets.value
 
     def launches(self) -> list[str]:
         """Kernels launched since the last call, as ``cooperative 4 x 1024`` or ``8 x 128``."""

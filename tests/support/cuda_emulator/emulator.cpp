@@ -40,6 +40,11 @@ std::string& launch_log() {
   return log;
 }
 
+Counts& counts() {
+  static thread_local Counts values;
+  return values;
+}
+
 static std::string at(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
 static std::string name(const Thread& thread) {
   auto text = [](Dim3 v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; };

@@ -42,6 +42,7 @@ struct Settings {
   int compiled = 90;              // architecture that the code was compiled for, 0 if there is none for the device
   int64_t room = INT64_MAX;       // blocks that a cooperative launch finds room for, as in a part of a device
   int pause = 0;                  // microseconds after a kernel's shared memory was set: time for another host thread
+  bool dry = false;               // launches are counted, and run nothing: what is left is the host's part
   int order = 0;                  // 0: ascending threads and blocks, 1: descending, above: shuffled by this seed
   int64_t first_block = 0;        // run only blocks [first_block, first_block + block_count) of every ordinary launch,
   int64_t block_count = INT64_MAX;  // counted from the last one if negative
@@ -95,6 +96,10 @@ bool run(const Launch& launch);  // false: see error_text()
 void set_error(const std::string& text);
 const char* error_text();
 std::string& launch_log();       // a line for each launch of this thread
+struct Counts {
+  int64_t launches = 0, memsets = 0;
+};
+Counts& counts();                // of this thread
 void allow_shared(const void* function, int bytes);
 
 void block_barrier(Place place);

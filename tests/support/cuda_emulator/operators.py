@@ -41,3 +41,4 @@ def emulated(emulator: Emulator, order: int = 0) -> Iterator[Emulator]:
             emulator.set_order(0)
             emulator.set_device()
             emulator.set_blocks()
+            emulator.set_dry(False)

@@ -17,6 +17,11 @@ EXPORT void afa_emulator_set_blocks(int64_t first, int64_t count) {
   emulator::settings().first_block = first;
   emulator::settings().block_count = count;
 }
+EXPORT void afa_emulator_set_dry(int dry) { emulator::settings().dry = dry != 0; }
+EXPORT void afa_emulator_counts(int64_t* launches, int64_t* memsets) {
+  *launches = emulator::counts().launches, *memsets = emulator::counts().memsets;
+  emulator::counts() = {};
+}
 EXPORT const char* afa_emulator_launches() {
   static thread_local std::string given;
   given.swap(emulator::launch_log());

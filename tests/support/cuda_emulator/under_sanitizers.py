@@ -20,7 +20,7 @@ DEVICES = {"resident": (4, 227 * 1024), "streaming": (1, 1000)}
 
 
 def view(array: np.ndarray) -> tuple:
-    code = {"float32": 0, "float16": 1, "uint16": 2}[array.dtype.name]
+    code = {"float32": 0, "float16": 1, "uint16": 2, "int8": 1, "int16": 2, "int32": 3, "int64": 4}[array.dtype.name]
     strides = tuple(stride // array.itemsize for stride in array.strides)
     return array.ctypes.data, code, array.shape, strides
 
@@ -72,31 +72,33 @@ def run_affinity(native, grid: tuple, kind: str, depth: int) -> None:
     pixels, side = height * width, 2 * radius + 1
     query, key, grad_query, grad_key = (floats(2, 3, pixels, depth, kind=kind) for _ in range(4))
     window, grad_window = (floats(2, side * side, height, width, kind=kind) for _ in range(2))
-    head, grad_head, grad = floats(4), floats(4), floats(1)
-    labels = np.arange(2 * pixels, dtype=np.int32) % 3 - 1
+    head, grad_head, grad = (floats(3), floats(1)), (floats(3), floats(1)), floats(1)
+    head, grad_head = tuple(map(view, head)), tuple(map(view, grad_head))
+    numbers = (np.arange(2 * pixels) % 3 - 1).astype(("int8", "int16", "int32", "int64")[(depth + radius) % 4])
+    labels = view(numbers.reshape(2, height, width)), -1
     loss, counts = floats(1), np.ones(2, np.int64)
     addresses = loss.ctypes.data, counts.ctypes.data, counts.ctypes.data + 8
     slopes = grad.ctypes.data, *addresses[1:]
     common = view(query), view(key)
-    native.window_affinity_cuda(*common, head.ctypes.data, grid, view(window), 0, 0)
+    native.window_affinity_cuda(*common, *head, grid, view(window), 0, 0)
     scratch = scratch_of(native.attention_cuda_workspace(*common, grid))
-    options = labels.ctypes.data, addresses, scratch.ctypes.data, 0, 0
-    native.attention_affinity_loss_cuda(*common, head.ctypes.data, grid, *options)
+    options = *labels, addresses, scratch.ctypes.data, 0, 0
+    native.attention_affinity_loss_cuda(*common, *head, grid, *options)
     scratch = scratch_of(native.attention_backward_cuda_workspace(*common, grid, 0))
-    gradients = view(grad_query), view(grad_key), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
+    gradients = view(grad_query), view(grad_key), *grad_head, scratch.ctypes.data, 0, 0
     for name, source in (
-        ("attention_affinity_loss", (labels.ctypes.data, slopes)),
+        ("attention_affinity_loss", (*labels, slopes)),
         ("window_affinity", (view(grad_window),)),
     ):
-        getattr(native, f"{name}_backward_cuda")(*common, head.ctypes.data, grid, *source, *gradients)
+        getattr(native, f"{name}_backward_cuda")(*common, *head, grid, *source, *gradients)
     maps, grad_maps = (floats(2, 3, pixels, pixels, kind=kind) for _ in range(2))
-    native.affinity_from_maps_cuda(view(maps), head.ctypes.data, grid, view(window), 0, 0)
+    native.affinity_from_maps_cuda(view(maps), *head, grid, view(window), 0, 0)
     scratch = scratch_of(native.affinity_from_maps_backward_cuda_workspace(view(maps), grid))
-    gradients = view(grad_maps), grad_head.ctypes.data, scratch.ctypes.data, 0, 0
-    native.affinity_from_maps_backward_cuda(view(maps), head.ctypes.data, grid, view(grad_window), *gradients)
+    gradients = view(grad_maps), *grad_head, scratch.ctypes.data, 0, 0
+    native.affinity_from_maps_backward_cuda(view(maps), *head, grid, view(grad_window), *gradients)
     scratch = scratch_of(native.affinity_loss_cuda_workspace(view(window)))
-    native.affinity_loss_cuda(view(window), labels.ctypes.data, radius, addresses, scratch.ctypes.data, 0, 0)
-    native.affinity_loss_backward_cuda(view(grad_window), labels.ctypes.data, radius, slopes, 0, 0)
+    native.affinity_loss_cuda(view(window), *labels, radius, addresses, scratch.ctypes.data, 0, 0)
+    native.affinity_loss_backward_cuda(view(grad_window), *labels, radius, slopes, 0, 0)
 
 
 def run_walk(native, grid: tuple, kind: str, transpose: bool) -> None:

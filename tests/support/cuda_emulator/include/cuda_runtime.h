@@ -221,7 +221,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
-  return std::memset(at, value, bytes), cudaSuccess;
+  ++emulator::counts().memsets;
+  if (!emulator::settings().dry) std::memset(at, value, bytes);
+  return cudaSuccess;
 }
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
@@ -252,6 +254,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int t
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  ++emulator::counts().launches;
+  if (emulator::settings().dry) return cudaSuccess;
   std::tuple<std::decay_t<Parameters>...> values{std::forward<Arguments>(arguments)...};
   emulator::Launch launch;
   launch.grid = config->gridDim, launch.block = config->blockDim, launch.shared_bytes = int64_t(config->dynamicSmemBytes);
