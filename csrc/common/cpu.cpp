@@ -1,6 +1,12 @@
 // Which of the three copies of the CPU kernels runs.
 #include "common/cpu.h"
 
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 #if AFA_WITH_X86_ISAS && (defined(_WIN32) || defined(AFA_ASK_CPUID))
 #define AFA_ASK_CPUID 1
 #include <cpuid.h>
@@ -51,6 +57,24 @@ const char* cpu_isa_name() {
     case Isa::avx2: return "avx2";
     default: return "baseline";
   }
+}
+
+static int64_t cache_of_machine() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  if (const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE); bytes > 0) return bytes;
+#elif defined(__APPLE__)
+  int64_t bytes = 0;
+  size_t size = sizeof bytes;
+  if (sysctlbyname("hw.l2cachesize", &bytes, &size, nullptr, 0) == 0 && bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
+int64_t core_cache_bytes() {
+  if (const char* wish = std::getenv("AFA_CPU_CACHE"))
+    if (const long long bytes = std::strtoll(wish, nullptr, 10); bytes > 0) return bytes;
+  static const int64_t bytes = cache_of_machine();
+  return bytes;
 }
 
 }  // namespace afa

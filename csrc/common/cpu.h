@@ -8,6 +8,7 @@
 // shared between the copies could be linked in its AVX-512 form and run on a machine without it.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
@@ -23,6 +24,9 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 // The best instruction set this machine runs, or a lesser one named by AFA_CPU_ISA. Read once. Defined in cpu.cpp.
 Isa cpu_isa();
 const char* cpu_isa_name();
+// Bytes of the cache that a core has for itself (the second level), as the system says, 1 MB where it says nothing; or AFA_CPU_CACHE,
+// read at every call: what a kernel does then is another order of the same operations.
+int64_t core_cache_bytes();
 
 }  // namespace afa
 

@@ -78,6 +78,12 @@ static inline void store_row_of(const float* from, int64_t count, int64_t stride
     for (int64_t i = 0; i < count; ++i) from_float(from[i], to + i * stride);
 }
 
+// The same tensor from column x on; its size is left to who asks.
+static inline View<4> from_column(View<4> view, int64_t x) {
+  view.data = static_cast<char*>(view.data) + x * view.stride[3] * element_bytes(view.dtype);
+  return view;
+}
+
 // Row y of channel c of image b, any stride and element type, as contiguous float.
 static inline void load_row(const View<4>& view, int64_t b, int64_t c, int64_t y, float* to) {
   int64_t offset = b * view.stride[0] + c * view.stride[1] + y * view.stride[2];

@@ -1,113 +1,58 @@
 // Diffusion on the CPU.
 //
-// Data flow, one image at a time, every thread owning a fixed band of rows: the weights go to float32 as [H][T][row], so one
-// pixel row's taps lie together (T * W * 4 bytes, in L1/L2); the masks go to [H][C][margin + row], whose horizontal margins
-// hold the border, while the vertical border is a matter of pointing a tap at row 0 or H-1. An iteration then is, for each
-// pixel row, one fused multiply-add per tap, channel and pixel with the sums in registers; iterations alternate two buffers
-// with a barrier between. Sums run over taps in order and never across threads: the same bits for any thread count.
-// Floor: T*C*H*W fused multiply-adds and T*H*W*4 bytes of weights per iteration. Bound: L2 and L3 bandwidth for few channels,
-// the two loads per cycle for many.
+// Data flow, one image at a time, every thread owning a fixed band of rows: the weights go to float32 blocks of 32 columns whose
+// taps lie together, in the order in which they are read; the masks go to [H][C][margin + row], whose horizontal margins hold the
+// border, while the vertical border is a matter of pointing a tap at row 0 or H-1. An iteration then is, for each pixel row, one
+// fused multiply-add per tap, channel and pixel with the sums in registers; iterations alternate two buffers. Sums run over
+// taps in order and never across threads: the same bits for any thread count, and for any schedule.
+//
+// Where a thread's weights outgrow its core's cache (AFA_CPU_CACHE or what the system says of the second level), several iterations
+// pass over them at once: in a strip of columns iteration k is at row y - k * reach, so that it finds the rows that it reads done, and
+// the weights of its row still in the cache; and it is k * reach columns further left, so that the strip before has done those.
+// At the ends of its band a thread leaves k * reach rows of iteration k for when its neighbours are there too. Nothing is done
+// twice. The number of iterations and the strip's width follow from the cache's size, see choose_schedule.
+// Floor: T*C*H*W fused multiply-adds and T*H*W*4 bytes of weights per iteration, per pass where they come from memory. Bound: memory
+// bandwidth for few channels, the two loads per cycle for many.
 #include "diffusion/diffusion.h"
 
 #include <algorithm>
 
-#include "common/arena.h"
-#include "common/rows.h"
-#include "common/simd.h"
 #include "common/threads.h"
+#include "diffusion/gather.h"
 
 namespace afa {
 namespace AFA_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kChannelBlock = 8;  // 8 channels x 2 vectors of sums fit in 32 registers
-#else
-constexpr int kChannelBlock = 4;
-#endif
-constexpr int kColumnTile = 128;  // columns done for all channels before moving on, so their weights stay in L1
+// --- how iterations pass over the image ---
 
-// Lengths, and places in the workspace.
-struct Layout {
-  int64_t height, width, taps, channels, margin, row, mask_row, bytes;
-  float *weights, *first, *second;  // [H][taps][row]; the masks that alternate, [H][present channels][mask_row]
-  float *zeros, *accumulators;      // [channels][mask_row], for each thread another
-  const float** tap_rows;           // [threads][taps]
-  int32_t* present;                 // channels of the image at hand
-
-  Layout(const DiffusionArgs& args, int threads, void* workspace) {
-    height = args.masks.size[2], width = args.masks.size[3], taps = args.taps, channels = args.masks.size[1];
-    int64_t reach = 0;
-    for (int64_t t = 0; t < taps; ++t) reach = std::max<int64_t>(reach, std::abs(int64_t(args.offsets[2 * t + 1])));
-    margin = round_up(std::min(reach, width), 16);
-    row = round_up(width, 32);
-    mask_row = margin + row + margin;
-    Arena arena(workspace);
-    weights = arena.take<float>(height * taps * row);
-    first = arena.take<float>(height * channels * mask_row);
-    second = arena.take<float>(height * channels * mask_row);
-    zeros = arena.take<float>(channels * mask_row);
-    accumulators = arena.take<float>(threads * channels * mask_row);
-    tap_rows = arena.take<const float*>(threads * taps);
-    present = arena.take<int32_t>(channels);
-    bytes = arena.used;
-  }
+struct Schedule {
+  int64_t depth = 1, strip;  // iterations in a pass; columns, a multiple of kBlock
 };
 
-// An offset past the image's edge reaches the same pixel as one that just leaves it.
-static inline int64_t limit(int64_t offset, int64_t size) { return std::clamp(offset, -size, size); }
+constexpr int64_t kDeepest = 8;
+// Of a core's cache, what the weights and masks of a pass may take: the rest is for what they push out on their way in.
+constexpr double kCacheShare = 0.75;
+// A pass of several iterations has more to set up; it must save at least this part of the bytes.
+constexpr double kWorthwhile = 0.8;
 
-// Writes the horizontal border of one row: its first and last pixel repeated, or zeros.
-static void fill_margins(float* pixels, const Layout& at, Border border) {
-  const float left = border == Border::replicate ? pixels[0] : 0.0f;
-  const float right = border == Border::replicate ? pixels[at.width - 1] : 0.0f;
-  for (int64_t x = -at.margin; x < 0; ++x) pixels[x] = left;
-  for (int64_t x = at.width; x < at.row + at.margin; ++x) pixels[x] = right;
-}
-
-// `kChannels` channels of one row, columns [begin, end): sums in registers, `kVectors` vectors wide.
-template <int kChannels, int kVectors>
-static inline void gather_columns(const float* weights, const float* const* tap, const Layout& at, float* out, int64_t x) {
-  vfloat sum[kChannels][kVectors] = {};
-  for (int64_t t = 0; t < at.taps; ++t) {
-    const float* from = tap[t] + x;
-    vfloat weight[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + t * at.row + x + v * kLanes);
-#pragma GCC unroll 8
-    for (int c = 0; c < kChannels; ++c)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[c][v] += weight[v] * load(from + c * at.mask_row + v * kLanes);
+static Schedule choose_schedule(const DiffusionArgs& args, const Layout& at, int64_t channels, int threads) {
+  const double cache = kCacheShare * double(core_cache_bytes()), band = double(at.height) / threads;
+  const int64_t skew = round_up(at.reach_x, kBlock);
+  Schedule best{1, at.row};
+  if (args.transpose || 4.0 * band * double(at.taps * at.row) <= cache) return best;
+  double least = kWorthwhile;
+  for (int64_t depth = 2; depth <= std::min(args.num_iter, kDeepest); ++depth) {
+    const int64_t behind = (depth - 1) * at.reach_y;  // rows
+    const double column = 4.0 * double((behind + 1) * at.taps + (behind + 2 * at.reach_y + 1) * 2 * channels);
+    const int64_t strip = std::min(int64_t(cache / column) / kBlock * kBlock, at.row);
+    if (strip < kBlock) break;
+    // What is read of the weights in a pass: every strip begins with columns of the strip before, every band is left with rows.
+    const double columns = strip == at.row ? 1.0 : 1.0 + double((depth - 1) * skew) / double(strip);
+    const double rows = threads == 1 ? 1.0 : 1.0 + double(depth * behind) / band;
+    const double bytes = columns * rows / double(depth);
+    if (bytes < least) least = bytes, best = Schedule{depth, strip};
   }
-#pragma GCC unroll 8
-  for (int c = 0; c < kChannels; ++c)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(out + c * at.mask_row + x + v * kLanes, sum[c][v]);
-}
-
-template <int kChannels>
-static void gather_block(const float* weights, const float* const* tap, const Layout& at, float* out, int64_t begin,
-                         int64_t end) {
-  for (int64_t x = begin; x < end; x += 2 * kLanes) gather_columns<kChannels, 2>(weights, tap, at, out, x);
-}
-
-typedef void (*GatherBlock)(const float*, const float* const*, const Layout&, float*, int64_t, int64_t);
-static const GatherBlock kGather[] = {nullptr,          gather_block<1>, gather_block<2>, gather_block<3>, gather_block<4>,
-                                      gather_block<5>, gather_block<6>, gather_block<7>, gather_block<8>};
-
-// One row of all channels. `tap[t]` points at channel 0 of the row and column that tap t reads for pixel 0.
-static void gather_row(const float* weights, const float** tap, const Layout& at, int64_t channels, float* out) {
-  for (int64_t begin = 0; begin < at.width; begin += kColumnTile) {
-    const int64_t end = std::min(begin + kColumnTile, at.row);
-    for (int64_t c = 0; c < channels;) {
-      // Equal blocks (7+7+7 rather than 8+8+5): the sums of a short block would leave registers idle.
-      const int64_t blocks = (channels - c + kChannelBlock - 1) / kChannelBlock;
-      const int64_t block = (channels - c + blocks - 1) / blocks;
-      kGather[block](weights, tap, at, out + c * at.mask_row, begin, end);
-      for (int64_t t = 0; t < at.taps; ++t) tap[t] += block * at.mask_row;
-      c += block;
-    }
-    for (int64_t t = 0; t < at.taps; ++t) tap[t] -= channels * at.mask_row;
-  }
+  return best;
 }
 
 // Adds what row `from_y` of the incoming gradient sends through tap (dx) into `sum`, a row with margins.
@@ -149,51 +94,110 @@ static void adjoint_row(const float* all_weights, const float* from, const Diffu
   }
 }
 
-// One thread's part of one image, of which `channels` are present.
-static void image_rows(const DiffusionArgs& args, const WeightSource& source, const Layout& at, int64_t b, int64_t channels) {
-  const int64_t thread = thread_number(), team = team_size();
-  const int64_t begin = at.height * thread / team, end = at.height * (thread + 1) / team;
-  const int64_t channel_rows = channels * at.mask_row;
-  const float** tap = at.tap_rows + thread * at.taps;
-  float *from = at.first, *to = at.second;
-  // The adjoint must not pick up columns past the width; the forward replicates into its margins.
-  const Border margins = args.transpose ? Border::zero : args.border;
-  auto pixels = [&](float* buffer, int64_t y, int64_t c) { return buffer + y * channel_rows + c * at.mask_row + at.margin; };
+// --- one thread's part of one image ---
 
-  if (source.prepare)
-    for (int64_t y = begin; y < end; ++y) source.prepare(source.context, b, y);
-  for (int64_t y = begin; y < end; ++y)
+struct Worker {
+  const DiffusionArgs& args;
+  const WeightSource& source;
+  const Layout& at;
+  int64_t b, channels, thread, begin, end;  // of `channels` present channels, rows [begin, end)
+  Schedule schedule;
+  const float** tap;
+
+  int64_t row_floats() const { return channels * at.mask_row; }
+  // What iteration i reads, and i - 1 has written.
+  float* state(int64_t i) const { return i % 2 == 0 ? at.first : at.second; }
+  // The adjoint must not pick up columns past the width; the forward replicates into its margins.
+  bool replicates() const { return args.border == Border::replicate && !args.transpose; }
+
+  // Writes the horizontal border of one row, where its columns [left, right) end at it: the first or last pixel, or zeros.
+  void fill_margins(float* row, int64_t left, int64_t right) const {
     for (int64_t c = 0; c < channels; ++c) {
-      load_row(args.masks, b, at.present[c], y, pixels(from, y, c));
-      fill_margins(pixels(from, y, c), at, margins);
+      float* pixels = row + c * at.mask_row + at.margin;
+      if (left == 0) std::fill(pixels - at.margin, pixels, replicates() ? pixels[0] : 0.0f);
+      if (right == at.row)
+        std::fill(pixels + at.width, pixels + at.row + at.margin, replicates() ? pixels[at.width - 1] : 0.0f);
     }
-#pragma omp barrier
-  for (int64_t y = begin; y < end && args.num_iter > 0; ++y)
-    source.fill(source.context, b, y, at.row, at.weights + y * at.taps * at.row);
-  if (args.transpose) {
-#pragma omp barrier  // the adjoint reads other rows' weights
   }
-  for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {
-    for (int64_t y = begin; y < end; ++y) {
-      if (args.transpose) {
-        adjoint_row(at.weights, from, args, at, channels, y, at.accumulators + thread * at.channels * at.mask_row,
-                    to + y * channel_rows);
-      } else {
-        for (int64_t t = 0; t < at.taps; ++t) {
-          const int64_t wanted = y + args.offsets[2 * t], row = std::clamp(wanted, int64_t(0), at.height - 1);
-          const float* base = row == wanted || args.border == Border::replicate ? from + row * channel_rows : at.zeros;
-          tap[t] = base + at.margin + limit(args.offsets[2 * t + 1], at.width);
-        }
-        gather_row(at.weights + y * at.taps * at.row, tap, at, channels, to + y * channel_rows + at.margin);
+
+  // Columns [left, right) of row y in iteration i.
+  void step(int64_t i, int64_t y, int64_t left, int64_t right) const {
+    const float* from = state(i);
+    float* to = state(i + 1) + y * row_floats();
+    if (y >= at.reach_y && y + at.reach_y < at.height) {
+      const float* pixels = from + y * row_floats();
+      for (int64_t t = 0; t < at.taps; ++t) tap[t] = pixels + at.tap_steps[t];
+    } else {
+      for (int64_t t = 0; t < at.taps; ++t) {
+        const int64_t wanted = y + args.offsets[2 * t], row = std::clamp(wanted, int64_t(0), at.height - 1);
+        const float* base = row == wanted || args.border == Border::replicate ? from + row * row_floats() : at.zeros;
+        tap[t] = base + at.margin + limit(args.offsets[2 * t + 1], at.width);
       }
-      for (int64_t c = 0; c < channels; ++c) fill_margins(pixels(to, y, c), at, margins);
     }
-    std::swap(from, to);
-#pragma omp barrier
+    gather_row(tap, at, channels, y, left, right, to + at.margin);
+    fill_margins(to, left, right);
   }
-  for (int64_t y = begin; y < end; ++y)
-    for (int64_t c = 0; c < channels; ++c) store_row(args.out, b, at.present[c], y, pixels(from, y, c));
-}
+
+  // Rows of iteration k of a pass that need nothing of other bands but what was there before the pass.
+  int64_t first_row(int64_t k) const { return begin == 0 ? 0 : std::min(begin + k * at.reach_y, end); }
+  int64_t last_row(int64_t k) const { return end == at.height ? end : std::max(end - k * at.reach_y, first_row(k)); }
+
+  // Iterations [i, i + depth). The weights are written on the way in the first one.
+  void pass(int64_t i, int64_t depth) const {
+    const int64_t skew = round_up(at.reach_x, kBlock), strip = schedule.strip;
+    for (int64_t x = 0; x < at.row; x += strip) {
+      const bool last = x + strip >= at.row;
+      for (int64_t front = begin; front < end + (depth - 1) * at.reach_y; ++front)
+        for (int64_t k = 0; k < depth; ++k) {
+          const int64_t y = front - k * at.reach_y;
+          if (y < first_row(k) || y >= last_row(k)) continue;
+          if (i + k == 0) source.fill(source.context, b, y, x, std::min(strip, at.row - x), kBlock, at.weights_at(y, x));
+          const int64_t left = std::max(x - k * skew, int64_t(0)), right = last ? at.row : x + strip - k * skew;
+          if (left < right) step(i + k, y, left, right);
+        }
+    }
+#pragma omp barrier
+    for (int64_t k = 1; k < depth; ++k) {
+      for (int64_t y = begin; y < first_row(k); ++y) step(i + k, y, 0, at.row);
+      for (int64_t y = last_row(k); y < end; ++y) step(i + k, y, 0, at.row);
+#pragma omp barrier
+    }
+  }
+
+  // All iterations of the adjoint, whose weights are [H][taps][row].
+  void adjoint() const {
+    float* sum = at.accumulators + thread * at.channels * at.mask_row;
+    for (int64_t y = begin; y < end; ++y)
+      source.fill(source.context, b, y, 0, at.row, at.row, at.weights + y * at.taps * at.row);
+#pragma omp barrier  // rows of other threads' weights are read
+    for (int64_t i = 0; i < args.num_iter; ++i) {
+      for (int64_t y = begin; y < end; ++y) {
+        float* to = state(i + 1) + y * row_floats();
+        adjoint_row(at.weights, state(i), args, at, channels, y, sum, to);
+        fill_margins(to, 0, at.row);
+      }
+#pragma omp barrier
+    }
+  }
+
+  void run() const {
+    if (source.prepare)
+      for (int64_t y = begin; y < end; ++y) source.prepare(source.context, b, y);
+    for (int64_t y = begin; y < end; ++y) {
+      float* row = state(0) + y * row_floats();
+      for (int64_t c = 0; c < channels; ++c) load_row(args.masks, b, at.present[c], y, row + c * at.mask_row + at.margin);
+      fill_margins(row, 0, at.row);
+    }
+#pragma omp barrier
+    if (args.transpose && args.num_iter > 0)
+      adjoint();
+    else
+      for (int64_t i = 0; i < args.num_iter; i += schedule.depth) pass(i, std::min(schedule.depth, args.num_iter - i));
+    for (int64_t y = begin; y < end; ++y)
+      for (int64_t c = 0; c < channels; ++c)
+        store_row(args.out, b, at.present[c], y, state(args.num_iter) + y * row_floats() + c * at.mask_row + at.margin);
+  }
+};
 
 Status diffuse_with(const DiffusionArgs& args, const WeightSource& source, void* workspace, int threads) {
   if (args.taps < 1 || args.num_iter < 0 || threads < 1) return Status::bad_argument;
@@ -203,19 +207,33 @@ Status diffuse_with(const DiffusionArgs& args, const WeightSource& source, void*
   for (int64_t b = 0; b < args.masks.size[0]; ++b) {
     const int64_t channels = present_channels(args.class_mask, b, args.out, at.zeros, at.present);
     if (channels == 0) continue;
+    const Schedule schedule = choose_schedule(args, at, channels, threads);
+    at.place_strips(schedule.strip);
+    for (int64_t t = 0; t < at.taps; ++t)
+      at.tap_steps[t] = limit(args.offsets[2 * t], at.height) * channels * at.mask_row + at.margin +
+                        limit(args.offsets[2 * t + 1], at.width);
 #pragma omp parallel num_threads(threads)
-    image_rows(args, source, at, b, channels);
+    {
+      const int64_t thread = thread_number(), team = team_size();
+      Worker{args, source, at, b, channels, thread, at.height * thread / team, at.height * (thread + 1) / team, schedule,
+             at.tap_rows + thread * at.taps}
+          .run();
+    }
   }
   return Status::ok;
 }
 
-// Weights given as a tensor: copied row by row to [T][row] float32, whatever their type and strides.
-static void fill_from_tensor(const void* context, int64_t b, int64_t y, int64_t row, float* weights) {
-  const View<4>& view = *static_cast<const View<4>*>(context);
-  for (int64_t t = 0; t < view.size[1]; ++t) {
-    load_row(view, b, t, y, weights + t * row);
-    std::fill(weights + t * row + view.size[3], weights + (t + 1) * row, 0.0f);
-  }
+// Weights given as a tensor, of any type and strides.
+static void fill_from_tensor(const void* context, int64_t b, int64_t y, int64_t x, int64_t columns, int64_t block, float* weights) {
+  View<4> part = *static_cast<const View<4>*>(context);
+  const int64_t taps = part.size[1], width = part.size[3];
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t begin = x; begin < x + columns; begin += block) {
+      float* to = weights + (begin - x) * taps + t * block;
+      part.size[3] = std::min(block, width - begin);
+      load_row(from_column(part, begin), b, t, y, to);
+      std::fill(to + part.size[3], to + block, 0.0f);
+    }
 }
 
 int64_t diffuse_bytes(const DiffusionArgs& args, int threads) { return Layout(args, threads, nullptr).bytes; }

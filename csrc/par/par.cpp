@@ -92,13 +92,15 @@ static inline vfloat inverse_divisor(const ParRows& rows, int64_t y, int64_t c, 
   return pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : 1.0f / ((sigma + 1e-8f) * rows.args.w1);
 }
 
-// Whether no square overflowed.
+// One block of columns from `left` on: [taps][block]. Whether no square overflowed.
 template <bool kWide>
-static bool fill(const ParRows& rows, int64_t y, int64_t row, float* weights) {
+static bool fill(const ParRows& rows, int64_t y, int64_t left, int64_t block, float* weights) {
   const float share = -1.0f / float(rows.colours);
   const bool pamr = rows.args.variant == ParVariant::pamr;
   vfloat finite = {};
-  for (int64_t x = 0; x < rows.width; x += kLanes) {
+  const int64_t inside = std::min(block, rows.width - left);  // columns
+  for (int64_t i = 0; i < inside; i += kLanes) {
+    const int64_t x = left + i;
     for (int64_t c = 0; c < rows.colours; ++c) {
       const vfloat centre = load(rows.at(y, c) + x);
       const vfloat scale = inverse_divisor<kWide>(rows, y, c, x, centre, &finite);
@@ -108,29 +110,30 @@ static bool fill(const ParRows& rows, int64_t y, int64_t row, float* weights) {
         // Where a colour's sigma is 0 its kappa is about 1e15, the same for all taps: rounded before the others join it, or what
         // they change in the last place, 6e7, would decide between the taps.
         const vfloat kappa = rounded((pamr ? abs_of(distance) : distance * distance) * share);
-        float* to = weights + t * row + x;
+        float* to = weights + t * block + i;
         store(to, c == 0 ? kappa : load(to) + kappa);
       }
     }
     // The maximum is one of the stored values, rounded; it is taken off them as they are stored, never off a product.
-    vfloat highest = load(weights + x), sum = {};
-    for (int64_t t = 1; t < rows.taps; ++t) highest = max_of(highest, load(weights + t * row + x));
+    vfloat highest = load(weights + i), sum = {};
+    for (int64_t t = 1; t < rows.taps; ++t) highest = max_of(highest, load(weights + t * block + i));
     for (int64_t t = 0; t < rows.taps; ++t) {
-      const vfloat value = exp_of(load(weights + t * row + x) - highest);
-      store(weights + t * row + x, value);
+      const vfloat value = exp_of(load(weights + t * block + i) - highest);
+      store(weights + t * block + i, value);
       sum += value;
     }
     const vfloat inverse = 1.0f / sum;
     for (int64_t t = 0; t < rows.taps; ++t)
-      store(weights + t * row + x, load(weights + t * row + x) * inverse + rows.position[t]);
+      store(weights + t * block + i, load(weights + t * block + i) * inverse + rows.position[t]);
   }
-  for (int64_t t = 0; t < rows.taps; ++t) std::fill(weights + t * row + rows.width, weights + (t + 1) * row, 0.0f);
+  for (int64_t t = 0; t < rows.taps; ++t) std::fill(weights + t * block + inside, weights + (t + 1) * block, 0.0f);
   return sum_of(finite) == 0.0f;
 }
 
-static void fill_row(const void* context, int64_t, int64_t y, int64_t row, float* weights) {
+static void fill_row(const void* context, int64_t, int64_t y, int64_t x, int64_t columns, int64_t block, float* weights) {
   const ParRows& rows = *static_cast<const ParRows*>(context);
-  if (!fill<false>(rows, y, row, weights)) fill<true>(rows, y, row, weights);
+  for (int64_t left = x; left < x + columns; left += block, weights += rows.taps * block)
+    if (!fill<false>(rows, y, left, block, weights)) fill<true>(rows, y, left, block, weights);
 }
 
 int64_t par_bytes(const ParArgs& args) { return ParRows(args, nullptr, nullptr, nullptr).floats() * 4; }
@@ -154,7 +157,7 @@ Status par_weights(const ParArgs& args, const View<4>& out, const int32_t* offse
       for (int64_t y = 0; y < rows.height; ++y) prepare_row(&rows, b, y);
 #pragma omp for schedule(static)
       for (int64_t y = 0; y < rows.height; ++y) {
-        fill_row(&rows, b, y, row, line);
+        fill_row(&rows, b, y, 0, row, row, line);
         for (int64_t t = 0; t < rows.taps; ++t) store_row(out, b, t, y, line + t * row);
       }
     }
