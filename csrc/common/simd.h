@@ -7,6 +7,10 @@
 
 #include "common/cpu.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace afa {
 namespace AFA_ISA {
 
@@ -31,6 +35,19 @@ static inline void store(float* to, vfloat value) { __builtin_memcpy(to, &value,
 static inline vfloat splat(float value) { return value - vfloat{}; }
 static inline vfloat max_of(vfloat a, vfloat b) { return a > b ? a : b; }
 static inline vfloat abs_of(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
+// The square root, correctly rounded; NaN below 0.
+static inline vfloat root_of(vfloat value) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_sqrt_ps((__m256)value);
+#elif defined(__SSE2__)
+  return (vfloat)_mm_sqrt_ps((__m128)value);
+#else
+  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
 static inline float sum_of(vfloat values) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += values[i];

@@ -26,7 +26,7 @@ namespace AFA_ISA {
 // --- how iterations pass over the image ---
 
 struct Schedule {
-  int64_t depth = 1, strip;  // iterations in a pass; columns, a multiple of kBlock
+  int64_t depth = 1, strip;  // iterations in a pass; columns, a multiple of kWeightBlock
 };
 
 constexpr int64_t kDeepest = 8;
@@ -37,15 +37,15 @@ constexpr double kWorthwhile = 0.8;
 
 static Schedule choose_schedule(const DiffusionArgs& args, const Layout& at, int64_t channels, int threads) {
   const double cache = kCacheShare * double(core_cache_bytes()), band = double(at.height) / threads;
-  const int64_t skew = round_up(at.reach_x, kBlock);
+  const int64_t skew = round_up(at.reach_x, kWeightBlock);
   Schedule best{1, at.row};
   if (args.transpose || 4.0 * band * double(at.taps * at.row) <= cache) return best;
   double least = kWorthwhile;
   for (int64_t depth = 2; depth <= std::min(args.num_iter, kDeepest); ++depth) {
     const int64_t behind = (depth - 1) * at.reach_y;  // rows
     const double column = 4.0 * double((behind + 1) * at.taps + (behind + 2 * at.reach_y + 1) * 2 * channels);
-    const int64_t strip = std::min(int64_t(cache / column) / kBlock * kBlock, at.row);
-    if (strip < kBlock) break;
+    const int64_t strip = std::min(int64_t(cache / column) / kWeightBlock * kWeightBlock, at.row);
+    if (strip < kWeightBlock) break;
     // What is read of the weights in a pass: every strip begins with columns of the strip before, every band is left with rows.
     const double columns = strip == at.row ? 1.0 : 1.0 + double((depth - 1) * skew) / double(strip);
     const double rows = threads == 1 ? 1.0 : 1.0 + double(depth * behind) / band;
@@ -144,14 +144,14 @@ struct Worker {
 
   // Iterations [i, i + depth). The weights are written on the way in the first one.
   void pass(int64_t i, int64_t depth) const {
-    const int64_t skew = round_up(at.reach_x, kBlock), strip = schedule.strip;
+    const int64_t skew = round_up(at.reach_x, kWeightBlock), strip = schedule.strip;
     for (int64_t x = 0; x < at.row; x += strip) {
       const bool last = x + strip >= at.row;
       for (int64_t front = begin; front < end + (depth - 1) * at.reach_y; ++front)
         for (int64_t k = 0; k < depth; ++k) {
           const int64_t y = front - k * at.reach_y;
           if (y < first_row(k) || y >= last_row(k)) continue;
-          if (i + k == 0) source.fill(source.context, b, y, x, std::min(strip, at.row - x), kBlock, at.weights_at(y, x));
+          if (i + k == 0) source.fill(source.context, b, y, x, std::min(strip, at.row - x), kWeightBlock, at.weights_at(y, x));
           const int64_t left = std::max(x - k * skew, int64_t(0)), right = last ? at.row : x + strip - k * skew;
           if (left < right) step(i + k, y, left, right);
         }

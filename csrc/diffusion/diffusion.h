@@ -36,8 +36,9 @@ int64_t diffuse_cuda_workspace(const DiffusionArgs& args, int device);
 Status diffuse_cuda(const DiffusionArgs& args, void* workspace, int64_t bytes, int device, void* stream);
 
 // How an operator hands its own weights to the diffusion: `prepare` sees every row of image b once, then, after a barrier,
-// `fill` writes the weights of columns [x, x + columns) of row y, as [columns / block][T][block] floats. Both x and columns are multiples
-// of 32, the block divides columns. Columns past the width are set to 0.
+// `fill` writes the weights of columns [x, x + columns) of row y, as [columns / block][T][block] floats. The block divides columns;
+// all of them, x too, are multiples of kWeightBlock. Columns past the width are set to 0.
+constexpr int64_t kWeightBlock = 32;
 struct WeightSource {
   void (*prepare)(const void* context, int64_t b, int64_t y) = nullptr;
   void (*fill)(const void* context, int64_t b, int64_t y, int64_t x, int64_t columns, int64_t block, float* weights) = nullptr;

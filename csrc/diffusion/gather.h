@@ -16,7 +16,6 @@ constexpr int kChannelBlock = 8;  // 8 channels x 2 vectors of sums fit in 32 re
 #else
 constexpr int kChannelBlock = 4;
 #endif
-constexpr int64_t kBlock = 32;        // columns whose weights lie together
 constexpr int64_t kColumnTile = 128;  // columns done for all channels before moving on, so their weights stay in L1
 
 // An offset past the image's edge reaches the same pixel as one that just leaves it.
@@ -40,7 +39,7 @@ struct Layout {
       reach_x = std::max<int64_t>(reach_x, std::abs(limit(args.offsets[2 * t + 1], width)));
     }
     margin = round_up(reach_x, 16);
-    row = round_up(width, kBlock);
+    row = round_up(width, kWeightBlock);
     mask_row = margin + row + margin;
     Arena arena(workspace);
     weights = arena.take<float>(height * taps * row);
@@ -49,26 +48,26 @@ struct Layout {
     zeros = arena.take<float>(channels * mask_row);
     accumulators = arena.take<float>(threads * channels * mask_row);
     tap_rows = arena.take<const float*>(threads * taps);
-    block_start = arena.take<int64_t>(row / kBlock);
-    block_step = arena.take<int64_t>(row / kBlock);
+    block_start = arena.take<int64_t>(row / kWeightBlock);
+    block_step = arena.take<int64_t>(row / kWeightBlock);
     tap_steps = arena.take<int64_t>(taps);
     present = arena.take<int32_t>(channels);
     bytes = arena.used;
   }
 
-  // Puts the weights into strips of columns, [row / strip][H][strip / kBlock][taps][kBlock]: a pass over rows of a strip reads them
+  // Puts the weights into strips of columns, [row / strip][H][strip / kWeightBlock][taps][kWeightBlock]: a pass over rows of a strip reads them
   // one behind the other.
   void place_strips(int64_t strip) const {
-    for (int64_t x = 0; x < row; x += kBlock) {
+    for (int64_t x = 0; x < row; x += kWeightBlock) {
       const int64_t begin = x / strip * strip, columns = std::min(strip, row - begin);
-      block_start[x / kBlock] = taps * (begin * height + x - begin), block_step[x / kBlock] = taps * columns;
+      block_start[x / kWeightBlock] = taps * (begin * height + x - begin), block_step[x / kWeightBlock] = taps * columns;
     }
   }
-  // [taps][kBlock], column x being the first of its block.
-  float* weights_at(int64_t y, int64_t x) const { return weights + block_start[x / kBlock] + y * block_step[x / kBlock]; }
+  // [taps][kWeightBlock], column x being the first of its block.
+  float* weights_at(int64_t y, int64_t x) const { return weights + block_start[x / kWeightBlock] + y * block_step[x / kWeightBlock]; }
 };
 
-// `kChannels` channels, `kVectors` vectors of columns, weights [taps][kBlock]: sums in registers.
+// `kChannels` channels, `kVectors` vectors of columns, weights [taps][kWeightBlock]: sums in registers.
 template <int kChannels, int kVectors>
 static inline void gather_columns(const float* weights, const float* const* tap, const Layout& at, float* out, int64_t x) {
   vfloat sum[kChannels][kVectors] = {};
@@ -76,7 +75,7 @@ static inline void gather_columns(const float* weights, const float* const* tap,
     const float* from = tap[t] + x;
     vfloat weight[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + t * kBlock + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + t * kWeightBlock + v * kLanes);
 #pragma GCC unroll 8
     for (int c = 0; c < kChannels; ++c)
 #pragma GCC unroll 2
@@ -90,9 +89,9 @@ static inline void gather_columns(const float* weights, const float* const* tap,
 
 template <int kChannels>
 static void gather_block(const float* const* tap, const Layout& at, int64_t y, float* out, int64_t begin, int64_t end) {
-  for (int64_t x = begin; x < end; x += kBlock) {
+  for (int64_t x = begin; x < end; x += kWeightBlock) {
     const float* weights = at.weights_at(y, x);
-    for (int64_t i = 0; i < kBlock; i += 2 * kLanes) gather_columns<kChannels, 2>(weights + i, tap, at, out, x + i);
+    for (int64_t i = 0; i < kWeightBlock; i += 2 * kLanes) gather_columns<kChannels, 2>(weights + i, tap, at, out, x + i);
   }
 }
 

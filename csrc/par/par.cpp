@@ -1,20 +1,24 @@
 // PAR and PAMR weights on the CPU; their diffusion is diffusion/diffusion.cpp's.
 //
-// Data flow: the image goes to float32 rows with replicated margins once; then, for each pixel row, vectors of pixels walk the
-// 8*D taps four times: mean, squared deviation, kappa with its maximum, exponential with its sum. Deviations are taken from the
+// Data flow: the image goes to float32 rows with replicated margins once; then, for each pixel row, two vectors of pixels at a time
+// copy their neighbours, which lie across cache lines, to a table of whole vectors, and walk that: mean, squared deviation, kappa with
+// its maximum, exponential with its sum. Two vectors, for each of these is a chain of sums. Deviations are taken from the
 // first neighbour and then from the mean, so a constant neighbourhood has a standard deviation of exactly 0, as the formula's
-// 1e-8 expects. A row in which a square overflows (pixels beyond 1e18) is done once more with shrunken pixels.
-// Floor: 8*D exponentials and 3 * 3 * 8*D loads per pixel. Bound: arithmetic, about 30 operations per weight.
+// 1e-8 expects. A stretch in which a square overflows (pixels beyond 1e18) is done once more with shrunken pixels.
+// Floor: 8*D exponentials and 3 * 8*D loads across lines per pixel. Bound: arithmetic, about 30 operations per weight.
 #include "par/par.h"
 
 #include <algorithm>
 
+#include "common/arena.h"
 #include "common/rows.h"
 #include "common/simd.h"
 #include "common/threads.h"
 
 namespace afa {
 namespace AFA_ISA {
+
+constexpr int kVectors = 2, kStretch = kVectors * kLanes;  // pixels at once
 
 struct ParRows {
   ParArgs args;
@@ -23,17 +27,24 @@ struct ParRows {
   int64_t taps, height, width, colours, margin, image_row;
   float centres, count;     // values a deviation is taken of: PAMR has the centre among them, once for each dilation
   float* image;             // [H][colours][margin + row + margin]
+  float* neighbours;        // of each thread: [taps][kStretch]
+  const float** tap;        // of each thread: [taps], what a tap reads for column 0 of the row at hand
+  int64_t bytes;
 
-  ParRows(const ParArgs& par, const int32_t* tap_offsets, const float* tap_position, float* memory)
+  ParRows(const ParArgs& par, const int32_t* tap_offsets, const float* tap_position, void* memory, int threads)
       : args(par), offsets(tap_offsets), position(tap_position), taps(8 * par.num_dilations), height(par.images.size[2]),
         width(par.images.size[3]), colours(par.images.size[1]),
-        centres(par.variant == ParVariant::pamr ? float(par.num_dilations) : 0.0f), count(float(taps) + centres), image(memory) {
+        centres(par.variant == ParVariant::pamr ? float(par.num_dilations) : 0.0f), count(float(taps) + centres) {
     int64_t reach = 0;
     for (int64_t i = 0; i < par.num_dilations; ++i) reach = std::max<int64_t>(reach, par.dilations[i]);
     margin = round_up(std::min(reach, width), 16);
-    image_row = margin + round_up(width, 32) + margin;
+    image_row = margin + round_up(width, kWeightBlock) + margin;
+    Arena arena(memory);
+    image = arena.take<float>(height * colours * image_row);
+    neighbours = arena.take<float>(threads * taps * kWeightBlock);  // as many for every instruction set
+    tap = arena.take<const float*>(threads * taps);
+    bytes = arena.used;
   }
-  int64_t floats() const { return round_up(height * colours * image_row, 16); }
   // Row y of colour c, at column 0; rows and columns outside are their nearest pixel.
   const float* at(int64_t y, int64_t c) const {
     return image + (std::clamp(y, int64_t(0), height - 1) * colours + c) * image_row + margin;
@@ -50,105 +61,144 @@ static void prepare_row(const void* context, int64_t b, int64_t y) {
   }
 }
 
-// Squared deviations of the neighbours, and of PAMR's centres, from their mean, summed, at kLanes pixels. Shrunk: of pixels times
+// Squared deviations of the neighbours [taps][kStretch], and of PAMR's centres, from their mean, summed. Shrunk: of pixels times
 // kShrink, whose squares overflow for no float.
 constexpr float kShrink = 0x1p-80f;
 template <bool kShrunk>
-static inline vfloat squares_of(const ParRows& rows, int64_t y, int64_t c, int64_t x, vfloat centre) {
+static inline void squares_of(const ParRows& rows, const float* neighbours, const vfloat* centre, vfloat* squares) {
   auto shrunk = [](vfloat pixels) { return kShrunk ? pixels * kShrink : pixels; };
-  auto neighbour = [&](int64_t t) {
-    return shrunk(load(rows.at(y + rows.offsets[2 * t], c) + x +
-                       std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width)));
-  };
-  const vfloat origin = neighbour(0), away = shrunk(centre) - origin;
-  vfloat mean = away * rows.centres;
-  for (int64_t t = 0; t < rows.taps; ++t) mean += neighbour(t) - origin;
-  mean = mean / rows.count;
-  vfloat squares = (away - mean) * (away - mean) * rows.centres;
-  for (int64_t t = 0; t < rows.taps; ++t) {
-    const vfloat deviation = neighbour(t) - origin - mean;
-    squares += deviation * deviation;
+  auto neighbour = [&](int64_t t, int v) { return shrunk(load(neighbours + t * kStretch + v * kLanes)); };
+  vfloat origin[kVectors], away[kVectors], mean[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    origin[v] = neighbour(0, v), away[v] = shrunk(centre[v]) - origin[v];
+    mean[v] = away[v] * rows.centres;
   }
-  return squares;
-}
-
-static inline vfloat root_of(vfloat value) {
-  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
-  return value;
-}
-
-// 1 / (the divisor of one colour's differences), at kLanes pixels. `finite` stays 0 unless squares overflow, which kWide mends.
-template <bool kWide>
-static inline vfloat inverse_divisor(const ParRows& rows, int64_t y, int64_t c, int64_t x, vfloat centre, vfloat* finite) {
-  const vfloat squares = squares_of<false>(rows, y, c, x, centre);
-  vfloat sigma = root_of(squares / (rows.count - 1.0f));
-  if constexpr (kWide) {
-    const vfloat wide = root_of(squares_of<true>(rows, y, c, x, centre) / (rows.count - 1.0f)) * (1.0f / kShrink);
-    sigma = squares * 0.0f == 0.0f ? sigma : wide;
-  } else {
-    *finite += squares * 0.0f;
+  for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) mean[v] += neighbour(t, v) - origin[v];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    mean[v] = mean[v] / rows.count;
+    squares[v] = (away[v] - mean[v]) * (away[v] - mean[v]) * rows.centres;
   }
-  const bool pamr = rows.args.variant == ParVariant::pamr;
-  return pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : 1.0f / ((sigma + 1e-8f) * rows.args.w1);
+  for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const vfloat deviation = neighbour(t, v) - origin[v] - mean[v];
+      squares[v] += deviation * deviation;
+    }
 }
 
-// One block of columns from `left` on: [taps][block]. Whether no square overflowed.
+// 1 / (the divisor of one colour's differences). `finite` stays 0 unless squares overflow, which kWide mends.
 template <bool kWide>
-static bool fill(const ParRows& rows, int64_t y, int64_t left, int64_t block, float* weights) {
-  const float share = -1.0f / float(rows.colours);
+static inline void inverse_divisor(const ParRows& rows, const float* neighbours, const vfloat* centre, vfloat* inverse,
+                                   vfloat* finite) {
   const bool pamr = rows.args.variant == ParVariant::pamr;
-  vfloat finite = {};
-  const int64_t inside = std::min(block, rows.width - left);  // columns
-  for (int64_t i = 0; i < inside; i += kLanes) {
-    const int64_t x = left + i;
-    for (int64_t c = 0; c < rows.colours; ++c) {
-      const vfloat centre = load(rows.at(y, c) + x);
-      const vfloat scale = inverse_divisor<kWide>(rows, y, c, x, centre, &finite);
-      for (int64_t t = 0; t < rows.taps; ++t) {
-        const int64_t dx = std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width);
-        const vfloat distance = (load(rows.at(y + rows.offsets[2 * t], c) + x + dx) - centre) * scale;
+  vfloat squares[kVectors], shrunk[kVectors];
+  squares_of<false>(rows, neighbours, centre, squares);
+  if constexpr (kWide) squares_of<true>(rows, neighbours, centre, shrunk);
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    vfloat sigma = root_of(squares[v] / (rows.count - 1.0f));
+    if constexpr (kWide) {
+      const vfloat wide = root_of(shrunk[v] / (rows.count - 1.0f)) * (1.0f / kShrink);
+      sigma = squares[v] * 0.0f == 0.0f ? sigma : wide;
+    } else {
+      *finite += squares[v] * 0.0f;
+    }
+    inverse[v] = pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : 1.0f / ((sigma + 1e-8f) * rows.args.w1);
+  }
+}
+
+// kappa of columns [x, x + kStretch), [taps][block].
+template <bool kWide>
+static inline void kappas(const ParRows& rows, int64_t y, int64_t x, int64_t block, const float* const* tap, float* neighbours,
+                          float* kappa, vfloat* finite) {
+  const vfloat share = splat(-1.0f / float(rows.colours));
+  const bool pamr = rows.args.variant == ParVariant::pamr;
+  for (int64_t c = 0; c < rows.colours; ++c) {
+    const int64_t from = c * rows.image_row + x;
+    for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) store(neighbours + t * kStretch + v * kLanes, load(tap[t] + from + v * kLanes));
+    vfloat centre[kVectors], scale[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) centre[v] = load(rows.at(y, c) + x + v * kLanes);
+    inverse_divisor<kWide>(rows, neighbours, centre, scale, finite);
+    for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const vfloat distance = (load(neighbours + t * kStretch + v * kLanes) - centre[v]) * scale[v];
         // Where a colour's sigma is 0 its kappa is about 1e15, the same for all taps: rounded before the others join it, or what
         // they change in the last place, 6e7, would decide between the taps.
-        const vfloat kappa = rounded((pamr ? abs_of(distance) : distance * distance) * share);
-        float* to = weights + t * block + i;
-        store(to, c == 0 ? kappa : load(to) + kappa);
+        const vfloat part = rounded((pamr ? abs_of(distance) : distance * distance) * share);
+        float* to = kappa + t * block + v * kLanes;
+        store(to, c == 0 ? part : load(to) + part);
       }
+  }
+}
+
+// In place of kappa: its softmax and the position term.
+static inline void softmax(const ParRows& rows, int64_t block, float* weights) {
+  auto at = [&](int64_t t, int v) { return weights + t * block + v * kLanes; };
+  vfloat highest[kVectors], sum[kVectors], inverse[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) highest[v] = load(at(0, v)), sum[v] = vfloat{};
+  // The maximum is one of the stored values, rounded; it is taken off them as they are stored, never off a product.
+  for (int64_t t = 1; t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) highest[v] = max_of(highest[v], load(at(t, v)));
+  for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const vfloat value = exp_of(load(at(t, v)) - highest[v]);
+      store(at(t, v), value);
+      sum[v] += value;
     }
-    // The maximum is one of the stored values, rounded; it is taken off them as they are stored, never off a product.
-    vfloat highest = load(weights + i), sum = {};
-    for (int64_t t = 1; t < rows.taps; ++t) highest = max_of(highest, load(weights + t * block + i));
-    for (int64_t t = 0; t < rows.taps; ++t) {
-      const vfloat value = exp_of(load(weights + t * block + i) - highest);
-      store(weights + t * block + i, value);
-      sum += value;
-    }
-    const vfloat inverse = 1.0f / sum;
-    for (int64_t t = 0; t < rows.taps; ++t)
-      store(weights + t * block + i, load(weights + t * block + i) * inverse + rows.position[t]);
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) inverse[v] = 1.0f / sum[v];
+  for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(at(t, v), load(at(t, v)) * inverse[v] + rows.position[t]);
+}
+
+// One block of columns from `left` on: [taps][block].
+static void fill_block(const ParRows& rows, int64_t y, int64_t left, int64_t block, const float* const* tap, float* neighbours,
+                       float* weights) {
+  const int64_t inside = std::min(block, rows.width - left);  // columns
+  for (int64_t i = 0; i < inside; i += kStretch) {
+    vfloat finite = {};
+    kappas<false>(rows, y, left + i, block, tap, neighbours, weights + i, &finite);
+    if (!(sum_of(finite) == 0.0f)) kappas<true>(rows, y, left + i, block, tap, neighbours, weights + i, &finite);
+    softmax(rows, block, weights + i);
   }
   for (int64_t t = 0; t < rows.taps; ++t) std::fill(weights + t * block + inside, weights + (t + 1) * block, 0.0f);
-  return sum_of(finite) == 0.0f;
 }
 
 static void fill_row(const void* context, int64_t, int64_t y, int64_t x, int64_t columns, int64_t block, float* weights) {
   const ParRows& rows = *static_cast<const ParRows*>(context);
+  const float** tap = rows.tap + thread_number() * rows.taps;
+  float* neighbours = rows.neighbours + thread_number() * rows.taps * kWeightBlock;
+  for (int64_t t = 0; t < rows.taps; ++t)
+    tap[t] = rows.at(y + rows.offsets[2 * t], 0) + std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width);
   for (int64_t left = x; left < x + columns; left += block, weights += rows.taps * block)
-    if (!fill<false>(rows, y, left, block, weights)) fill<true>(rows, y, left, block, weights);
+    fill_block(rows, y, left, block, tap, neighbours, weights);
 }
 
-int64_t par_bytes(const ParArgs& args) { return ParRows(args, nullptr, nullptr, nullptr).floats() * 4; }
+int64_t par_bytes(const ParArgs& args, int threads) { return ParRows(args, nullptr, nullptr, nullptr, threads).bytes; }
 
 Status par_diffuse(const ParArgs& args, const DiffusionArgs& diffusion, const float* position, void* workspace, int threads) {
-  ParRows rows(args, diffusion.offsets, position, static_cast<float*>(workspace));
+  const ParRows rows(args, diffusion.offsets, position, workspace, threads);
   if (!same_images(args.images, diffusion.masks)) return Status::bad_argument;
-  return diffuse_with(diffusion, WeightSource{prepare_row, fill_row, &rows}, rows.image + rows.floats(), threads);
+  return diffuse_with(diffusion, WeightSource{prepare_row, fill_row, &rows}, static_cast<char*>(workspace) + rows.bytes, threads);
 }
 
 Status par_weights(const ParArgs& args, const View<4>& out, const int32_t* offsets, const float* position, void* workspace,
                    int threads) {
-  const ParRows rows(args, offsets, position, static_cast<float*>(workspace));
-  const int64_t row = round_up(rows.width, 32);
-  float* lines = rows.image + rows.floats();  // [threads][taps][row]
+  const ParRows rows(args, offsets, position, workspace, threads);
+  const int64_t row = round_up(rows.width, kWeightBlock);
+  float* lines = reinterpret_cast<float*>(static_cast<char*>(workspace) + rows.bytes);  // [threads][taps][row]
   for (int64_t b = 0; b < out.size[0]; ++b) {
 #pragma omp parallel num_threads(threads)
     {
@@ -173,7 +223,7 @@ Status par_weights(const ParArgs& args, const View<4>& out, const int32_t* offse
 
 namespace afa {
 
-AFA_DECLARE_PER_ISA(int64_t par_bytes(const ParArgs& args))
+AFA_DECLARE_PER_ISA(int64_t par_bytes(const ParArgs& args, int threads))
 AFA_DECLARE_PER_ISA(Status par_diffuse(const ParArgs& args, const DiffusionArgs& diffusion, const float* position,
                                        void* workspace, int threads))
 AFA_DECLARE_PER_ISA(Status par_weights(const ParArgs& args, const View<4>& out, const int32_t* offsets,
@@ -197,7 +247,7 @@ static DiffusionArgs with_taps(DiffusionArgs diffusion, const Taps& taps) {
 
 int64_t par_cpu_workspace(const ParArgs& args, const DiffusionArgs& diffusion, int threads) {
   const Taps taps(args);
-  return baseline::par_bytes(args) + diffuse_cpu_workspace(with_taps(diffusion, taps), threads);
+  return baseline::par_bytes(args, threads) + diffuse_cpu_workspace(with_taps(diffusion, taps), threads);
 }
 
 static Status dispatch(const ParArgs& args, const DiffusionArgs& diffusion, const float* position, void* workspace,
@@ -211,7 +261,7 @@ Status par_cpu(const ParArgs& args, const DiffusionArgs& diffusion, void* worksp
 }
 
 int64_t par_weights_cpu_workspace(const ParArgs& args, int threads) {
-  return baseline::par_bytes(args) + 4 * int64_t(threads) * 8 * args.num_dilations * round_up(args.images.size[3], 32);
+  return baseline::par_bytes(args, threads) + 4 * int64_t(threads) * 8 * args.num_dilations * round_up(args.images.size[3], kWeightBlock);
 }
 
 static Status dispatch_weights(const ParArgs& args, const View<4>& out, const Taps& taps, void* workspace, int threads) {
