@@ -6,6 +6,9 @@
 #elif !defined(_WIN32)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if AFA_WITH_X86_ISAS && (defined(_WIN32) || defined(AFA_ASK_CPUID))
 #define AFA_ASK_CPUID 1
@@ -75,6 +78,16 @@ int64_t core_cache_bytes() {
     if (const long long bytes = std::strtoll(wish, nullptr, 10); bytes > 0) return bytes;
   static const int64_t bytes = cache_of_machine();
   return bytes;
+}
+
+void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (uintptr_t(memory) + kPage - 1) / kPage * kPage, end = (uintptr_t(memory) + bytes) / kPage * kPage;
+  if (end >= begin + 2 * kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace afa

@@ -27,6 +27,9 @@ const char* cpu_isa_name();
 // Bytes of the cache that a core has for itself (the second level), as the system says, 1 MB where it says nothing; or AFA_CPU_CACHE,
 // read at every call: what a kernel does then is another order of the same operations.
 int64_t core_cache_bytes();
+// Asks for large pages (2 MB) where memory has not been touched yet: a fault for each 4 KB takes longer than to fill them. Only of
+// what is large, and where the system gives them to who asks; elsewhere it changes nothing.
+void prefer_large_pages(void* memory, int64_t bytes);
 
 }  // namespace afa
 

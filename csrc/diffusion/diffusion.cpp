@@ -203,6 +203,7 @@ Status diffuse_with(const DiffusionArgs& args, const WeightSource& source, void*
   if (args.taps < 1 || args.num_iter < 0 || threads < 1) return Status::bad_argument;
   if (!same_size(args.masks, args.out) || is_empty(args.masks)) return Status::bad_argument;
   const Layout at(args, threads, workspace);
+  if (args.num_iter > 0) prefer_large_pages(at.weights, 4 * at.height * at.taps * at.row);
   std::fill(at.zeros, at.zeros + at.channels * at.mask_row, 0.0f);
   for (int64_t b = 0; b < args.masks.size[0]; ++b) {
     const int64_t channels = present_channels(args.class_mask, b, args.out, at.zeros, at.present);
