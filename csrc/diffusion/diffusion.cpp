@@ -121,7 +121,7 @@ struct Worker {
   }
 
   // Columns [left, right) of row y in iteration i.
-  void step(int64_t i, int64_t y, int64_t left, int64_t right) const {
+  void step(int64_t i, int64_t y, int64_t left, int64_t right, const float* ahead = nullptr) const {
     const float* from = state(i);
     float* to = state(i + 1) + y * row_floats();
     if (y >= at.reach_y && y + at.reach_y < at.height) {
@@ -134,7 +134,7 @@ struct Worker {
         tap[t] = base + at.margin + limit(args.offsets[2 * t + 1], at.width);
       }
     }
-    gather_row(tap, at, channels, y, left, right, to + at.margin);
+    gather_row(tap, at, channels, y, left, right, ahead, to + at.margin);
     fill_margins(to, left, right);
   }
 
@@ -153,7 +153,8 @@ struct Worker {
           if (y < first_row(k) || y >= last_row(k)) continue;
           if (i + k == 0) source.fill(source.context, b, y, x, std::min(strip, at.row - x), kWeightBlock, at.weights_at(y, x));
           const int64_t left = std::max(x - k * skew, int64_t(0)), right = last ? at.row : x + strip - k * skew;
-          if (left < right) step(i + k, y, left, right);
+          const float* ahead = depth > 1 && k < 2 && front + 1 < end ? at.weights_at(front + 1, x) + 16 * k : nullptr;
+          if (left < right) step(i + k, y, left, right, ahead);
         }
     }
 #pragma omp barrier
@@ -210,9 +211,7 @@ Status diffuse_with(const DiffusionArgs& args, const WeightSource& source, void*
     if (channels == 0) continue;
     const Schedule schedule = choose_schedule(args, at, channels, threads);
     at.place_strips(schedule.strip);
-    for (int64_t t = 0; t < at.taps; ++t)
-      at.tap_steps[t] = limit(args.offsets[2 * t], at.height) * channels * at.mask_row + at.margin +
-                        limit(args.offsets[2 * t + 1], at.width);
+    at.place_taps(args.offsets, channels);
 #pragma omp parallel num_threads(threads)
     {
       const int64_t thread = thread_number(), team = team_size();
