@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What needs a GPU, in two halves of under 5 minutes each, without a network:
 #
-#   benchmarks/on_gpu.sh OUTDIR --first     builds; tests of what only a GPU has; memory checker; PAR timed; operators' tests
+#   benchmarks/on_gpu.sh OUTDIR --first     builds; tests of what only a GPU has; memory checker; PAR and its plans timed; operators' tests
 #   benchmarks/on_gpu.sh OUTDIR --second    builds if need be; race checker; the other operators, the host's part of their calls and
 #                                           a training step timed;
 #                                           the model's tests on the GPU; PAR beside torch.compile if there is time
@@ -146,6 +146,7 @@ if [ "$half" = first ]; then
   check planted_fault 30 bash -c "$fault" "$python" "${checked[@]}"
   check memcheck 40 "${checked[@]}" memcheck "$python" tests/support/every_operator.py
   stage par 45 "${bench[@]}" par
+  stage plans 20 "$python" benchmarks/bench_plans.py --device "$device"
   tests operators 150 operators "not slow" # last, for they take whatever time there is
 else
   modules=(afa_kernels/_native*.so)

@@ -5,6 +5,7 @@ A line of its own in a page stands for a text that is made when the site is:
     <!-- readme: Speed -->        a section of README.md, without its heading
     <!-- changelog -->            CHANGELOG.md, without its title
     <!-- speed: par -->           the measurements of an operator that are kept in benchmarks/results
+    <!-- plans -->                which plan PAR takes on which GPU
     <!-- settings -->             every setting of a run, from the dataclasses; what the packaged files set
     <!-- commands -->             what each `afa COMMAND --help` prints
 
@@ -31,7 +32,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 FILES = "files"  # where on the site files from outside docs/ lie
-MARKER = re.compile(r"^<!-- (readme|changelog|speed|settings|commands)(?:: (.+))? -->$", re.M)
+MARKER = re.compile(r"^<!-- (readme|changelog|speed|settings|commands|plans)(?:: (.+))? -->$", re.M)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 HEADING = re.compile(r"^(#+) (.+)$", re.M)
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
@@ -50,7 +51,7 @@ def filled(page: str) -> str:
         ValueError: a marker asks for what is not there.
     """
     made = {"readme": _readme, "changelog": _changelog}
-    made |= {"speed": _speed, "settings": _settings, "commands": _commands}
+    made |= {"speed": _speed, "settings": _settings, "commands": _commands, "plans": _plans}
     text = _relinked((DOCS / page).read_text(encoding="utf-8"), page, DOCS / page)
     return MARKER.sub(lambda found: made[found[1]](page, found[2]), text)
 
@@ -215,6 +216,12 @@ def _settings(page: str, _: str | None) -> str:
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _plans(page: str, _: str | None) -> str:
+    from afa_kernels.ops.diffusion import plans
+
+    return plans.table()
 
 
 def printed(*words: str) -> str:

@@ -1,6 +1,9 @@
 #include "diffusion/diffusion.h"
 
+#include <tuple>
+
 #include "bind/bind.h"
+#include "diffusion/plan.h"
 
 namespace py = pybind11;
 
@@ -22,6 +25,12 @@ void bind_diffusion(py::module_& module) {
                                          int threads) {
     return diffuse_cpu_workspace(diffusion_args(weights, masks, masks, offsets, {}, 1, false, false), threads);
   });
+  module.def("diffuse_cpu_schedule", [](const View<4>& masks, const std::vector<int32_t>& offsets, int64_t num_iter, bool transpose,
+                                        int threads) {
+    const DiffusionArgs args = diffusion_args(masks, masks, masks, offsets, {}, num_iter, false, transpose);
+    const Schedule schedule = diffuse_cpu_schedule(args, threads);
+    return std::make_pair(schedule.depth, schedule.strip);
+  }, "Iterations in a pass and columns of a strip, whatever the border and the classes that are present.");
   module.def("diffuse_cpu", [](const View<4>& weights, const View<4>& masks, const View<4>& out,
                                const std::vector<int32_t>& offsets, const std::vector<uint8_t>& class_mask, int64_t num_iter,
                                bool zero_border, bool transpose, uint64_t workspace, int threads) {
@@ -30,6 +39,16 @@ void bind_diffusion(py::module_& module) {
                       pointer<void>(workspace), threads),
           "diffuse_cpu");
   });
+  // device: multiprocessors, shared bytes of a block, bytes of L2, architecture.
+  module.def("diffusion_plan", [](const View<4>& masks, const std::vector<int32_t>& offsets, int64_t num_iter, int planes, bool half,
+                                  bool makes, std::tuple<int, int, int64_t, int> device) {
+    const DiffusionArgs args = diffusion_args(masks, masks, masks, offsets, {}, num_iter, false, false);
+    DeviceLimits limits;
+    std::tie(limits.multiprocessors, limits.shared_bytes, limits.l2_bytes, limits.architecture) = device;
+    limits.cooperative = true;
+    const PlanChoice choice = choose_plan(args, planes, half, makes, limits, PlanWish::automatic);
+    return std::make_tuple(choice.resident, choice.resident_us, choice.streaming_us, choice.card, choice.measured);
+  }, "Whether the weights stay on chip; microseconds of an iteration, resident and streamed; whose constants, and if measured.");
 #if AFA_WITH_CUDA
   module.def("diffuse_cuda_workspace", [](const View<4>& weights, const View<4>& masks, const std::vector<int32_t>& offsets,
                                           int64_t num_iter, bool transpose, int device) {

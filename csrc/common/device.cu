@@ -37,12 +37,16 @@ static int current_device() {
 }
 
 DeviceLimits device_limits() {
-  int device = 0, cooperative = 0;
+  int device = 0, cooperative = 0, major = 0, minor = 0, l2 = 0;
   DeviceLimits limits;
   if (cudaGetDevice(&device) != cudaSuccess) return limits;
   cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  limits.l2_bytes = l2, limits.architecture = 10 * major + minor;
   limits.cooperative = cooperative != 0 && device < kMostDevices && !refused[device];
   return limits;
 }

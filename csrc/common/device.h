@@ -13,6 +13,8 @@ struct DeviceLimits {
   int multiprocessors = 0;
   int shared_bytes = 0;  // per block, when asked for
   bool cooperative = false;
+  int64_t l2_bytes = 0;
+  int architecture = 0;  // 90 for 9.0
 };
 DeviceLimits device_limits();  // of the current device
 

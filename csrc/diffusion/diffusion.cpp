@@ -25,13 +25,9 @@ namespace AFA_ISA {
 
 // --- how iterations pass over the image ---
 
-struct Schedule {
-  int64_t depth = 1, strip;  // iterations in a pass; columns, a multiple of kWeightBlock
-};
-
 constexpr int64_t kDeepest = 8;
-// Of a core's cache, what the weights and masks of a pass may take: the rest is for what they push out on their way in.
-constexpr double kCacheShare = 0.75;
+// Of a core's cache, what the weights and masks of a pass may take: the rest is for the rows that come in ahead.
+constexpr double kCacheShare = 0.9;
 // A pass of several iterations has more to set up; it must save at least this part of the bytes.
 constexpr double kWorthwhile = 0.8;
 
@@ -236,6 +232,10 @@ static void fill_from_tensor(const void* context, int64_t b, int64_t y, int64_t 
     }
 }
 
+Schedule diffuse_schedule(const DiffusionArgs& args, int threads) {
+  return choose_schedule(args, Layout(args, threads, nullptr), args.masks.size[1], threads);
+}
+
 int64_t diffuse_bytes(const DiffusionArgs& args, int threads) { return Layout(args, threads, nullptr).bytes; }
 
 Status diffuse_tensor(const DiffusionArgs& args, void* workspace, int threads) {
@@ -247,6 +247,7 @@ Status diffuse_tensor(const DiffusionArgs& args, void* workspace, int threads) {
 
 #if AFA_ISA_IS_BASELINE
 int64_t diffuse_cpu_workspace(const DiffusionArgs& args, int threads) { return baseline::diffuse_bytes(args, threads); }
+Schedule diffuse_cpu_schedule(const DiffusionArgs& args, int threads) { return baseline::diffuse_schedule(args, threads); }
 Status diffuse_cpu(const DiffusionArgs& args, void* workspace, int threads) {
   AFA_DISPATCH(diffuse_tensor, args, workspace, threads)
 }

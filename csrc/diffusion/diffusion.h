@@ -27,6 +27,12 @@ struct DiffusionArgs {
 
 // Bytes of scratch memory the CPU path needs: one image at a time, 64-byte aligned.
 int64_t diffuse_cpu_workspace(const DiffusionArgs& args, int threads);
+// How many iterations pass over the image at once, and the columns of the strips that they do it in. Of size, threads and the core's
+// cache; the result has the same bits whatever it is.
+struct Schedule {
+  int64_t depth = 1, strip = 0;
+};
+Schedule diffuse_cpu_schedule(const DiffusionArgs& args, int threads);
 Status diffuse_cpu(const DiffusionArgs& args, void* workspace, int threads);
 
 // The same on a GPU: every pointer but offsets is the device's, class_mask too. Asynchronous on the stream, nothing allocated,
@@ -47,6 +53,7 @@ struct WeightSource {
 
 AFA_DECLARE_PER_ISA(Status diffuse_with(const DiffusionArgs& args, const WeightSource& source, void* workspace, int threads))
 AFA_DECLARE_PER_ISA(Status diffuse_tensor(const DiffusionArgs& args, void* workspace, int threads))
+AFA_DECLARE_PER_ISA(Schedule diffuse_schedule(const DiffusionArgs& args, int threads))
 AFA_DECLARE_PER_ISA(int64_t diffuse_bytes(const DiffusionArgs& args, int threads))
 
 }  // namespace afa

@@ -19,30 +19,17 @@
 #include <type_traits>
 
 #include "common/cuda_common.cuh"
-#include "diffusion/diffusion.h"
+#include "diffusion/plan.h"
 
 namespace afa {
 
-constexpr int kResidentTaps = 64;
-constexpr int kResidentChannels = 4;  // at once
-constexpr int kHeldTaps = 24, kHeldPixels = 2;  // weights in registers: taps of each pixel, pixels of each thread
-constexpr int resident_threads(int held) { return held > 0 ? 512 : 1024; }
+// Whether AFA_PLAN can have what it asks for. The adjoint, and fewer than `least` iterations, have but one plan.
+inline bool as_wished(const DiffusionArgs& args, const PlanChoice& choice, int64_t least) {
+  const PlanWish wish = plan_wish();
+  if (wish == PlanWish::unknown) return false;
+  return choice.resident || args.transpose || args.num_iter < least || wish != PlanWish::resident;
+}
 
-struct ResidentPlan {
-  int tile_h = 0, tile_w = 0, tiles_y = 0, tiles_x = 0;
-  int reach_y = 0, reach_x = 0;  // of the taps
-  int rows = 0, pitch = 0;       // of the tile with its halo
-  int channels = 0;              // loaded at once
-  int images = 0;                // of the batch at once
-  int threads = 0, shared_bytes = 0;
-  bool half = false;             // weights in half precision
-  int held = 0;                  // taps whose weights are in registers: 0 or kHeldTaps
-  __host__ __device__ int pixels() const { return tile_h * tile_w; }
-  __host__ __device__ int blocks() const { return tiles_y * tiles_x * images; }
-};
-
-// Whether and how the masks fit; `planes` is what the weight source needs of the tile memory. False if they do not.
-bool plan_resident(const DiffusionArgs& args, int planes, bool half, ResidentPlan* plan);
 // Two buffers that the masks alternate between.
 inline int64_t resident_workspace(const DiffusionArgs& args, const ResidentPlan& plan) {
   const int64_t pixels = args.masks.size[1] * args.masks.size[2] * args.masks.size[3];

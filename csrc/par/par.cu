@@ -12,8 +12,6 @@
 #include "par/par.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "diffusion/resident.cuh"
@@ -260,17 +258,10 @@ Status par_weights_cuda(const ParArgs& args, const View<4>& out, int device, voi
   return launch_weights(args, out, stream);
 }
 
-// AFA_PLAN=resident or streaming asks for one plan of the forward, to time it; read at every call.
-static bool plan_is_asked_for(const char* name) {
-  const char* wish = std::getenv("AFA_PLAN");
-  return wish != nullptr && std::strcmp(wish, name) == 0;
-}
-
 struct Prepared {
   std::vector<int32_t> offsets;
   DiffusionArgs diffusion;
-  ResidentPlan plan;
-  bool resident;
+  PlanChoice choice;
 
   Prepared(const ParArgs& args, const DiffusionArgs& given, bool half_weights) : offsets(16 * args.num_dilations), diffusion(given) {
     par_offsets(args.dilations, args.num_dilations, offsets.data());
@@ -280,14 +271,10 @@ struct Prepared {
     weights.dtype = half_weights ? DType::f16 : DType::f32;
     for (int i = 0; i < 4; ++i) weights.size[i] = i == 1 ? diffusion.taps : args.images.size[i];
     pack_rows(&weights, 8);
-    resident = !plan_is_asked_for("streaming") && plan_resident(diffusion, ParWeights::kPlanes, half_weights, &plan);
-  }
-  // Whether it is the plan that was asked for; the adjoint and no iterations have but one.
-  bool as_wished() const {
-    return resident || diffusion.transpose || diffusion.num_iter < 1 || !plan_is_asked_for("resident");
+    choice = choose_plan(diffusion, ParWeights::kPlanes, half_weights, true, device_limits(), plan_wish());
   }
   int64_t workspace() const {
-    return resident ? resident_workspace(diffusion, plan) : weight_bytes() + stream_workspace(diffusion);
+    return choice.resident ? resident_workspace(diffusion, choice.plan) : weight_bytes() + stream_workspace(diffusion);
   }
   int64_t weight_bytes() const {
     const View<4>& weights = diffusion.weights;
@@ -309,10 +296,10 @@ Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weigh
   if (given.masks.size[1] > 8192) return Status::unsupported;
   DeviceGuard guard(device);
   Prepared prepared(args, given, half_weights);
-  if (!prepared.as_wished()) return Status::unsupported;
+  if (!as_wished(prepared.diffusion, prepared.choice, 1)) return Status::unsupported;
   if (bytes < prepared.workspace()) return Status::not_resident;
-  if (prepared.resident)
-    return launch_resident(prepared.diffusion, prepared.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
+  if (prepared.choice.resident)
+    return launch_resident(prepared.diffusion, prepared.choice.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
   prepared.diffusion.weights.data = workspace;
   if (given.num_iter > 0) AFA_TRY(launch_weights(args, prepared.diffusion.weights, stream));
   return stream_diffusion(prepared.diffusion, true, static_cast<char*>(workspace) + prepared.weight_bytes(), stream);

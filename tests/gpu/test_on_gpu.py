@@ -18,7 +18,7 @@ from support.on_gpu_stand_in import Machine
 import afa_kernels
 
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
-FIRST = ["build", "doctor", "self_check", "cuda_tests", "planted_fault", "memcheck", "par", "operators"]
+FIRST = ["build", "doctor", "self_check", "cuda_tests", "planted_fault", "memcheck", "par", "plans", "operators"]
 SECOND = ["build", "racecheck", "affinity", "random_walk", "host", "bilateral", "train_step", "train_step_graph"]
 SECOND += ["suite", "par_compiled"]
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...core import native_module
 from ...core.checks import FARTHEST
-from ...core.native_module import address, native, run_planned, view, workspace
+from ...core.native_module import address, native, view, workspace
+from . import plans
 
 
 def diffuse(
@@ -26,7 +27,8 @@ def diffuse(
         place = native_module.cuda_stream(masks.device)
         kept = None if class_mask is None else class_mask.contiguous()
         options = address(kept), num_iter, border == "zero", transpose
-        run_planned(
+        plans.run(
+            "diffuse",
             masks.device,
             lambda: native.diffuse_cuda_workspace(*tensors, taps, num_iter, transpose, place[0]),
             lambda scratch: native.diffuse_cuda(*tensors, view(out), taps, *options, scratch, *place),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...core import native_module
-from ...core.native_module import address, native, run_planned, view, workspace
+from ...core.native_module import address, native, view, workspace
+from ..diffusion import plans
 
 
 def par(
@@ -26,7 +27,8 @@ def par(
         # bfloat16 masks lose four times more in their own rounding than half-precision weights cost; float16 masks
         # do not.
         options = num_iter, transpose, masks.dtype == torch.bfloat16
-        run_planned(
+        plans.run(
+            "par",
             masks.device,
             lambda: native.par_cuda_workspace(*tensors, dilations, *options, place[0]),
             lambda scratch: native.par_cuda(

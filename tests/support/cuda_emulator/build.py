@@ -167,9 +167,11 @@ class Emulator:
         compiled: int = 90,
         room: int = 2**62,
         pause: int = 0,
+        l2_bytes: int = 0,
     ) -> None:
         """See Settings in emulator.h; what is not named is as at the start."""
-        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes, compiled, ctypes.c_int64(room), pause)
+        sizes = ctypes.c_int64(room), pause, ctypes.c_int64(l2_bytes)
+        self._switches.afa_emulator_set_device(multiprocessors, shared_bytes, compiled, *sizes)
 
     def set_blocks(self, first: int = 0, count: int = 2**62) -> None:
         """Run only these blocks of every launch that is not cooperative; ``first`` < 0 counts from the last one."""

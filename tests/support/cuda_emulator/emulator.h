@@ -39,6 +39,7 @@ struct Place {
 struct Settings {
   int multiprocessors = 4;
   int shared_bytes = 227 * 1024;  // per block and per multiprocessor, as on an H100
+  int64_t l2_bytes = 0;           // for the choice of a plan alone; without any, what can be resident is
   int compiled = 90;              // architecture that the code was compiled for, 0 if there is none for the device
   int64_t room = INT64_MAX;       // blocks that a cooperative launch finds room for, as in a part of a device
   int pause = 0;                  // microseconds after a kernel's shared memory was set: time for another host thread

@@ -5,11 +5,13 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void afa_emulator_set_order(int order) { emulator::settings().order = order; }
-EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes, int compiled, int64_t room, int pause) {
+EXPORT void afa_emulator_set_device(int multiprocessors, int shared_bytes, int compiled, int64_t room, int pause,
+                                   int64_t l2_bytes) {
   afa::forget_devices();
   emulator::settings().compiled = compiled;
   emulator::settings().room = room;
   emulator::settings().pause = pause;
+  emulator::settings().l2_bytes = l2_bytes;
   emulator::settings().multiprocessors = multiprocessors;
   emulator::settings().shared_bytes = shared_bytes;
 }

@@ -190,6 +190,9 @@ typedef struct CUstream_st* cudaStream_t;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
@@ -217,6 +220,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount: *value = emulator::settings().multiprocessors; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::settings().shared_bytes; break;
     case cudaDevAttrCooperativeLaunch: *value = 1; break;
+    case cudaDevAttrL2CacheSize: *value = int(emulator::settings().l2_bytes); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 7; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 5; break;
   }
   return cudaSuccess;
 }

@@ -1,0 +1,31 @@
+// What the choice between the plans knows of cards. A device takes the row with the highest architecture not above its own, and its
+// bandwidths in proportion to its multiprocessors.
+//
+// This is the place for measurements: benchmarks/bench_plans.py (a stage of benchmarks/on_gpu.sh) times both plans and prints them
+// beside what follows from the row. Where the choice is wrong, change clock_ghz for resident, gather_words for streaming with
+// many channels, l2_gbs and memory_gbs for few, launch_us for small images; then set `measured`.
+#pragma once
+
+namespace afa {
+
+struct PlanCosts {
+  int architecture;       // 90 for 9.0
+  const char* card;
+  int multiprocessors;    // for which the bandwidths hold
+  double clock_ghz;
+  double l2_gbs;          // read from L2
+  double memory_gbs;
+  double gather_words;    // 4-byte words a cycle that a multiprocessor's L1 gives neighbours that lie across its lines
+  double launch_us;       // from the end of a kernel to the start of the next
+  bool measured;
+};
+
+// Counted from data sheets and published measurements of the caches.
+constexpr PlanCosts kPlanCosts[] = {
+    {75, "T4", 40, 1.3, 1100, 300, 16, 2.5, false},
+    {80, "A100", 108, 1.4, 4400, 1500, 16, 2.0, false},
+    {89, "RTX 4090", 128, 2.5, 5000, 950, 16, 2.0, false},
+    {90, "H100", 132, 1.7, 5500, 3000, 16, 2.0, false},
+};
+
+}  // namespace afa
