@@ -2,8 +2,8 @@
 
     python benchmarks/bench_plans.py [--device cuda|cpu] [--iterations 10]
 
-Prints a row for each size: microseconds of an iteration, said and measured, of either plan, and which is chosen and which
-was faster. Where these differ the card's row in plan_table.h is to be changed. On the CPU nothing is timed.
+Prints a row for each size: microseconds of an iteration, said and measured, of either plan, and which is chosen and
+which was faster. Where these differ the card's row in plan_table.h is to be changed. On the CPU nothing is timed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 //
 // Where a thread's weights outgrow its core's cache (AFA_CPU_CACHE or what the system says of the second level), several iterations
 // pass over them at once: in a strip of columns iteration k is at row y - k * reach, so that it finds the rows that it reads done, and
-// the weights of its row still in the cache; and it is k * reach columns further left, so that the strip before has done those.
+// the weights of its row still in the cache; and it is k * reach columns further left, so that the strip before has done
+// those.
 // At the ends of its band a thread leaves k * reach rows of iteration k for when its neighbours are there too. Nothing is done
 // twice. The number of iterations and the strip's width follow from the cache's size, see choose_schedule.
 // Floor: T*C*H*W fused multiply-adds and T*H*W*4 bytes of weights per iteration, per pass where they come from memory. Bound: memory

@@ -11,7 +11,12 @@
 namespace afa {
 namespace AFA_ISA {
 
-constexpr int kChannelBlock = 4;  // channels at once, 2 vectors each
+#if defined(__AVX512F__)
+constexpr int kChannelBlock = 8;  // 8 channels x 2 vectors of sums fit in 32 registers
+#else
+constexpr int kChannelBlock = 4;
+#endif
+constexpr int kMostShifted = 4;  // channels whose neighbours fit beside their sums
 constexpr int64_t kColumnTile = 128;  // columns done for all channels before moving on, so their weights stay in L1
 
 // An offset past the image's edge reaches the same pixel as one that just leaves it.
@@ -26,7 +31,7 @@ struct Layout {
   int64_t *block_start, *block_step;   // of each block of columns: its weights in row 0, and from a row to the next
   int64_t* tap_steps;                  // [taps]: from a pixel's channel 0 to what a tap reads there, if that is in the image
   int32_t* shift;                      // [taps]: columns to the right
-  int32_t* run;                        // [taps]: of the taps from this one on, how many can be shifted out of the same vectors; 0: not even one
+  int32_t* run;                        // [taps]: taps from this one on that are shifted out of the same vectors, or 0
   int32_t* present;                    // channels of the image at hand
 
   Layout(const DiffusionArgs& args, int threads, void* workspace) {
@@ -55,8 +60,8 @@ struct Layout {
     bytes = arena.used;
   }
 
-  // Puts the weights into strips of columns, [row / strip][H][strip / kWeightBlock][taps][kWeightBlock]: a pass over rows of a strip reads them
-  // one behind the other.
+  // Puts the weights into strips of columns, [row / strip][H][strip / kWeightBlock][taps][kWeightBlock]: a pass over rows of a
+  // strip reads them one behind the other.
   void place_strips(int64_t strip) const {
     for (int64_t x = 0; x < row; x += kWeightBlock) {
       const int64_t begin = x / strip * strip, columns = std::min(strip, row - begin);
@@ -75,7 +80,9 @@ struct Layout {
     }
   }
   // [taps][kWeightBlock], column x being the first of its block.
-  float* weights_at(int64_t y, int64_t x) const { return weights + block_start[x / kWeightBlock] + y * block_step[x / kWeightBlock]; }
+  float* weights_at(int64_t y, int64_t x) const {
+    return weights + block_start[x / kWeightBlock] + y * block_step[x / kWeightBlock];
+  }
 };
 
 constexpr int kVectors = 2;  // of columns at once
@@ -86,7 +93,7 @@ static inline void add_tap(const float* weights, const float* from, int64_t mask
   vfloat weight[kVectors];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < kChannels; ++c)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[c][v] += weight[v] * load(from + c * mask_row + v * kLanes);
@@ -103,8 +110,8 @@ struct Shifts {
 };
 static constexpr Shifts kShifts;
 
-// Adds `count` taps of the same row, each within kLanes columns: the row's vectors are loaded once, whole, and shifted in registers.
-// `row` points at channel 0 and the first of the columns.
+// Adds `count` taps of the same row, each within kLanes columns: the row's vectors are loaded once, whole, and shifted in
+// registers. `row` points at channel 0 and the first of the columns.
 template <int kChannels>
 static inline void add_run(const float* weights, const int32_t* shift, int64_t count, const float* row, int64_t mask_row,
                            vfloat (&sum)[kChannels][kVectors]) {
@@ -138,18 +145,19 @@ static inline void add_run(const float* weights, const int32_t* shift, int64_t c
 }
 #endif
 
-// `kChannels` channels of kVectors vectors of columns, weights [taps][kWeightBlock]: sums in registers. `ahead` are as many weights that
-// will be wanted next.
-template <int kChannels>
+// `kChannels` channels of kVectors vectors of columns, weights [taps][kWeightBlock]: sums in registers. `ahead` are as many weights
+// that will be wanted next.
+template <int kChannels, bool kShifted>
 static inline void gather_columns(const float* weights, const float* ahead, const float* const* tap, const Layout& at, float* out,
                                   int64_t x) {
   vfloat sum[kChannels][kVectors] = {};
   const int64_t mask_row = at.mask_row;
   for (int64_t t = 0; t < at.taps; ++t) {
 #if defined(__AVX512F__)
-    if (const int64_t count = kChannels > 1 ? at.run[t] : 0) {
+    if (const int64_t count = kShifted ? at.run[t] : 0) {
       for (int64_t i = 0; i < count; ++i) __builtin_prefetch(ahead + (t + i) * kWeightBlock, 0, 2);
-      add_run<kChannels>(weights + t * kWeightBlock, at.shift + t, count, tap[t] - at.shift[t] + x, mask_row, sum);
+      const float* row = tap[t] - at.shift[t] + x;
+      if constexpr (kShifted) add_run<kChannels>(weights + t * kWeightBlock, at.shift + t, count, row, mask_row, sum);
       t += count - 1;
       continue;
     }
@@ -157,24 +165,28 @@ static inline void gather_columns(const float* weights, const float* ahead, cons
     __builtin_prefetch(ahead + t * kWeightBlock, 0, 2);
     add_tap<kChannels>(weights + t * kWeightBlock, tap[t] + x, mask_row, sum);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < kChannels; ++c)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(out + c * mask_row + x + v * kLanes, sum[c][v]);
 }
 
-template <int kChannels>
+template <int kChannels, bool kShifted = false>
 static void gather_block(const float* const* tap, const Layout& at, int64_t y, const float* ahead, float* out, int64_t begin,
                          int64_t end) {
   for (int64_t x = begin; x < end; x += kWeightBlock) {
     const float* weights = at.weights_at(y, x);
     for (int64_t i = 0; i < kWeightBlock; i += kVectors * kLanes)
-      gather_columns<kChannels>(weights + i, ahead ? ahead + (x - begin) * at.taps : weights, tap, at, out, x + i);
+      gather_columns<kChannels, kShifted>(weights + i, ahead ? ahead + (x - begin) * at.taps : weights, tap, at, out, x + i);
   }
 }
 
 typedef void (*GatherBlock)(const float* const*, const Layout&, int64_t, const float*, float*, int64_t, int64_t);
-static const GatherBlock kGather[] = {nullptr,          gather_block<1>, gather_block<2>, gather_block<3>, gather_block<4>};
+static const GatherBlock kGather[] = {nullptr,          gather_block<1>, gather_block<2>, gather_block<3>, gather_block<4>,
+                                      gather_block<5>, gather_block<6>, gather_block<7>, gather_block<8>};
+// For an image of so few channels; more of them in turn would bring the weights into L1 again for each few.
+static const GatherBlock kGatherShifted[kMostShifted + 1] = {nullptr, gather_block<1>, gather_block<2, true>, gather_block<3, true>,
+                                                             gather_block<4, true>};
 
 // Columns [left, right), blocks of them, of row y of all channels. `tap[t]` points at channel 0 of the row and column that tap t
 // reads for pixel 0.
@@ -183,10 +195,11 @@ static void gather_row(const float** tap, const Layout& at, int64_t channels, in
   for (int64_t begin = left; begin < right; begin += kColumnTile) {
     const int64_t end = std::min(begin + kColumnTile, right);
     for (int64_t c = 0; c < channels;) {
-      // Equal blocks (3+3 rather than 4+2): the sums of a short block would leave registers idle.
+      // Equal blocks (7+7+7 rather than 8+8+5): the sums of a short block would leave registers idle.
       const int64_t blocks = (channels - c + kChannelBlock - 1) / kChannelBlock;
       const int64_t block = (channels - c + blocks - 1) / blocks;
-      kGather[block](tap, at, y, ahead && c == 0 ? ahead + (begin - left) * at.taps : nullptr, out + c * at.mask_row, begin, end);
+      const float* next = ahead && c == 0 ? ahead + (begin - left) * at.taps : nullptr;
+      (channels <= kMostShifted ? kGatherShifted : kGather)[block](tap, at, y, next, out + c * at.mask_row, begin, end);
       c += block;
       if (c == channels && begin + kColumnTile >= right) return;
       const int64_t step = c < channels ? block * at.mask_row : (block - channels) * at.mask_row;

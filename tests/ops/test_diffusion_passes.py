@@ -1,5 +1,5 @@
-"""Diffusion on the CPU where several iterations pass over the weights at once: never another result, whatever the cache,
-the number of threads, the size, and what the taps reach.
+"""Diffusion on the CPU where several iterations pass over the weights at once: never another result, whatever the
+cache, the number of threads, the size, and what the taps reach.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def ring(*dilations: int) -> list[tuple[int, int]]:
     return [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
 
 
+EDGES = [(0, 0), (1, -2), (-40, 7), (2, 17), (-1, 16), (0, -16), (0, 15)]
+
 # Shapes, taps, iterations, bytes of cache, threads, and how many iterations then pass at once.
 CASES = {
     "PAR's taps": ((1, 3, 90, 500), ring(*SIX), 7, 1_310_720, 1, 3),
@@ -34,7 +36,7 @@ CASES = {
     "fewer rows than threads": ((1, 1, 2, 4000), [(0, 1), (0, -2), (0, 3)], 9, 20_000, 3, 8),
     "one channel": ((1, 1, 64, 257), ring(1, 3), 5, 112_500, 1, 4),
     "thirty channels": ((1, 30, 20, 225), ring(1), 3, 150_000, 1, 3),
-    "past the edges": ((1, 3, 9, 400), [(0, 0), (1, -2), (-40, 7), (2, 17), (-1, 16), (0, -16), (0, 15)], 6, 100_000, 1, 2),
+    "past the edges": ((1, 3, 9, 400), EDGES, 6, 100_000, 1, 2),
 }
 
 
@@ -86,7 +88,7 @@ def test_any_number_of_channels(rng, machine, channels):
 
 
 def test_every_shift_of_a_row(rng):
-    """Vectors that are shifted in registers and those that are loaded where they lie, one tap at a time and in any order."""
+    """Vectors that are shifted in registers and those that are loaded where they lie, one by one and in any order."""
     shifts = [*range(-70, 71), *torch.randint(-20, 21, (50,), generator=rng).tolist()]
     offsets = [(y, x) for y in (0, 1) for x in shifts]
     weights = torch.rand(1, len(offsets), 4, 101, generator=rng) / len(offsets)
