@@ -46,7 +46,10 @@ static Schedule choose_schedule(const DiffusionArgs& args, const Layout& at, int
     // What is read of the weights in a pass: every strip begins with columns of the strip before, every band is left with rows.
     const double columns = strip == at.row ? 1.0 : 1.0 + double((depth - 1) * skew) / double(strip);
     const double rows = threads == 1 ? 1.0 : 1.0 + double(depth * behind) / band;
-    const double bytes = columns * rows / double(depth);
+    // Masks are read and written all the same, and read once more where a strip's neighbours begin.
+    const double weights = 4.0 * double(at.taps), masks = 8.0 * double(channels);
+    const double halo = strip == at.row ? 1.0 : 1.0 + 2.0 * double(at.reach_x) / double(strip);
+    const double bytes = (weights * columns * rows / double(depth) + masks * halo) / (weights + masks);
     if (bytes < least) least = bytes, best = Schedule{depth, strip};
   }
   return best;
