@@ -12,11 +12,10 @@
 // window, read, its gradient, written. Bound: memory (the second reading of the window is from L2), backward the loads of m.
 // Occupancy: walk_weights_kernel 256 x 4, walk_slopes_kernel 256 x 4, walk_gradient_kernel 256 x 4 (threads x blocks a
 // multiprocessor, by registers).
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "diffusion/diffusion.h"
+#include "diffusion/plan.h"
 #include "random_walk/walk.cuh"
 
 namespace afa {
@@ -140,13 +139,9 @@ static std::vector<int32_t> offsets_of(const WalkTaps& taps) {
   return offsets;
 }
 
-// AFA_PLAN=resident or streaming asks for one way of the forward, to time it; read at every call.
-static bool is_asked_for(const char* plan) {
-  const char* wish = std::getenv("AFA_PLAN");
-  return wish != nullptr && std::strcmp(wish, plan) == 0;
-}
+// Streaming, in the sense of AFA_PLAN, is the weights in memory and a launch for each step.
 static FusedPlan plan_walk(const WalkArgs& args, const WalkMasks& masks) {
-  return is_asked_for("streaming") ? FusedPlan() : plan_fused(args, masks);
+  return plan_wish() == PlanWish::streaming ? FusedPlan() : plan_fused(args, masks);
 }
 
 int64_t random_walk_cuda_workspace(const WalkArgs& args, const WalkMasks& masks, int device) {
@@ -164,7 +159,7 @@ Status random_walk_cuda(const WalkArgs& args, const WalkMasks& masks, void* work
   DeviceGuard guard(device);
   const FusedPlan plan = plan_walk(args, masks);
   if (plan.one_launch) return bytes < plan.bytes ? Status::not_resident : launch_fused(args, masks, workspace, stream);
-  if (is_asked_for("resident") && masks.num_steps > 0 && !masks.transpose) return Status::unsupported;
+  if (plan_wish() == PlanWish::resident && masks.num_steps > 0 && !masks.transpose) return Status::unsupported;
   const WalkTaps taps(args);
   float* weights = static_cast<float*>(workspace);
   const int64_t rest = bytes - 4 * weight_floats(taps);  // the diffusion's

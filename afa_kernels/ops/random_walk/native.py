@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...core import native_module
-from ...core.native_module import address, native, run_planned, view, workspace
+from ...core.native_module import address, native, view, workspace
+from ..diffusion import plans
 
 
 def random_walk(
@@ -25,7 +26,8 @@ def random_walk(
         place = native_module.cuda_stream(cams.device)
         kept = None if class_mask is None else class_mask.contiguous()
         options = radius, power, eps, address(kept), num_steps, transpose
-        run_planned(
+        plans.run(
+            "random_walk",
             cams.device,
             lambda: native.random_walk_cuda_workspace(*tensors, radius, num_steps, transpose, place[0]),
             lambda scratch: native.random_walk_cuda(*tensors, view(out), *options, scratch, *place),
