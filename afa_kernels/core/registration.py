@@ -7,6 +7,7 @@ dispatcher several times what its kernels need of the host, and with gradients a
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,13 +16,34 @@ from torch._library.autograd import Info, make_autograd_impl
 
 NAMESPACE = "afa"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What is asked here is no public part of PyTorch: where one of it is missing, every call goes by the dispatcher.
+_ASKED = (
+    "_len_torch_dispatch_stack",
+    "_is_torch_function_mode_enabled",
+    "_get_tracing_state",
+    "_are_functorch_transforms_active",
+    "_any_requires_grad",
+    "_autograd._profiler_enabled",
+)
 _libraries: dict[str, torch.library.Library] = {}
+
+
+def _can_ask(module: object = _C) -> bool:
+    try:
+        return all(callable(attrgetter(name)(module)) for name in _ASKED)
+    except AttributeError:
+        return False
+
+
+_CAN_ASK = _can_ask()
 
 
 def _unheard(arguments: list[torch.Tensor | None]) -> bool:
     """Whether of a call with these tensors only autograd need know: no mode, transform or trace is about, and no
     tensor is one of another class, without data, or other than its memory says.
     """
+    if not _CAN_ASK:
+        return False
     if _C._len_torch_dispatch_stack() or _C._is_torch_function_mode_enabled() or _C._get_tracing_state() is not None:
         return False
     if _C._are_functorch_transforms_active():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.common import DEVICE
@@ -11,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afa_kernels import attention_affinity_loss, par, random_walk
+from afa_kernels.core import registration
 
 
 @pytest.fixture
@@ -119,3 +122,13 @@ def test_counts_alone_have_no_gradient(rng):
     assert loss.requires_grad and not any(count.requires_grad for count in counts)
     with torch.no_grad():
         assert not attention_affinity_loss(query, query, *head, labels, 1)[0].requires_grad
+
+
+def test_another_pytorch_that_cannot_be_asked_is_gone_through(walk, monkeypatch):
+    assert registration._can_ask() and registration._CAN_ASK
+    without = SimpleNamespace(**{name: vars(torch._C)[name] for name in registration._ASKED if "." not in name})
+    assert not registration._can_ask(without)
+    want = random_walk(*walk, 1)
+    monkeypatch.setattr(registration, "_CAN_ASK", False)
+    monkeypatch.setattr(registration.Operator, "_directly", None)
+    assert torch.equal(random_walk(*walk, 1), want)
