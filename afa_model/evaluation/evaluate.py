@@ -45,6 +45,7 @@ class EvaluateSettings:
         num_iter: iterations of the refinement. None: as in training.
         kinds: which label maps to score, of cam, refined_cam, random_walk, refined_random_walk and
             segmentation, and segmentation_crf; None: all that the model offers (a CNN gives CAMs only) but the last.
+        amp: bf16 or auto (on a GPU that computes in it): the networks in bfloat16. off, as published, otherwise.
         crf: also score the segmentation after the dense CRF of labels.dense_crf. It takes seconds for each photograph.
         limit: take the first so many images of the list only; None takes all.
         num_workers: processes that load images; 0 does it in this process.
@@ -62,6 +63,7 @@ class EvaluateSettings:
     dilations: tuple[int, ...] | None = None
     num_iter: int | None = None
     kinds: tuple[str, ...] | None = None
+    amp: Literal["auto", "bf16", "off"] = "off"
     crf: bool = False
     limit: int | None = None
     num_workers: int = 0

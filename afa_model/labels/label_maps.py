@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conventions import denormalize, halve, require, resize
+from ..runtime.processes import autocast
 from .cams import at_scale, evaluating, multi_scale_cam
 from .crf import CrfSettings, crf, crf_size, shrunk
 from .kinds import kinds_of
@@ -34,12 +35,15 @@ class MapSettings:
         flips: each scale with a mirrored copy, the mean of whose logits counts.
         affinity_of: which pass gives the affinity of the random walk: the largest of the CAM's scales, as in
             training, or the plain one, of the photograph at scale 1.
+        amp: bf16 runs the networks in bfloat16, auto does on a GPU that computes in it; off is as published. Where two
+            classes are nearly as likely, the label may be another.
     """
 
     long_side: int | None = 512
     scales: tuple[float, ...] = (1.0, 0.5, 0.75)
     flips: bool = True
     affinity_of: Literal["largest", "plain"] = "largest"
+    amp: Literal["auto", "bf16", "off"] = "off"
 
     def __post_init__(self) -> None:
         enough = not self.long_side or self.long_side >= 32
@@ -47,6 +51,7 @@ class MapSettings:
         sizes = bool(self.scales) and all(0 < scale < math.inf for scale in self.scales)
         require(sizes, "scales", "positive numbers", self.scales)
         require(self.affinity_of in ("largest", "plain"), "affinity_of", "largest or plain", self.affinity_of)
+        require(self.amp in ("auto", "bf16", "off"), "amp", "auto, bf16 or off", self.amp)
 
 
 @dataclass
@@ -111,7 +116,7 @@ def label_maps(
     image = image[None].to(next(model.parameters()).device)
     small = _resize_long_side(image, settings.long_side)
     labels: dict[str, Tensor] = {}
-    with evaluating(model):
+    with evaluating(model), autocast(settings.amp, image.device):
         plain = None
         if not _DECODED.isdisjoint(kinds):
             seg_logits, plain = _segment(model, small, settings)
@@ -168,7 +173,7 @@ def evidence(
     likeliest. Where they are given the classifier is asked only if its pass is to give the affinity: that is an eighth
     of the work.
     """
-    with evaluating(model):
+    with evaluating(model), autocast(settings.amp, image.device):
         small = _resize_long_side(image, settings.long_side)
         plain = model(small, decode=False) if cls_labels is None or settings.affinity_of == "plain" else None
         return _evidence(model, small, settings, how, cls_labels, plain, threshold)
@@ -194,6 +199,7 @@ def _evidence(
     if with_cam:
         by = how.cam_scales, None if plain_affinity else radius, slots
         cam, affinity, _ = multi_scale_cam(model, small, *by)
+        cam = cam.float()
         if plain_affinity:
             affinity = model.affinity(plain, radius)[:1].float()
     return Evidence(probabilities, given, slots, cam, affinity)

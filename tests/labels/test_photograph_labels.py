@@ -128,3 +128,23 @@ def test_the_classifier_finds_what_is_above_the_threshold(photo):
         for threshold in (0.5, 1.0)
     }
     assert found[0.5] == [1, 8, 15] and len(found[1.0]) == 1
+
+
+def test_networks_in_bfloat16_see_nearly_the_same(photo):
+    """Everything but them in float32, and every kind of label there."""
+    model = tiny()
+    present = torch.zeros(model.num_classes - 1)
+    present[:2] = 1
+    kinds = tuple(kind for kind in KINDS if kind != "segmentation_crf")
+    plain, half = (
+        label_maps(model, photo[0], dataclasses.replace(SIZES, amp=amp), HOW, present, kinds) for amp in ("off", "bf16")
+    )
+    auto = label_maps(model, photo[0], dataclasses.replace(SIZES, amp="auto"), HOW, present, kinds)
+    assert torch.equal(auto.probabilities, plain.probabilities) == (photo.device.type == "cpu")
+    assert not torch.equal(half.probabilities, plain.probabilities), "it is used"
+    assert torch.allclose(half.probabilities, plain.probabilities, atol=0.02)
+    assert half.cam.dtype == half.affinity.dtype == half.probabilities.dtype == torch.float32
+    for kind in kinds:
+        assert (half.labels[kind] != plain.labels[kind]).double().mean() < 0.1, kind
+    with pytest.raises(ValueError, match="amp: expected auto, bf16 or off"):
+        MapSettings(amp="fp16")
