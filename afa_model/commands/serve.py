@@ -50,13 +50,20 @@ def main(argv: Sequence[str]) -> None:
         shown = Served(run.model, run.class_names, *settings_of(run), about)
         build = lambda: model_page(shown, settings, offered)
     stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # HUP: a terminal closes
+    before = {end: signal.signal(end, lambda *_: stop.set()) for end in ends if _heeded(end)}
     try:
         with serving(build, settings) as address:
             print(f"{what}, on {device}: open {address} (Ctrl-C ends it)", flush=True)
             stop.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)
+
+
+def _heeded(end: signal.Signals) -> bool:
+    """Not so where somebody asked that it be ignored, as nohup does."""
+    return signal.getsignal(end) is not signal.SIG_IGN
 
 
 def settings_of(run: Restored) -> tuple[MapSettings, LabelSettings]:

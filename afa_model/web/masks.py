@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from ..conventions import IGNORE, require
 from ..data.classes import voc_palette
-from ..data.masks import MaskRules, read_mask
+from ..data.masks import MaskRules, load_mask, read_mask
 from ..data.photographs import PhotographError
 from ..errors import DataError
 
@@ -27,7 +27,8 @@ _APART = 0.1  # ratios of sides of a mask and its photograph may differ by this:
 
 def uploaded_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """A mask file as a label of ``size`` (height, width): class indices or VOC's colours, of any size of the same
-    shape, enlarged without blurring. A mask of 0 and 255 alone has one object, class 1.
+    shape, enlarged without blurring. A mask of 0 and 255 alone has one object, class 1, and so has a palette of
+    black and white alone, whose white it is.
 
     Returns:
         uint8 [H, W].
@@ -37,14 +38,11 @@ def uploaded_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """
     path = Path(path)
     try:
-        mask = read_mask(path, _RULES)
+        label = _classes_in(path)
     except PhotographError as error:
         raise DataError(f"{path.name}: {error.reason}") from error
     except ValueError as error:
         raise DataError(f"{path.name}: {error}") from error
-    label = mask.classes
-    if mask.kind == "indices" and set(mask.stored) <= {0, IGNORE} and IGNORE in mask.stored:
-        label = (label == IGNORE).astype(np.uint8)
     (height, width), (rows, columns) = size, label.shape
     if abs(np.log(columns * height / (rows * width))) > _APART:
         raise DataError(
@@ -52,6 +50,28 @@ def uploaded_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
             " is one of them turned?"
         )
     return resized_label(label, size)
+
+
+def _classes_in(path: Path) -> np.ndarray:
+    white = _white_of_palette(path)
+    if white is not None:
+        return white
+    mask = read_mask(path, _RULES)
+    if mask.kind == "indices" and set(mask.stored) <= {0, IGNORE} and IGNORE in mask.stored:
+        return (mask.classes == IGNORE).astype(np.uint8)
+    return mask.classes
+
+
+def _white_of_palette(path: Path) -> np.ndarray | None:
+    """Where a palette of black and white alone has white, as class 1: uint8 [H, W]; None of any other file, and of one
+    whose indices may be classes.
+    """
+    image, _, _ = load_mask(path)
+    if image.mode != "P" or set(np.unique(image).tolist()) - {0, 1, IGNORE}:
+        return None
+    colours = np.asarray(image.convert("RGB"))
+    white, black = (colours == 255).all(-1), (colours == 0).all(-1)
+    return white.astype(np.uint8) if white.any() and (white | black).all() else None
 
 
 def resized_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:

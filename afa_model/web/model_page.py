@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .clock import in_words
 from .photographs import Example, Photograph, photograph
 from .pictures import enlargement, label_files, legend, marked, picture_file, shown_in
 from .quiet_gradio import gr
-from .seen import Labels, Look, affinity_at, heat_of, labels_of, look, peak, settings_of
+from .seen import Labels, Look, affinity_at, heat_of, iterations_of, labels_of, look, peak, settings_of
 from .serving import own_folder
 from .settings import ServeSettings
 from .widgets import (
@@ -66,10 +67,13 @@ class Served:
 
 @dataclass(frozen=True)
 class View:
-    """What one visitor looks at: a photograph as the model sees it, and a point (y, x) of it."""
+    """What one visitor looks at: a photograph as the model sees it, and a point (y, x) of it; ``number`` tells it from
+    photographs before.
+    """
 
     seen: Look
     point: tuple[int, int]
+    number: int = field(default_factory=itertools.count(1).__next__)
 
 
 class Pictures:
@@ -108,9 +112,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Parts:
-    """The components of the page that listen or are listened to; ``controls`` are what labels are made by."""
+    """The components of the page that listen or are listened to; ``controls`` are what labels are made by,
+    ``on`` is the number of the view whose classes the browser shows."""
 
     state: gr.State
+    on: gr.Number
     file: gr.File
     gallery: gr.Gallery
     status: gr.HTML
@@ -140,7 +146,7 @@ def _laid_out(served: Served, offered: Sequence[Example]) -> Parts:
             ask = gr.Button("Let the classifier say", size="sm", elem_id="classifier")
             by = {"value": _called(how.refinement), "label": "Refinement of the labels"}
             refinement = gr.Radio(list(REFINEMENTS), elem_id="refinement", **by)
-            dilations, iterations = dilation_slider(how.dilations), iteration_slider(how.num_iter)
+            dilations, iterations = dilation_slider(how.dilations), iteration_slider(iterations_of(how))
             words = "CAM below it is background; between the two the label is left open"
             low = gr.Slider(0, 1, how.low_score, step=0.01, label="Low background score", info=words)
             high = gr.Slider(0, 1, how.high_score, step=0.01, label="High background score")
@@ -149,7 +155,9 @@ def _laid_out(served: Served, offered: Sequence[Example]) -> Parts:
             pictures = _picture_rows(served.model.has_affinity, how)
             files = label_list()
     controls = [ticked, refinement, dilations, iterations, low, high]
-    return Parts(gr.State(None), file, gallery, status, ticked, ask, controls, keys, pictures, files)
+    return Parts(
+        gr.State(None), gr.Number(0, visible=False), file, gallery, status, ticked, ask, controls, keys, pictures, files
+    )
 
 
 def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings, offered: Sequence[Example]) -> None:
@@ -157,7 +165,7 @@ def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings,
     names, how, attends, draw = list(served.names), served.how, served.model.has_affinity, Pictures(served)
     numbers = {name: number for number, name in enumerate(names) if number}
     state, status, ticked, controls, pictures = at.state, at.status, at.ticked, at.controls, at.pictures
-    everything = [state, status, ticked, at.keys, at.files, *pictures.values()]
+    everything = [state, at.on, status, ticked, at.keys, at.files, *pictures.values()]
 
     def update(view: View, made: Mapping[str, tuple[np.ndarray, str]]) -> Updates:
         of, folder = view.seen.photograph.name, own_folder()
@@ -183,7 +191,7 @@ def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings,
         found = [names[number] for number in seen.found]
         view = View(seen, peak(seen, seen.found))
         words = f"{taken.said}. The classifier finds {', '.join(found)}. {POINT if attends else ''}"
-        updates = {state: view, ticked: gr.update(value=found), status: note(words)}
+        updates = {state: view, at.on: view.number, ticked: gr.update(value=found), status: note(words)}
         return {**updates, **update(view, draw.of_photograph(view)), **labelled(view, found, *rest)}
 
     @telling(status)
@@ -199,8 +207,11 @@ def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings,
         return begin(offered[0].read(), *asked) if offered else {}
 
     @telling(status)
-    def again(view: View | None, *asked: Any) -> Updates:
-        return {} if view is None else labelled(view, *asked)
+    def again(view: View | None, on: int, chosen: Sequence[str], *rest: Any) -> Updates:
+        if view is None:
+            return {}
+        of_before = on != view.number  # ticked while this photograph was on its way, which then ticked its own
+        return labelled(view, [names[number] for number in view.seen.found] if of_before else chosen, *rest)
 
     @telling(status)
     def classifier(view: View | None, chosen: Sequence[str], *rest: Any) -> Updates:
@@ -225,7 +236,7 @@ def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings,
     at.gallery.select(take_example, controls, everything, **SLOW)
     at.ask.click(classifier, [state, *controls], everything, **QUICK)
     for control in controls:
-        control.input(again, [state, *controls], everything, **LIVE)
+        control.input(again, [state, at.on, *controls], everything, **LIVE)
     for each in pictures.values() if attends else ():
         each.select(point, [state], everything, **QUICK)
 

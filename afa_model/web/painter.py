@@ -33,7 +33,7 @@ canvas { display: block; width: 100%; border-radius: 4px; background: var(--back
 _JS = """
 const canvas = element.querySelector('canvas'), context = canvas.getContext('2d');
 const brush = element.querySelector('input'), choices = [...element.querySelectorAll('button[data-class]')];
-let photo = null, strokes = [], current = null, chosen = choices[0];
+let photo = null, on = null, strokes = [], current = null, chosen = choices[0];
 function choose(button) {
   chosen = button;
   choices.forEach(each => each.setAttribute('aria-pressed', each === button));
@@ -62,10 +62,11 @@ function place(event) {
   return [Math.round((event.clientX - box.left) * canvas.width / box.width),
           Math.round((event.clientY - box.top) * canvas.height / box.height)];
 }
-function tell() { draw(); trigger('input', {strokes}); }
+function tell() { draw(); trigger('input', {strokes, on}); }
 function load() {
   strokes = []; current = null;
   if (!props.value || !props.value.image) return;
+  on = props.value.on;
   const next = new Image();
   next.onload = () => { photo = next; canvas.width = props.value.width; canvas.height = props.value.height;
                         brush.value = Math.max(2, Math.round(canvas.width / 45)); draw(); };
@@ -91,7 +92,8 @@ load();
 
 
 def painter(names: Sequence[str], elem_id: str) -> gr.HTML:
-    """The canvas. Its value is :func:`canvas_of`'s; ``input`` brings ``strokes``, ``clear`` that the mask is to go.
+    """The canvas. Its value is :func:`canvas_of`'s; ``input`` brings ``strokes`` and the number ``on`` of the
+    picture that they were drawn on, ``clear`` that the mask is to go.
 
     names: of the background and of OBJECTS classes.
     """
@@ -125,10 +127,13 @@ def _html(names: Sequence[str]) -> str:
     )
 
 
-def canvas_of(pixels: np.ndarray) -> Mapping[str, Any]:
-    """The value that shows a picture uint8 [H, W, 3] and forgets all strokes."""
+def canvas_of(pixels: np.ndarray, on: int) -> Mapping[str, Any]:
+    """The value that shows a picture uint8 [H, W, 3] and forgets all strokes.
+
+    on: a number that no other has: the browser takes no notice of a value that it shows already.
+    """
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     height, width = pixels.shape[:2]
     address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"image": address, "width": width, "height": height}
+    return {"image": address, "width": width, "height": height, "on": on}

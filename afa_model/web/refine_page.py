@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,14 @@ HOW_TO = "Paint roughly over an object, in one colour for each class, or drop a 
 
 @dataclass(frozen=True)
 class Work:
-    """What one visitor works on: a photograph, a mask below what is painted, and what is painted."""
+    """What one visitor works on: a photograph, a mask below what is painted, and what is painted; ``number`` tells it
+    from what was worked on before.
+    """
 
     photograph: Photograph
     base: np.ndarray | None = None
     strokes: tuple[Stroke, ...] = ()
+    number: int = field(default_factory=itertools.count(1).__next__)
 
     @property
     def picture(self) -> np.ndarray:
@@ -150,7 +154,7 @@ def _listen(
         return {**updates, at.files: label_files({"mask": label.numpy(), **kept}, name, folder)}
 
     def begin(now: Work, *wanted: Any) -> Updates:
-        updates = {work: now, canvas: canvas_of(now.picture)}
+        updates = {work: now, canvas: canvas_of(now.picture, now.number)}
         if now.base is not None:
             return updates | results(now, *wanted)
         empty = {pictures[method]: shown(None, name) for method, name in METHODS.items()}
@@ -175,7 +179,9 @@ def _listen(
 
     @telling(status)
     def paint(sent: gr.EventData, now: Work | None, *wanted: Any) -> Updates:
-        return {} if now is None else results(replace(now, strokes=tuple(strokes_of(sent.strokes))), *wanted)
+        if now is None or sent.on != now.number:  # drawn on the picture that was there before
+            return {}
+        return results(replace(now, strokes=tuple(strokes_of(sent.strokes))), *wanted)
 
     @telling(status)
     def anew(now: Work | None, *wanted: Any) -> Updates:

@@ -90,6 +90,11 @@ def look(model: nn.Module, photograph: Photograph, settings: MapSettings, how: L
     return Look(photograph, image, said.probabilities.cpu(), seen.cam, seen.affinity, prediction, seconds)
 
 
+def iterations_of(how: LabelSettings) -> int:
+    """Those of the run's own refinement: the dense CRF has a setting of its own."""
+    return how.dense_crf.num_iter if how.refinement == "crf" else how.num_iter
+
+
 def settings_of(
     how: LabelSettings,
     refinement: str,

@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .settings import ServeSettings
 from .stays_here import StaysHere, is_loopback
 from .style import CSS, theme
 
+OWN = ("localhost", "127.0.0.1", "::1")  # this machine's names for itself
 _KEPT = 3600  # seconds
 
 
@@ -51,18 +52,20 @@ def serving(build: Callable[[], gr.Blocks], settings: ServeSettings) -> Iterator
         ConfigError: it cannot listen there.
     """
     port = free_port(settings.host, settings.port)
+    name = f"[{settings.host}]" if ":" in settings.host else settings.host  # as addresses have it
     guards = [Middleware(StaysHere)]
     if is_loopback(settings.host):  # no name of another site's that leads here
-        names = ["localhost", "127.0.0.1", "[::1]", settings.host]
-        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=names))
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="afa-serve-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # each component keeps what it says when it is made
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*OWN, "[::1]", name]))
+    with tempfile.TemporaryDirectory(prefix="afa-serve-", ignore_cleanup_errors=True) as folder, _environment() as say:
+        say["GRADIO_TEMP_DIR"] = folder  # each component keeps what it says when it is made
+        # Gradio asks its own server whether it is up: no proxy may carry that
+        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        say["no_proxy"] = ",".join(filter(None, [direct, *OWN, settings.host]))
         page = None
         try:
             page = build()
             page.launch(
-                server_name=settings.host,
+                server_name=name,
                 server_port=port,
                 share=False,
                 inbrowser=False,
@@ -79,15 +82,23 @@ def serving(build: Callable[[], gr.Blocks], settings: ServeSettings) -> Iterator
                 max_file_size=int(settings.max_megabytes * 1e6),
                 app_kwargs={"middleware": guards},
             )
-            name = f"[{settings.host}]" if ":" in settings.host else settings.host
             yield f"http://{name}:{port}"
         finally:
             if page is not None:
                 page.close(verbose=False)
-            if before is None:
-                os.environ.pop("GRADIO_TEMP_DIR", None)
-            else:
-                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+@contextmanager
+def _environment() -> Iterator[MutableMapping[str, str]]:
+    """The environment, to change for a while."""
+    before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "no_proxy")}
+    try:
+        yield os.environ
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def own_folder() -> Path:

@@ -45,12 +45,15 @@ def pages(monkeypatch):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'afa[serve]'")
     from afa_model.web import serving
 
-    built = []
+    class Pages(list):
+        end = signal.SIGTERM
+
+    built = Pages()
 
     @contextlib.contextmanager
     def instead(build, settings):
         built.append((build(), settings))
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(0.2, os.kill, (os.getpid(), built.end)).start()
         yield "http://127.0.0.1:1"
 
     monkeypatch.setattr(serving, "serving", instead)
@@ -78,6 +81,17 @@ def test_without_a_checkpoint_masks_are_refined(pages, capsys):
     assert "refine a mask" in words_of(page) and "affinity of the point" not in words_of(page)
     assert settings.host == "0.0.0.0" and settings.max_megabytes == 3
     assert capsys.readouterr().out.startswith("masks are refined, on ")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="terminals of this system tell nobody that they close")
+def test_a_terminal_that_closes_ends_it_in_order(pages):
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)  # what would end these tests ends this one
+    try:
+        pages.end = signal.SIGHUP
+        assert cli.main(["serve"]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

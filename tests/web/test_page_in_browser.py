@@ -26,6 +26,13 @@ SETTINGS = ServeSettings(port=0, max_megabytes=0.5)
 HOW = LabelSettings(radius=3, dilations=(1, 2, 4), num_iter=4, cam_scales=(1.0,))
 
 
+CANVAS = "document.querySelector('#canvas canvas').toDataURL()"
+
+
+def canvas_pixels(at) -> str:
+    return at.page.evaluate(CANVAS)
+
+
 @pytest.fixture(scope="module")
 def open_page():
     with browser() as opened:
@@ -93,6 +100,18 @@ def test_a_model_in_the_browser(open_page, files):
         at.page.get_by_text("exceed the maximum allowed size").first.wait_for()
         assert np.array_equal(at.pixels("photograph"), photo)
 
+        # a class ticked while another photograph is on its way is not that one's
+        def take_and_tick():
+            at.page.locator(".afa-examples button").nth(2).click()
+            at.page.get_by_label("sheep").check(force=True)
+
+        at.changes("photograph", take_and_tick)
+        at.words("status", "2007_000002")
+        at.page.wait_for_timeout(500)
+        ticked = "[...document.querySelectorAll('#classes label:has(:checked)')].map(each => each.innerText.trim())"
+        bold = "[...document.querySelectorAll('#legend b')].map(each => each.innerText.trim())"
+        assert at.page.evaluate(ticked) == at.page.evaluate(bold) != []
+
         # an example, and what can be taken away
         at.changes("photograph", lambda: at.page.locator(".afa-examples button").first.click())
         assert "2007_000000.jpg: 66 × 45" in at.words("status", "2007_000000")
@@ -158,6 +177,16 @@ def test_refinement_in_the_browser(open_page, files):
         assert "class 4" in at.words("legend", "class 4")
         undone = at.changes("crf", lambda: at.page.locator("#canvas button[data-do=undo]").click())
         assert np.array_equal(undone, before["crf"])
+
+        # the same example anew: what was painted is gone from the picture too
+        at.changes("crf", lambda: at.page.locator(".afa-examples button").first.click())
+        clean = canvas_pixels(at)
+        at.changes("crf", paint)
+        assert canvas_pixels(at) != clean
+        assert np.array_equal(
+            at.changes("crf", lambda: at.page.locator(".afa-examples button").first.click()), before["crf"]
+        )
+        at.page.wait_for_function(f"clean => ({CANVAS}) === clean", arg=clean)
 
         # a photograph and a mask of one's own, and what is no mask
         at.upload("photograph", files / "flat.png")

@@ -169,6 +169,26 @@ def test_a_mask_of_indices_of_colours_or_of_black_and_white(tmp_path):
         assert np.array_equal(uploaded_mask(tmp_path / "object.png", (8, 10)), label == 12)
 
 
+def test_white_is_the_object_whatever_the_palette_calls_it(tmp_path):
+    label = np.zeros((8, 10), np.uint8)
+    label[2:5, 3:8] = 1
+    black_white, white_black = [0, 0, 0, 255, 255, 255], [255, 255, 255, 0, 0, 0]
+    ramp = np.arange(256, dtype=np.uint8).repeat(3).tolist()
+    for name, stored, palette in (
+        ("ramp", 255 * label, ramp),
+        ("black first", label, black_white),
+        ("white first", 1 - label, white_black),
+    ):
+        image = Image.fromarray(stored.astype(np.uint8))
+        image.putpalette(palette)
+        image.save(tmp_path / "mask.png")
+        assert np.array_equal(uploaded_mask(tmp_path / "mask.png", (8, 10)), label), name
+    image = Image.fromarray(3 * label)  # an index that is none of black and white's is a class
+    image.putpalette([0, 0, 0] * 3 + [255, 255, 255])
+    image.save(tmp_path / "mask.png")
+    assert np.array_equal(uploaded_mask(tmp_path / "mask.png", (8, 10)), 3 * label)
+
+
 def test_a_mask_of_another_size_is_enlarged_if_its_shape_fits(tmp_path):
     Image.fromarray(np.array([[0, 1, 2], [3, 0, 0]], np.uint8)).save(tmp_path / "small.png")
     made = uploaded_mask(tmp_path / "small.png", (20, 31))

@@ -25,7 +25,7 @@ from afa_model.web.photographs import Photograph, photograph
 from afa_model.web.pictures import enlargement, label_files, legend, marked, picture_file, shown_in
 from afa_model.web.refined import METHODS, refined
 from afa_model.web.refined import settings_of as refine_settings
-from afa_model.web.seen import LABELS, affinity_at, heat_of, labels_of, look, peak, settings_of
+from afa_model.web.seen import LABELS, affinity_at, heat_of, iterations_of, labels_of, look, peak, settings_of
 from afa_model.web.stays_here import HEADERS, StaysHere, is_loopback, without_others
 
 SIZES = MapSettings(long_side=0, scales=(1.0,), flips=False)
@@ -84,6 +84,15 @@ def test_sliders_make_settings():
     assert made == replace(want, dense_crf=replace(HOW.dense_crf, num_iter=7))
     with pytest.raises(ValueError, match="refinement"):
         settings_of(HOW, "magic", [1], 7, 0.2, 0.8)
+
+
+@pytest.mark.parametrize("refinement", ["crf", "par", "pamr", "none"])
+def test_the_sliders_start_where_the_run_s_own_labels_are(seen, refinement):
+    how = replace(HOW, refinement=refinement, num_iter=3, dense_crf=replace(HOW.dense_crf, num_iter=1))
+    by = settings_of(how, how.refinement, how.dilations, iterations_of(how), how.low_score, how.high_score)
+    own, shown = labels_of(seen, [8, 15], how).maps, labels_of(seen, [8, 15], by).maps
+    assert all(np.array_equal(own[kind], shown[kind]) for kind in LABELS)
+    assert iterations_of(how) == (1 if refinement == "crf" else 3)
 
 
 def test_without_classes_all_is_background(seen):
