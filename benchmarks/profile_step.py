@@ -86,13 +86,15 @@ def measure_profile(options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.rounds):
             way.timed()
         wall = (time.perf_counter() - begun) / options.rounds * 1e6
-    events = [event for event in profiler.events() if not event.is_user_annotation]
+    events = list(profiler.events())
     on_gpu = [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    host = [event for event in events if event.device_type == DeviceType.CPU and event.name not in PHASES]
+    # Of the ranges that a program names, phases for one, those are operators that our operators' eager calls are.
+    cpu = [event for event in events if event.device_type == DeviceType.CPU]
+    host = [event for event in cpu if is_ours(event.name) or not (event.is_user_annotation or event.name in PHASES)]
     operators = [Span(event.name, 0, event.self_cpu_time_total) for event in host]
     rows = totals(on_gpu if cuda else operators, options.rounds)
     computed = busy(on_gpu) / options.rounds if cuda else sum(row["us"] for row in rows)

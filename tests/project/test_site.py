@@ -169,7 +169,7 @@ NUMBERS = {
     "diffusion/stream.cu": ("kPixels * sizeof(T) == 16", "up to 7 channels"),
     "par/par.cu": ("kTileW = 32, kTileH = 16",),
     "affinity/affinity.cuh": ("tiles of 8 x 8",),
-    "random_walk/random_walk.cu": ("kWalkPixels = 32, kWalkGroups = 8",),
+    "random_walk/walk.cuh": ("kWalkPixels = 32, kWalkGroups = 8",),
     "bilateral/exact.cuh": ("kTile = 64", "kLeftOut = 1e-6f"),
     "path_affinity/path_affinity.cu": ("kPathW = 32, kPathRows = 8, kPathH = 2 * kPathRows",),
     "feature_affinity/feature_tiles.cuh": ("kTileRows = 4, kTileColumns = 32, kPixels = 4, kRun = 9",),

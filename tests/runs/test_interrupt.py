@@ -51,7 +51,7 @@ class Light:
         self.progress = checkpoint.Progress()
         self.model = torch.nn.Linear(1, 1)
         self.data = NoData()
-        self.numbers = ("loss",)
+        self.numbers, self.compiles, self.graphs = ("loss",), False, False
 
     def restore(self, state: dict) -> None:
         self.progress = checkpoint.Progress(**state["progress"])
