@@ -7,7 +7,9 @@ it computes nothing, for the host has not yet told it what; on the CPU they are 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,13 +63,12 @@ def is_ours(name: str) -> bool:
     return "afa::" in name or name in _triton_kernels()
 
 
+@functools.cache  # asked for every event, and first when the step has imported what it uses
 def _triton_kernels() -> set[str]:
     try:
         from triton.runtime.jit import JITFunction
     except ImportError:
         return set()
-    import sys
-
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("afa_kernels.")]
     return {value.__name__ for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
 
