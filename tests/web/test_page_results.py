@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from support.color_model import ColorModel
+from support.tiny_step import small_vit
 from support.voc_factory import make_voc
 
 from afa_model.data.files import read_label
@@ -46,6 +47,22 @@ def seen(taken):
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_vision_transformer_is_looked_at_as_any(taken, frozen):
+    """Of a photograph whose sides are no multiple of its patches."""
+    model = small_vit(classes=21, freeze_backbone=frozen).eval()
+    got = look(model, taken, SIZES, HOW)
+    image = normalize(torch.from_numpy(taken.pixels).permute(2, 0, 1))
+    want = label_maps(model, image, SIZES, HOW)
+    assert got.found == want.present and np.array_equal(got.prediction, want.labels["segmentation"].numpy())
+    assert got.prediction.shape == taken.pixels.shape[:2] and {side % 16 for side in got.prediction.shape} != {0}
+    window, _ = affinity_at(got, (44, 66))
+    assert window.shape == (3, 5) and window.isnan()[:, :1].all(), "4 cells away, of a window of 3"
+    assert ((window[:, 1:] > 0) & (window[:, 1:] < 1)).all()
+    labels = labels_of(got, got.found, replace(HOW, bkg_score=0.5))
+    assert set(labels.maps) == set(LABELS)
 
 
 def test_a_model_says_what_it_says_to_predict(taken, seen):
