@@ -13,9 +13,9 @@ struct TensorWeights {
   __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
                        SharedArray<float>) const {
     for_own_pixels<kHeld>(args.plan.pixels(), [&](int p, int j) {
-      const int y = p / args.plan.tile_w, x = p - y * args.plan.tile_w;
-      if (y >= tile.height || x >= tile.width) return;
-      const int64_t at = offset_of(weights, tile.b, 0, tile.y + y) + (tile.x + x) * weights.stride[3];
+      const TilePixel pixel(args.plan, p);
+      if (!pixel.inside(tile)) return;
+      const int64_t at = offset_of(weights, tile.b, 0, tile.y + pixel.y) + (tile.x + pixel.x) * weights.stride[3];
       auto read = [&](int t) { return load_element(weights.data, weights.dtype, at + t * weights.stride[1]); };
       WeightKeeper<Word, kHeld> keeper(to, &held, args.plan.pixels(), p, j);
       if constexpr (kHeld > 0) {

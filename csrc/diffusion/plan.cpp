@@ -27,12 +27,18 @@ static double resident_cost(const DiffusionArgs& args, int planes, const DeviceL
   const int64_t fixed = shared_array(4, words) + shared_array(4, channels + 1);
   const int64_t plane = int64_t(plan->rows) * plan->pitch, room = (device.shared_bytes - fixed - 16) / (4 * plane);
   if (room < std::max(planes, 1)) return INFINITY;
-  plan->channels = int(std::min<int64_t>(std::min<int64_t>(room, kResidentChannels), channels));
-  plan->shared_bytes = int(fixed + shared_array(4, std::max(plan->channels, planes) * plane));
-  plan->threads = int(std::min<int64_t>(threads, std::max<int64_t>(128, round_up(plan->pixels(), 32))));
+  const int64_t at_once = std::min<int64_t>(kResidentChannels, channels);
+  // More channels than fit at once: half of the room for those that are summed, half for those that come next.
+  plan->stages = channels > std::min(at_once, room) && room >= 2 ? 2 : 1;
+  plan->channels = int(std::min(at_once, room / plan->stages));
+  plan->planes = std::max(plan->channels * plan->stages, planes);
+  plan->shared_bytes = int(fixed + shared_array(4, plan->planes * plane));
+  plan->vectors = (plan->tile_w + 2 * plan->reach_x) / 4;
+  plan->copy_lanes = std::min(plan->vectors, threads), plan->copy_rows = threads / plan->copy_lanes;
+  plan->threads = threads;  // also where a tile has fewer pixels: they load its halo
   // For each channel the halo comes from L2, at about four times the price; a grid barrier costs about a microsecond.
   const double groups = double(blocks_for(channels, plan->channels));
-  const double pixels = double(blocks_for(plan->pixels(), plan->threads)) * plan->threads;
+  const double pixels = double(round_up(plan->pixels(), 32));
   return double(blocks_for(batch, plan->images)) *
          (pixels * (args.taps * channels + shared_taps * groups) + 4.0 * plane * channels + 50000.0);
 }
@@ -45,12 +51,17 @@ static double plan_resident(const DiffusionArgs& args, int planes, bool half, co
   if (height * width > (int64_t(1) << 24) || (half && args.taps % 2 != 0)) return INFINITY;
   ResidentPlan plan;
   plan.half = half;
+  int near_y = 0, near_x = 0;  // how far the taps reach that may be in registers
   for (int64_t t = 0; t < args.taps; ++t) {
     plan.reach_y = int(std::min<int64_t>(std::max(plan.reach_y, std::abs(args.offsets[2 * t])), height));
     plan.reach_x = int(std::min<int64_t>(std::max(plan.reach_x, std::abs(args.offsets[2 * t + 1])), width));
+    if (t < kHeldTaps) near_y = plan.reach_y, near_x = plan.reach_x;
   }
+  plan.reach_x = int(round_up(plan.reach_x, 4));
+  plan.near_row = plan.reach_y - near_y, plan.near_vector = (plan.reach_x - near_x) / 4;
   double lowest = INFINITY;
   for (plan.tile_w = 16; plan.tile_w <= 128 && plan.tile_w < 2 * width + 32; plan.tile_w *= 2) {
+    plan.tile_shift = plan.tile_w == 16 ? 4 : plan.tile_shift + 1;
     plan.tiles_x = int(blocks_for(width, plan.tile_w));
     plan.pitch = plan.tile_w + 2 * plan.reach_x;
     // Two rows of 16 pixels make a warp: their banks must not meet.

@@ -28,9 +28,15 @@ constexpr int resident_threads(int held) { return held > 0 ? 512 : 1024; }
 
 struct ResidentPlan {
   int tile_h = 0, tile_w = 0, tiles_y = 0, tiles_x = 0;
-  int reach_y = 0, reach_x = 0;  // of the taps
+  int tile_shift = 0;            // tile_w is 2 to the power of it
+  int reach_y = 0, reach_x = 0;  // of the taps; in x a multiple of 4, for copies of 16 bytes
+  int near_row = 0, near_vector = 0;  // rows and 16 bytes of a row, from either end, that taps in registers do not reach
   int rows = 0, pitch = 0;       // of the tile with its halo
-  int channels = 0;              // loaded at once
+  int vectors = 0;               // of 16 bytes in one of these rows; so many threads copy so many rows at once:
+  int copy_lanes = 0, copy_rows = 0;
+  int channels = 0;              // summed at once
+  int stages = 0;                // 2: the next channels are loaded meanwhile
+  int planes = 0;                // of shared memory for all of them
   int images = 0;                // of the batch at once
   int threads = 0, shared_bytes = 0;
   bool half = false;             // weights in half precision

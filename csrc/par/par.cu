@@ -37,15 +37,15 @@ __device__ inline bool is_diagonal(int k) { return 0xA5 >> k & 1; }
 
 // The deviation of one colour where squares overflow (pixels beyond 1e18), rare and so kept small: of the pixels times 2^-80.
 template <class Pixel>
-__device__ inline float wide_deviation(const ParTaps& taps, int dilations, int c, float count, Pixel pixel) {
+__device__ inline float wide_deviation(const ParTaps& taps, int c, float count, Pixel pixel) {
   constexpr float kShrink = 0x1p-80f;
   // Rounded before the origin is taken off, or pixels equal to it would not give 0.
   auto shrunk = [&](int dy, int dx) { return __fmul_rn(pixel(c, dy, dx), kShrink); };
   const float origin = shrunk(-taps.dy[0], -taps.dx[0]), away = shrunk(0, 0) - origin;
-  const float centres = count - float(8 * dilations);
+  const float centres = count - float(8 * taps.count);
   float sum = away * centres, squares = away * away * centres;
 #pragma unroll 1
-  for (int t = 0; t < 8 * dilations; ++t) {
+  for (int t = 0; t < 8 * taps.count; ++t) {
     const float value = shrunk(direction_y(t % 8) * taps.dy[t / 8], direction_x(t % 8) * taps.dx[t / 8]) - origin;
     sum += value;
     squares = fmaf(value, value, squares);
@@ -54,55 +54,70 @@ __device__ inline float wide_deviation(const ParTaps& taps, int dilations, int c
   return sqrtf(variance < 0.0f ? 0.0f : variance) * (1.0f / kShrink);
 }
 
-// 1 / (the divisor of one colour's differences).
-template <class Pixel>
-__device__ inline float inverse_divisor(const ParTaps& taps, int dilations, int c, float centre, Pixel pixel) {
-  const float origin = pixel(c, -taps.dy[0], -taps.dx[0]), away = centre - origin;
+// 1 / (the divisor of each colour's differences). kDilations: how many there are, if the kernel was made for that number, else 0.
+template <int kDilations, class Pixel>
+__device__ __forceinline__ void inverse_divisors(const ParTaps& taps, const float (&centre)[kColours], float (&scale)[kColours],
+                                                 Pixel pixel) {
+  const int dilations = kDilations > 0 ? kDilations : taps.count;
   // PAMR's deviation has the centre among the values, once for each dilation.
   const float centres = taps.pamr ? float(dilations) : 0.0f, count = float(8 * dilations) + centres;
-  float sum = away * centres, squares = away * away * centres;
+  float origin[kColours], sum[kColours], squares[kColours];
+#pragma unroll
+  for (int c = 0; c < kColours; ++c) {
+    origin[c] = pixel(c, -taps.dy[0], -taps.dx[0]);
+    const float away = centre[c] - origin[c];
+    sum[c] = away * centres, squares[c] = away * away * centres;
+  }
   for (int i = 0; i < dilations; ++i)
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const float value = pixel(c, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]) - origin;
-      sum += value;
-      squares = fmaf(value, value, squares);
-    }
-  // max() would turn NaN into 0.
-  const float variance = (squares - sum * (sum / count)) / (count - 1.0f);
-  float sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
-  if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, dilations, c, count, pixel);
-  return taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
+    for (int k = 0; k < 8; ++k)
+#pragma unroll
+      for (int c = 0; c < kColours; ++c) {
+        const float value = pixel(c, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]) - origin[c];
+        sum[c] += value;
+        squares[c] = fmaf(value, value, squares[c]);
+      }
+#pragma unroll
+  for (int c = 0; c < kColours; ++c) {
+    // max() would turn NaN into 0.
+    const float variance = (squares[c] - sum[c] * (sum[c] / count)) / (count - 1.0f);
+    float sigma = sqrtf(variance < 0.0f ? 0.0f : variance);
+    if (!(fabsf(variance) < INFINITY)) sigma = wide_deviation(taps, c, count, pixel);
+    scale[c] = taps.pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : taps.inverse_w1 / (sigma + 1e-8f);
+  }
 }
 
-// The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; keeper.keep(t, weight) takes them, taps ascending,
-// those of the first kHeldDilations keeper.hold(t, weight) with a constant t. kDilations: how many there are, if the kernel was made
-// for that number, else 0.
-template <int kDilations, int kHeldDilations, class Pixel, class Keeper>
-__device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& keeper) {
+// kappa of one tap. It is compared with others and subtracted from them, and where sigma is 0 it is about 1e15, half a unit in whose
+// last place is 3e7 in the exponent: left to the compiler, the last product would be fused into the subtraction here and not there.
+template <class Pixel>
+__device__ __forceinline__ float kappa_of(const ParTaps& taps, const float (&centre)[kColours], const float (&scale)[kColours], Pixel pixel,
+                                          int dy, int dx) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kColours; ++c) {
+    const float distance = __fmul_rn(pixel(c, dy, dx) - centre[c], scale[c]);
+    sum = __fadd_rn(sum, taps.pamr ? fabsf(distance) : __fmul_rn(distance, distance));
+  }
+  return __fmul_rn(sum, -1.0f / kColours);
+}
+
+// The weights of one pixel. `pixel(c, dy, dx)` reads colour c of a neighbour; keeper.keep(t, weight) takes them, taps ascending, and
+// gives them back by kept(t); those of the first kHeldDilations are held(t), with a constant t. Without kReads, for a keeper that gives
+// nothing back exactly, kappa is computed twice.
+template <int kDilations, int kHeldDilations, bool kReads, class Pixel, class Keeper>
+__device__ __forceinline__ void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& keeper) {
   const int dilations = kDilations > 0 ? kDilations : taps.count;
   float centre[kColours], scale[kColours];
 #pragma unroll
-  for (int c = 0; c < kColours; ++c) {
-    centre[c] = pixel(c, 0, 0);
-    scale[c] = inverse_divisor(taps, dilations, c, centre[c], pixel);
-  }
-  // The maximum is taken of one evaluation and subtracted from another, so both must round alike: where sigma is 0, kappa is about
-  // 1e15, and half a unit in its last place is 3e7 in the exponent. Left to the compiler, the last product is fused into the
-  // subtraction. Every rounding is therefore spelled out.
+  for (int c = 0; c < kColours; ++c) centre[c] = pixel(c, 0, 0);
+  inverse_divisors<kDilations>(taps, centre, scale, pixel);
   auto kappa = [&](int i, int k) {
-    const int dy = direction_y(k) * taps.dy[i], dx = direction_x(k) * taps.dx[i];
-    float sum = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kColours; ++c) {
-      const float distance = __fmul_rn(pixel(c, dy, dx) - centre[c], scale[c]);
-      sum = __fadd_rn(sum, taps.pamr ? fabsf(distance) : __fmul_rn(distance, distance));
-    }
-    return __fmul_rn(sum, -1.0f / kColours);
+    return kappa_of(taps, centre, scale, pixel, direction_y(k) * taps.dy[i], direction_x(k) * taps.dx[i]);
   };
   auto position = [&](int i, int k) { return is_diagonal(k) ? taps.diagonal[i] : taps.straight[i]; };
+  float highest = -INFINITY, sum = 0.0f;
   if constexpr (kDilations > 0) {
-    float value[kDilations > 0 ? 8 * kDilations : 1], highest = -INFINITY, sum = 0.0f;
+    float value[kDilations > 0 ? 8 * kDilations : 1];
 #pragma unroll
     for (int t = 0; t < 8 * kDilations; ++t) highest = fmaxf(highest, value[t] = kappa(t / 8, t % 8));
 #pragma unroll
@@ -110,8 +125,30 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& 
     const float inverse = 1.0f / sum;
 #pragma unroll
     for (int t = 0; t < 8 * kDilations; ++t) keeper.keep(t, fmaf(value[t], inverse, position(t / 8, t % 8)));
+  } else if constexpr (kReads) {
+    // Each stays where its weight will be: kappa, then its exponential, then the weight.
+    auto each = [&](auto change) {
+      if constexpr (kHeldDilations > 0) {
+#pragma unroll
+        for (int t = 0; t < 8 * kHeldDilations; ++t) keeper.hold(t, change(t / 8, t % 8, keeper.held(t)));
+      }
+      for (int i = kHeldDilations; i < dilations; ++i)
+#pragma unroll
+        for (int k = 0; k < 8; ++k) keeper.keep(8 * i + k, change(i, k, keeper.kept(8 * i + k)));
+    };
+    each([&](int i, int k, float) {
+      const float value = kappa(i, k);
+      highest = fmaxf(highest, value);
+      return value;
+    });
+    each([&](int, int, float value) {
+      value = __expf(value - highest);
+      sum += value;
+      return value;
+    });
+    const float inverse = 1.0f / sum;
+    each([&](int i, int k, float value) { return fmaf(value, inverse, position(i, k)); });
   } else {
-    float highest = -INFINITY, sum = 0.0f;
     for (int i = 0; i < dilations; ++i)
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -120,16 +157,20 @@ __device__ inline void pixel_weights(const ParTaps& taps, Pixel pixel, Keeper&& 
         highest = higher;
       }
     const float inverse = 1.0f / sum;
-    auto weight = [&](int i, int k) { return fmaf(__expf(kappa(i, k) - highest), inverse, position(i, k)); };
-    if constexpr (kHeldDilations > 0) {
+    for (int i = 0; i < dilations; ++i)
 #pragma unroll
-      for (int t = 0; t < 8 * kHeldDilations; ++t) keeper.hold(t, weight(t / 8, t % 8));
-    }
-    for (int i = kHeldDilations; i < dilations; ++i)
-#pragma unroll
-      for (int k = 0; k < 8; ++k) keeper.keep(8 * i + k, weight(i, k));
+      for (int k = 0; k < 8; ++k) keeper.keep(8 * i + k, fmaf(__expf(kappa(i, k) - highest), inverse, position(i, k)));
   }
 }
+
+// Reads a tile in shared memory around one of its pixels; `at` is that pixel's place.
+struct TileNeighbours {
+  SharedArray<float> centre;
+  int plane, line;  // bytes
+  __device__ TileNeighbours(SharedArray<float> pixels, int at, int rows, int pitch)
+      : centre(pixels + at), plane(4 * rows * pitch), line(4 * pitch) {}
+  __device__ __forceinline__ float operator()(int c, int dy, int dx) const { return element_at(centre, c * plane + dy * line + 4 * dx); }
+};
 
 // ---- the weights alone ---------------------------------------------------------------------------------------------------
 
@@ -159,9 +200,7 @@ __global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __
         __syncthreads();  // the last tile's readers are done
         ResidentPlan shape;
         shape.tile_w = kTileW, shape.reach_y = args.reach_y, shape.reach_x = args.reach_x, shape.rows = rows, shape.pitch = pitch;
-        load_tile(shape, ImageTile{b, int(y0), x0, 0, 0}, height, width, false, kColours, tile, [&](int c, int y, int x) {
-          return load_element(images.data, images.dtype, offset_of(images, b, c, y) + x * images.stride[3]);
-        });
+        load_tile(shape, ImageTile{int(b), int(y0), x0, 0, 0}, images, kColours, tile);
         __syncthreads();
       }
       for (int row = threadIdx.x / kTileW; row < kTileH; row += kWeightThreads / kTileW) {
@@ -169,11 +208,10 @@ __global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __
         if (y >= height || x >= width) continue;
         WeightWriter writer{args.out, offset_of(args.out, b, 0, y) + x * args.out.stride[3]};
         if constexpr (kShared) {
-          const SharedArray<float> centre = tile + ((row + args.reach_y) * pitch + column + args.reach_x);
-          const int plane = rows * pitch;
-          pixel_weights<kDilations, 0>(args.taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * pitch + dx]; }, writer);
+          const TileNeighbours pixel(tile, (row + args.reach_y) * pitch + column + args.reach_x, rows, pitch);
+          pixel_weights<kDilations, 0, false>(args.taps, pixel, writer);
         } else {
-          pixel_weights<kDilations, 0>(
+          pixel_weights<kDilations, 0, false>(
               args.taps,
               [&](int c, int dy, int dx) {
                 const int64_t row_at = offset_of(images, b, c, clamp_to(y + dy, 0, height - 1));
@@ -195,18 +233,13 @@ struct ParWeights {
   __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
                        SharedArray<float> pixels) const {
     const ResidentPlan& plan = args.plan;
-    const int count = plan.pixels(), plane = plan.rows * plan.pitch;
-    load_tile(plan, tile, images.size[2], images.size[3], false, kColours, pixels, [&](int c, int y, int x) {
-      return load_element(images.data, images.dtype, offset_of(images, tile.b, c, y) + x * images.stride[3]);
-    });
+    load_tile(plan, tile, images, kColours, pixels);
     __syncthreads();
-    for_own_pixels<kHeld>(count, [&](int p, int j) {
-      const int y = p / plan.tile_w, x = p - y * plan.tile_w;
-      if (y >= tile.height || x >= tile.width) return;
-      const SharedArray<float> centre = pixels + ((y + plan.reach_y) * plan.pitch + x + plan.reach_x);
-      pixel_weights<0, kHeld / 8>(
-          taps, [&](int c, int dy, int dx) { return centre[c * plane + dy * plan.pitch + dx]; },
-          WeightKeeper<Word, kHeld>(to, &held, count, p, j));
+    for_own_pixels<kHeld>(plan.pixels(), [&](int p, int j) {
+      const TilePixel at(plan, p);
+      if (!at.inside(tile)) return;
+      const TileNeighbours pixel(pixels, at.centre(plan), plan.rows, plan.pitch);
+      pixel_weights<0, kHeld / 8, kTapsPerWord<Word> == 1>(taps, pixel, WeightKeeper<Word, kHeld>(to, &held, plan.pixels(), p, j));
     });
   }
 };
