@@ -111,13 +111,12 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
   const int plane = height * args.row;  // at most 2^24 pixels are resident
   SharedArena arena;
   SharedArray<Word> weights = arena.take<Word>(int64_t((args.taps - kHeld) / kTapsPerWord<Word>) * plan.pixels());
-  HeldWeights<kHeld> held;
   SharedArray<float> pixels = arena.take<float>(int64_t(plan.planes) * plan.rows * plan.pitch);
   SharedArray<int> present = arena.take<int>(channels + 1);
 
-  const int tiles = plan.tiles_y * plan.tiles_x, slot = blockIdx.x / tiles, place = blockIdx.x % tiles;
+  const int slot = int(blockIdx.z);
   ImageTile tile;
-  tile.y = place / plan.tiles_x * plan.tile_h, tile.x = place % plan.tiles_x * plan.tile_w;
+  tile.y = int(blockIdx.y) * plan.tile_h, tile.x = int(blockIdx.x) * plan.tile_w;
   tile.height = min(plan.tile_h, height - tile.y), tile.width = min(plan.tile_w, width - tile.x);
   float* const buffer = args.buffers + int64_t(slot) * channels * plane;
   const TileReader reader(args, tile);
@@ -125,6 +124,7 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
 
   const int batch = int(args.masks.size[0]);
   for (tile.b = slot; tile.b - slot < batch; tile.b += plan.images) {
+    HeldWeights<kHeld> held = {};  // anew for each image: nothing of the last one's is to be kept meanwhile
     int found = 0;
     if (tile.b < batch) {
       found = present_channels(args.class_mask, tile.b, channels, present);
@@ -194,7 +194,7 @@ Status launch_resident(const DiffusionArgs& args, const ResidentPlan& plan, cons
                               clamp_to(args.offsets[2 * t + 1], -plan.reach_x, plan.reach_x));
   for (int c = 0; c < kResidentChannels; ++c) resident.plane_offset[c] = 4 * c * plan.rows * plan.pitch;
   LaunchShape shape;
-  shape.grid = dim3(unsigned(plan.blocks())), shape.block = dim3(unsigned(plan.threads));
+  shape.grid = dim3(unsigned(plan.tiles_x), unsigned(plan.tiles_y), unsigned(plan.images)), shape.block = dim3(unsigned(plan.threads));
   shape.shared_bytes = plan.shared_bytes, shape.cooperative = true;
   if (plan.half) return launch(diffuse_resident<__half2, 0, Source>, shape, stream, resident, source);
   if (plan.held > 0) return launch(diffuse_resident<float, kHeldTaps, Source>, shape, stream, resident, source);

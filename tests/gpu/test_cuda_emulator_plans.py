@@ -11,6 +11,7 @@ from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
 
 from afa_kernels import diffuse, par
+from afa_kernels.core import self_check
 from afa_kernels.ops.diffusion import plans
 
 pytestmark = ON_THE_EMULATOR
@@ -62,3 +63,16 @@ def test_what_cannot_be_had_is_an_error_that_names_the_variable(emulator, rng, m
         with pytest.raises(RuntimeError, match="diffuse: AFA_PLAN=resident, but these weights do not fit"):
             diffuse(weights, masks, [(0, 0)], 2)
         diffuse(weights, masks, [(0, 0)], 1)  # a single iteration has one plan
+
+
+def test_a_plan_that_is_asked_for_is_not_asked_of_the_self_check(emulator, monkeypatch):
+    """Whose sizes it need not fit: the backend would be held for broken, and every call would fail."""
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("AFA_PLAN", "resident")
+    with emulated(emulator):
+        emulator.set_device(1, 1000)
+        for operator in ("par", "diffuse", "random_walk"):
+            row = self_check.check(operator, "native", cpu, torch.float32, torch.float32, False)
+            self_check.forget(operator, "native", cpu)
+            assert row.ok, row
+        assert plans.asked_for() == "resident"
