@@ -75,18 +75,20 @@ __device__ __forceinline__ void gather_tile(const ResidentArgs& args, const Imag
   const int count = plan.pixels();
   wait_copies<kHeld == 0 ? 2 : 3>();
   reader.finish<kHeld == 0 ? -1 : 1>(kChannels, pixels);
-  for (int begin = threadIdx.x; kHeld > 0 ? begin == int(threadIdx.x) : begin < count; begin += kPixels * blockDim.x) {
-    int centre[kPixels];
+  const int lane = threadIdx.x % 32, step = kPixels * int(blockDim.x);
+  for (int begin = threadIdx.x; kHeld > 0 ? begin == int(threadIdx.x) : begin - lane < count; begin += step) {
     bool present[kPixels];
     SharedArray<Word> own[kPixels];
+    TapSums<kChannels, kPixels> sums;
+    sums.pixels = 0;
 #pragma unroll
     for (int j = 0; j < kPixels; ++j) {
       const int p = begin + j * int(blockDim.x);
+      sums.pixels += p - lane < count;  // of the warp's
       present[j] = p < count && TilePixel(plan, p).inside(tile);
-      centre[j] = TilePixel(plan, present[j] ? p : 0).centre(plan);  // pixel 0 for one that is not there: its sum is not written
-      own[j] = weights + (present[j] ? p : 0);
+      const int taken = present[j] ? p : 0;  // pixel 0 for one that is not there: its sum is not written
+      sums.from[j] = pixels + TilePixel(plan, taken).centre(plan), own[j] = weights + taken;
     }
-    TapSums<kChannels, kPixels> sums(pixels, centre);
     if constexpr (kHeld > 0) {
       sums.template add_held<kHeld>(args, held);
       wait_copies<2>();

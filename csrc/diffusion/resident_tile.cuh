@@ -207,41 +207,50 @@ class TileReader {
 
 // ---- the sum over the taps -----------------------------------------------------------------------------------------------
 
-// Sums of kChannels channels of kPixels pixels of this thread.
+// Sums of kChannels channels of the first `pixels` of kPixels pixels of this thread; so many that `pixels` is the same in a warp.
 template <int kChannels, int kPixels>
 struct TapSums {
+  int pixels;
   SharedArray<float> from[kPixels];  // the pixels themselves, of the first channel
   float of[kPixels][kChannels] = {};
 
-  __device__ TapSums(SharedArray<float> pixels, const int (&centre)[kPixels]) {
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) from[j] = pixels + centre[j];
-  }
   __device__ __forceinline__ void add(const ResidentArgs& args, int j, int tap, float weight) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c)
       of[j][c] = fmaf(weight, element_at(from[j], args.offset[tap] + args.plane_offset[c]), of[j][c]);
   }
+  // Calls add(j) of as many pixels as there are, by code that is made for so many.
+  template <class Add>
+  __device__ __forceinline__ void each(Add add) {
+    if (kPixels > 1 && pixels > 1)
+      add(std::integral_constant<int, kPixels>());
+    else if (pixels > 0)
+      add(std::integral_constant<int, 1>());
+  }
   template <int kHeld>
   __device__ __forceinline__ void add_held(const ResidentArgs& args, const HeldWeights<kHeld>& held) {
+    each([&](auto count) {
 #pragma unroll
-    for (int t = 0; t < kHeld; ++t)
+      for (int t = 0; t < kHeld; ++t)
 #pragma unroll
-      for (int j = 0; j < kPixels; ++j) add(args, j, t, held.of[j][t]);
+        for (int j = 0; j < decltype(count)::value; ++j) add(args, j, t, held.of[j][t]);
+    });
   }
   // Those from kHeld on, whose weights are in shared memory, `stride` words from tap to tap.
   template <int kHeld, class Word>
   __device__ __forceinline__ void add_shared(const ResidentArgs& args, const SharedArray<Word> (&weights)[kPixels], int stride) {
     constexpr int kEach = kTapsPerWord<Word>;
     const int words = (args.taps - kHeld) / kEach;
+    each([&](auto count) {
 #pragma unroll 4
-    for (int word = 0; word < words; ++word)
+      for (int word = 0; word < words; ++word)
 #pragma unroll
-      for (int j = 0; j < kPixels; ++j) {
-        const Word packed = weights[j][word * stride];
+        for (int j = 0; j < decltype(count)::value; ++j) {
+          const Word packed = weights[j][word * stride];
 #pragma unroll
-        for (int k = 0; k < kEach; ++k) add(args, j, kHeld + word * kEach + k, tap_weight(packed, k));
-      }
+          for (int k = 0; k < kEach; ++k) add(args, j, kHeld + word * kEach + k, tap_weight(packed, k));
+        }
+    });
   }
 };
 
