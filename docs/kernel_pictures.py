@@ -175,20 +175,20 @@ def affinity() -> str:
 
 
 def random_walk() -> str:
-    parts = [*image(16, 20), area(3, 3, 13, 9, HALO), area(6, 7, 8, 1, TILE)]
+    parts = [*image(16, 20), area(2, 2, 16, 12, HALO), area(6, 6, 8, 4, TILE)]
     parts += [arrow(80, 90, 152, 152), arrow(230, 90, 165, 150), arrow(80, 210, 152, 160), arrow(230, 210, 165, 160)]
-    parts += [text(20, 298, "32 pixels of a row; what points at them is added up", 12)]
+    parts += [text(20, 298, "4 x 8 pixels, or 1 x 8; what points at them is added up", 12)]
     parts += layers(
         [
             (
                 "registers",
-                "an eighth of a pixel's taps: 8 threads share them;",
+                "8 or 32 threads share a pixel's taps, 10 under way;",
                 "then the sums of up to 3 channels",
             ),
             (
                 "shared memory",
-                "the 8 parts of D, added in a fixed order;",
-                "T = A^p / D of the block's pixels, which stays",
+                "T = A^p / D of the block's pixels, which stays;",
+                "then the maps that the tile reaches",
             ),
             (
                 "L2",
