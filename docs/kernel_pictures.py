@@ -98,14 +98,14 @@ def resident() -> str:
 
 
 def stream() -> str:
-    parts = [*image(16, 20), area(0, 6, 20, 1, HALO), area(4, 6, 4, 1, TILE)]
+    parts = [*image(16, 20), area(0, 6, 20, 1, HALO), area(4, 6, 1, 1, TILE)]
     parts += [
-        *cells([(2, 4), (4, 4), (6, 4), (2, 8), (4, 8), (6, 8), (2, 6)], "#9a5b00"),
-        text(20, 298, "a thread: 4 pixels of float, 8 of half, of a row", 12),
+        *cells([(2, 4), (4, 4), (6, 4), (2, 8), (4, 8), (6, 8), (2, 6), (6, 6)], "#9a5b00"),
+        text(20, 298, "a thread: a pixel; a warp: 32 of a row", 12),
     ]
     parts += layers(
         [
-            ("registers", "16 bytes of weights of the tap at hand;", "the sums of up to 7 channels"),
+            ("registers", "weights and neighbours of 4 or 6 taps at a time;", "the sums of up to 7 channels"),
             (
                 "L2",
                 "masks: a tap's neighbours are read through the caches,",
