@@ -98,14 +98,14 @@ def resident() -> str:
 
 
 def stream() -> str:
-    parts = [*image(16, 20), area(0, 6, 20, 1, HALO), area(4, 6, 4, 1, TILE)]
+    parts = [*image(16, 20), area(0, 6, 20, 1, HALO), area(4, 6, 1, 1, TILE)]
     parts += [
-        *cells([(2, 4), (4, 4), (6, 4), (2, 8), (4, 8), (6, 8), (2, 6)], "#9a5b00"),
-        text(20, 298, "a thread: 4 pixels of float, 8 of half, of a row", 12),
+        *cells([(2, 4), (4, 4), (6, 4), (2, 8), (4, 8), (6, 8), (2, 6), (6, 6)], "#9a5b00"),
+        text(20, 298, "a thread: a pixel; a warp: 32 of a row", 12),
     ]
     parts += layers(
         [
-            ("registers", "16 bytes of weights of the tap at hand;", "the sums of up to 7 channels"),
+            ("registers", "weights and neighbours of 4 or 6 taps at a time;", "the sums of up to 7 channels"),
             (
                 "L2",
                 "masks: a tap's neighbours are read through the caches,",
@@ -175,20 +175,20 @@ def affinity() -> str:
 
 
 def random_walk() -> str:
-    parts = [*image(16, 20), area(3, 3, 13, 9, HALO), area(6, 7, 8, 1, TILE)]
+    parts = [*image(16, 20), area(2, 2, 16, 12, HALO), area(6, 6, 8, 4, TILE)]
     parts += [arrow(80, 90, 152, 152), arrow(230, 90, 165, 150), arrow(80, 210, 152, 160), arrow(230, 210, 165, 160)]
-    parts += [text(20, 298, "32 pixels of a row; what points at them is added up", 12)]
+    parts += [text(20, 298, "4 x 8 pixels, or 1 x 8; what points at them is added up", 12)]
     parts += layers(
         [
             (
                 "registers",
-                "an eighth of a pixel's taps: 8 threads share them;",
+                "8 or 32 threads share a pixel's taps, 10 under way;",
                 "then the sums of up to 3 channels",
             ),
             (
                 "shared memory",
-                "the 8 parts of D, added in a fixed order;",
-                "T = A^p / D of the block's pixels, which stays",
+                "T = A^p / D of the block's pixels, which stays;",
+                "then the maps that the tile reaches",
             ),
             (
                 "L2",

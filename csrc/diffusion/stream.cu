@@ -1,18 +1,21 @@
 // Diffusion on a GPU, streaming the weights: the kernels for what does not fit on chip.
 //
-// diffuse_step is one iteration: a thread takes 16 bytes of weights at a time (4 pixels of float, 8 of half) for up to 7 channels,
-// whose sums it keeps in registers. Data flow: masks that are not float32 with unit stride are first copied to the workspace as
-// float32; the iterations alternate two buffers there; the last writes `out` in its own type and strides. Weights whose rows are not
-// on 16-byte boundaries take the same kernel one pixel at a time. diffuse_step_split shares a pixel's taps between 8 threads where
-// the image is too small to fill the device otherwise. diffuse_adjoint gathers, for each pixel, the (pixel, tap) pairs that read it;
-// at replicated borders these are ranges.
+// diffuse_step is one iteration: a thread has one pixel, whose sums for up to 7 channels it keeps in registers. A warp's 32 neighbouring
+// pixels read whole lines of weights and of masks wherever a tap points, and clamping costs each of them the same: vectors of pixels
+// would have to be taken apart at the borders, and where a tap does not move by whole vectors. 4 or 6 taps are loaded before the first is
+// used. Data flow: masks that are not float32 with unit stride are first copied to the workspace as float32; the iterations alternate two
+// buffers there; the last writes `out` in its own type and strides. Weights may have any strides.
+// Groups of channels that use the same weights lie side by side in the grid, so that they meet in L2. diffuse_step_split shares a
+// pixel's taps between 8 threads where the image is too small to fill the device otherwise. diffuse_adjoint gathers, for each pixel, the
+// (pixel, tap) pairs that read it; at replicated borders these are ranges.
 // The taps travel with the launch, in the constant bank where a warp reads one at once; those that find no room there are first
 // written to the workspace by store_offsets.
 // Floor: taps * 4 (2 in half) bytes of weights per pixel and iteration through device memory.
-// Occupancy: diffuse_step 128 x 4, diffuse_step_split 128 x 4, diffuse_adjoint 128 x 4, copy_masks 128 x 8, store_offsets 128 x 8
+// Occupancy: diffuse_step 128 x 6, diffuse_step_split 128 x 6, diffuse_adjoint 128 x 4, copy_masks 128 x 8, store_offsets 128 x 8
 // (threads x blocks a multiprocessor, by registers).
-// Wide loads: diffuse_step<float, 4, *>, diffuse_step<__half, 8, *>, diffuse_step<__nv_bfloat16, 8, *>,
-// diffuse_step_split<float, 4, *>.
+#include <cstdlib>
+#include <type_traits>
+
 #include "diffusion/resident.cuh"
 
 namespace afa {
@@ -29,129 +32,100 @@ struct StepArgs {
   View<4> out;                // [B, C, H, W]
   const int32_t* offsets;     // [T][2], on the device; null: in `taps`
   const uint8_t* class_mask;  // [B][C] or null
-  bool zero_border, wide_in;  // wide_in: rows of `in` are on 16-byte boundaries
+  bool zero_border, near;  // near: the taps are here, and offsets within a channel of `in` fit in 32 bits
   int32_t taps[kParameterTaps];  // dx above 16 bits of dy
 };
 
+template <bool kNear>
 __device__ inline int2 tap_at(const StepArgs& args, int tap) {
-  if (args.offsets != nullptr) return __ldg(reinterpret_cast<const int2*>(args.offsets) + tap);
+  if (!kNear && args.offsets != nullptr) return __ldg(reinterpret_cast<const int2*>(args.offsets) + tap);
   const int32_t packed = args.taps[tap];
   return make_int2(int16_t(packed), packed >> 16);
 }
 
 // ---- one iteration -------------------------------------------------------------------------------------------------------
 
-// The weights of kPixels neighbouring pixels, as they come: unpacked only when they are used, to save registers.
-template <class T, int kPixels>
-struct WeightVector {
-  static_assert(kPixels * sizeof(T) == 16, "streamed weights are loaded 16 bytes at a time");
-  uint4 packed;
-  __device__ void load(const View<4>& weights, int64_t at) {
-    packed = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(weights.data) + at));
-  }
-  __device__ void unpack(float* to) const {
-    T values[kPixels];
-    memcpy(values, &packed, 16);
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i) to[i] = to_float(values[i]);
-  }
-};
-template <>
-struct WeightVector<float, 1> {  // any type and strides
-  float value;
-  __device__ void load(const View<4>& weights, int64_t at) { value = load_element(weights.data, weights.dtype, at); }
-  __device__ void unpack(float* to) const { *to = value; }
-};
-
-// Adds weight * neighbour over taps [begin, end) of kPixels pixels from (y, x0) on, for the first `count` channels.
-template <class T, int kPixels, int kChannels>
-__device__ inline void add_taps(const StepArgs& args, int64_t b, int y, int x0, const float* const (&in)[kChannels], int count,
-                                int begin, int end, float (&sum)[kChannels][kPixels]) {
-  constexpr int kAhead = 4;  // taps whose weights are loaded before the first is used
+// Adds weight * neighbour over taps [begin, end) of pixel (y, x) for kChannels channels, whose images begin at `in`. kZero: zero border.
+template <class T, int kChannels, bool kZero, bool kNear>
+__device__ inline void add_taps(const StepArgs& args, int64_t b, int y, int x, const float* const (&in)[kChannels], int begin, int end,
+                                float (&sum)[kChannels]) {
+  constexpr int kAhead = kChannels > 4 ? 4 : 6;  // taps, as far as registers go
+  typedef std::conditional_t<kNear, int, int64_t> Offset;
+  const Offset line = Offset(args.in_stride[2]);
   const int height = int(args.out.size[2]), width = int(args.out.size[3]);
-  const int64_t at = offset_of(args.weights, b, 0, y) + x0 * (kPixels == 1 ? args.weights.stride[3] : 1);
-  for (int first = begin; first < end; first += kAhead) {
-    WeightVector<T, kPixels> ahead[kAhead];
+  const int64_t step = args.weights.stride[1];
+  const T* from = static_cast<const T*>(args.weights.data) + offset_of(args.weights, b, begin, y) + x * args.weights.stride[3];
+  auto offset_at = [&](int tap, bool* outside) {
+    const int2 offset = tap_at<kNear>(args, tap);
+    const int row = max(min(y + offset.x, height - 1), 0), column = max(min(x + offset.y, width - 1), 0);
+    *outside = kZero && ((row != y + offset.x) | (column != x + offset.y));
+    return row * line + column;
+  };
+  int tap = begin;
+  for (; tap + kAhead <= end; tap += kAhead) {
+    T weight[kAhead];
+    float value[kAhead][kChannels];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (first + k < end) ahead[k].load(args.weights, at + (first + k) * args.weights.stride[1]);
+    for (int k = 0; k < kAhead; ++k, from += step) weight[k] = *from;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      if (first + k >= end) break;
-      float weight[kPixels];
-      ahead[k].unpack(weight);
-      const int2 offset = tap_at(args, first + k);
-      const int wanted = y + offset.x, row = clamp_to(wanted, 0, height - 1), left = x0 + offset.y;
-      const bool outside = args.zero_border && row != wanted;
-      const int64_t line = row * args.in_stride[2];
-      if (!outside && left >= 0 && left + kPixels <= width) {
-        if (kPixels > 1 && args.wide_in && left % 4 == 0) {
+      bool outside;
+      const Offset at = offset_at(tap + k, &outside);
 #pragma unroll
-          for (int c = 0; c < kChannels; ++c)
-#pragma unroll
-            for (int i = 0; i + 4 <= kPixels; i += 4) {
-              if (c >= count) continue;
-              const float4 value = __ldg(reinterpret_cast<const float4*>(in[c] + line + left + i));
-              sum[c][i] = fmaf(weight[i], value.x, sum[c][i]);
-              sum[c][i + 1] = fmaf(weight[i + 1], value.y, sum[c][i + 1]);
-              sum[c][i + 2] = fmaf(weight[i + 2], value.z, sum[c][i + 2]);
-              sum[c][i + 3] = fmaf(weight[i + 3], value.w, sum[c][i + 3]);
-            }
-        } else {
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c)
-#pragma unroll
-            for (int i = 0; i < kPixels; ++i)
-              if (c < count) sum[c][i] = fmaf(weight[i], __ldg(in[c] + line + left + i), sum[c][i]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPixels; ++i) {
-          const int x = clamp_to(left + i, 0, width - 1);
-          const bool zero = outside || (args.zero_border && x != left + i);
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c)
-            if (c < count) sum[c][i] = fmaf(weight[i], zero ? 0.0f : __ldg(in[c] + line + x), sum[c][i]);
-        }
-      }
+      for (int c = 0; c < kChannels; ++c) value[k][c] = outside ? 0.0f : __ldg(in[c] + at);
     }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) sum[c] = fmaf(to_float(weight[k]), value[k][c], sum[c]);
+  }
+#pragma unroll 1
+  for (; tap < end; ++tap, from += step) {
+    bool outside;
+    const Offset at = offset_at(tap, &outside);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sum[c] = fmaf(to_float(*from), outside ? 0.0f : __ldg(in[c] + at), sum[c]);
   }
 }
 
-// Where the input's channels begin: those of `present` from `begin` on, the last one repeated.
-template <int kChannels>
-__device__ inline void channel_inputs(const StepArgs& args, int64_t b, SharedArray<int> present, int begin, int count,
-                                      const float* (&in)[kChannels]) {
+// The sums over a share of the taps for the channels of `present` from `begin` on; those behind `count` repeat the last one.
+template <class T, int kChannels>
+__device__ inline void add_share(const StepArgs& args, SharedArray<int> present, int64_t b, int begin, int count, int y, int x, int first,
+                                 int end, float (&sum)[kChannels]) {
+  const float* in[kChannels];
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c)
+  for (int c = 0; c < kChannels; ++c) {
     in[c] = args.in + b * args.in_stride[0] + present[begin + min(c, count - 1)] * args.in_stride[1];
+#ifndef AFA_CUDA_EMULATOR
+    // The compiler forgets what this is the sum of: else it adds up all of it again for each tap, in four instructions instead of one.
+    asm volatile("" : "+l"(in[c]));
+#endif
+  }
+  if (args.zero_border && args.near) add_taps<T, kChannels, true, true>(args, b, y, x, in, first, end, sum);
+  if (args.zero_border && !args.near) add_taps<T, kChannels, true, false>(args, b, y, x, in, first, end, sum);
+  if (!args.zero_border && args.near) add_taps<T, kChannels, false, true>(args, b, y, x, in, first, end, sum);
+  if (!args.zero_border && !args.near) add_taps<T, kChannels, false, false>(args, b, y, x, in, first, end, sum);
 }
 
-template <class T, int kPixels, int kChannels>
-__global__ void __launch_bounds__(kStepThreads, 4) diffuse_step(const __grid_constant__ StepArgs args) {
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kStepThreads, kChannels > 4 ? 6 : 8)
+    diffuse_step(const __grid_constant__ StepArgs args) {
   const int channels = int(args.out.size[1]), height = int(args.out.size[2]), width = int(args.out.size[3]);
   const int taps = int(args.weights.size[1]), groups = (channels + kChannels - 1) / kChannels;
   SharedArena arena;
   SharedArray<int> present = arena.take<int>(channels + 1);
-  const int x0 = int((blockIdx.x * blockDim.x + threadIdx.x) * kPixels);
-  for (int64_t z = blockIdx.z; z < args.out.size[0] * groups; z += gridDim.z) {
-    const int64_t b = z / groups;
-    const int begin = int(z % groups) * kChannels;
+  const int begin = int(blockIdx.x % unsigned(groups)) * kChannels;
+  const int x = int(blockIdx.x / unsigned(groups) * blockDim.x + threadIdx.x);
+  for (int64_t b = blockIdx.z; b < args.out.size[0]; b += gridDim.z) {
     const int count = min(present_channels(args.class_mask, b, channels, present) - begin, kChannels);
-    if (count <= 0 || x0 >= width) continue;
-    const float* in[kChannels];
-    channel_inputs(args, b, present, begin, count, in);
+    if (count <= 0 || x >= width) continue;
     for (int64_t y = blockIdx.y * blockDim.y + threadIdx.y; y < height; y += gridDim.y * blockDim.y) {
-      float sum[kChannels][kPixels] = {};
-      add_taps<T>(args, b, int(y), x0, in, count, 0, taps, sum);
+      float sum[kChannels] = {};
+      add_share<T>(args, present, b, begin, count, int(y), x, 0, taps, sum);
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        if (c >= count) continue;
-        const int64_t to = offset_of(args.out, b, present[begin + c], y);
-#pragma unroll
-        for (int i = 0; i < kPixels; ++i)
-          if (x0 + i < width) store_element(args.out.data, args.out.dtype, to + (x0 + i) * args.out.stride[3], sum[c][i]);
-      }
+      for (int c = 0; c < kChannels; ++c)
+        if (c < count)
+          store_element(args.out.data, args.out.dtype, offset_of(args.out, b, present[begin + c], y) + x * args.out.stride[3], sum[c]);
     }
   }
 }
@@ -160,34 +134,29 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_step(const __grid_con
 // and are added in order. Blocks are kSplitWidth x 1 x kSplit.
 constexpr int kSplit = 8, kSplitWidth = kStepThreads / kSplit;
 
-template <class T, int kPixels, int kChannels>
-__global__ void __launch_bounds__(kStepThreads, 4) diffuse_step_split(const __grid_constant__ StepArgs args) {
-  constexpr int kLine = kSplitWidth * kPixels, kPart = kChannels * kLine;
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kStepThreads, 6) diffuse_step_split(const __grid_constant__ StepArgs args) {
+  constexpr int kPart = kChannels * kSplitWidth;
   const int channels = int(args.out.size[1]), height = int(args.out.size[2]), width = int(args.out.size[3]);
   const int taps = int(args.weights.size[1]), groups = (channels + kChannels - 1) / kChannels;
   const int share = (taps + kSplit - 1) / kSplit, first = int(threadIdx.z) * share;
   SharedArena arena;
   SharedArray<int> present = arena.take<int>(channels + 1);
-  SharedArray<float> parts = arena.take<float>(kSplit * kPart);  // [kSplit][kChannels][kLine]
-  const int left = int(blockIdx.x) * kLine, x0 = left + int(threadIdx.x) * kPixels;
-  for (int64_t z = blockIdx.z; z < args.out.size[0] * groups; z += gridDim.z) {
-    const int64_t b = z / groups;
-    const int begin = int(z % groups) * kChannels;
+  SharedArray<float> parts = arena.take<float>(kSplit * kPart);  // [kSplit][kChannels][kSplitWidth]
+  const int begin = int(blockIdx.x % unsigned(groups)) * kChannels;
+  const int left = int(blockIdx.x / unsigned(groups)) * kSplitWidth, own = left + int(threadIdx.x);
+  for (int64_t b = blockIdx.z; b < args.out.size[0]; b += gridDim.z) {
     const int count = min(present_channels(args.class_mask, b, channels, present) - begin, kChannels);
     if (count <= 0) continue;
-    const float* in[kChannels];
-    channel_inputs(args, b, present, begin, count, in);
     for (int y = int(blockIdx.y); y < height; y += int(gridDim.y)) {
-      float sum[kChannels][kPixels] = {};
-      if (x0 < width) add_taps<T>(args, b, y, x0, in, count, first, min(first + share, taps), sum);
+      float sum[kChannels] = {};
+      if (own < width) add_share<T>(args, present, b, begin, count, y, own, first, min(first + share, taps), sum);
       __syncthreads();  // the last row's parts have been read
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c)
-#pragma unroll
-        for (int i = 0; i < kPixels; ++i) parts[threadIdx.z * kPart + c * kLine + threadIdx.x * kPixels + i] = sum[c][i];
+      for (int c = 0; c < kChannels; ++c) parts[threadIdx.z * kPart + c * kSplitWidth + threadIdx.x] = sum[c];
       __syncthreads();
-      for (int at = int(threadIdx.z * kSplitWidth + threadIdx.x); at < count * kLine; at += kStepThreads) {
-        const int c = at / kLine, x = left + at % kLine;
+      for (int at = int(threadIdx.z * kSplitWidth + threadIdx.x); at < count * kSplitWidth; at += kStepThreads) {
+        const int c = at / kSplitWidth, x = left + at % kSplitWidth;
         if (x >= width) continue;
         float total = 0;
         for (int part = 0; part < kSplit; ++part) total += parts[part * kPart + at];
@@ -228,7 +197,7 @@ __global__ void __launch_bounds__(kStepThreads, 4) diffuse_adjoint(const __grid_
     for (int64_t y = blockIdx.y * blockDim.y + threadIdx.y; y < height; y += gridDim.y * blockDim.y) {
       float sum[kAdjointChannels] = {};
       for (int t = 0; t < int(args.weights.size[1]); ++t) {
-        const int2 offset = tap_at(args, t);
+        const int2 offset = tap_at<false>(args, t);
         const Range rows = sources(int(y), offset.x, height, args.zero_border);
         const Range columns = sources(x, offset.y, width, args.zero_border);
         for (int row = rows.first; row <= rows.last; ++row)
@@ -300,37 +269,43 @@ static Status launch_copy(const View<4>& in, const View<4>& out, const uint8_t* 
                 copy_present, zero_absent);
 }
 
-template <class T, int kPixels, int kChannels>
+template <class T, int kChannels>
 static Status launch_step(const StepArgs& args, void* stream) {
   const auto& size = args.out.size;
-  const int64_t items = blocks_for(size[3], kPixels), groups = size[0] * blocks_for(size[1], kChannels);
-  LaunchShape shape = image_shape(items, size[2], groups);
+  const int64_t groups = blocks_for(size[1], kChannels);
+  LaunchShape shape = image_shape(size[3], size[2], size[0]);
   shape.shared_bytes = SharedArena::bytes<int>(size[1] + 1);
-  // Less than two blocks for a multiprocessor, and enough taps to share: the random walk's windows.
-  const int64_t blocks = int64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
-  if constexpr (std::is_same<T, float>::value) {
-    if (args.weights.size[1] >= 8 * kSplit && blocks < 2 * device_limits().multiprocessors) {
-      shape.block = dim3(kSplitWidth, 1, kSplit);
-      shape.grid = dim3(unsigned(blocks_for(items, kSplitWidth)), grid_limit(size[2]), grid_limit(groups));
-      shape.shared_bytes += SharedArena::bytes<float>(kStepThreads * kChannels * kPixels);
-      return launch(diffuse_step_split<T, kPixels, kChannels>, shape, stream, args);
-    }
+  // Less than four blocks for a multiprocessor, and enough taps to share: the random walk's windows.
+  const int64_t blocks = groups * shape.grid.x * shape.grid.y * shape.grid.z;
+  if (args.weights.size[1] >= 8 * kSplit && blocks < 4 * device_limits().multiprocessors) {
+    shape.block = dim3(kSplitWidth, 1, kSplit);
+    shape.grid = dim3(unsigned(groups * blocks_for(size[3], kSplitWidth)), grid_limit(size[2]), grid_limit(size[0]));
+    shape.shared_bytes += SharedArena::bytes<float>(kStepThreads * kChannels);
+    return launch(diffuse_step_split<T, kChannels>, shape, stream, args);
   }
-  return launch(diffuse_step<T, kPixels, kChannels>, shape, stream, args);
+  if (groups * shape.grid.x > 0x7fffffff) return Status::unsupported;
+  shape.grid.x *= unsigned(groups);
+  return launch(diffuse_step<T, kChannels>, shape, stream, args);
 }
 
-static Status launch_iteration(const StepArgs& args, bool padded, bool transpose, void* stream) {
+template <class T>
+static Status launch_step(const StepArgs& args, void* stream) {
+  if (args.out.size[1] > 4) return launch_step<T, 7>(args, stream);
+  return args.out.size[1] > 3 ? launch_step<T, 4>(args, stream) : launch_step<T, 3>(args, stream);
+}
+
+static Status launch_iteration(const StepArgs& args, bool transpose, void* stream) {
   const int64_t channels = args.out.size[1];
   if (transpose) {
     LaunchShape shape = image_shape(args.out.size[3], args.out.size[2], args.out.size[0] * blocks_for(channels, kAdjointChannels));
     shape.shared_bytes = SharedArena::bytes<int>(channels + 1);
     return launch(diffuse_adjoint, shape, stream, args);
   }
-  const bool whole = padded || args.weights.size[3] % vector_elements(args.weights) == 0;
-  if (!wide_rows(args.weights) || !whole) return launch_step<float, 1, 7>(args, stream);
-  if (args.weights.dtype == DType::f16) return launch_step<__half, 8, 4>(args, stream);
-  if (args.weights.dtype == DType::bf16) return launch_step<__nv_bfloat16, 8, 4>(args, stream);
-  return channels > 4 ? launch_step<float, 4, 7>(args, stream) : launch_step<float, 4, 4>(args, stream);
+  switch (args.weights.dtype) {
+    case DType::f16: return launch_step<__half>(args, stream);
+    case DType::bf16: return launch_step<__nv_bfloat16>(args, stream);
+    default: return launch_step<float>(args, stream);
+  }
 }
 
 static View<4> buffer_view(const View<4>& masks, float* data) {
@@ -397,10 +372,11 @@ Status stream_diffusion(const DiffusionArgs& args, bool padded, void* workspace,
     AFA_TRY(launch_copy(args.masks, in, args.class_mask, true, false, stream));
   }
   for (int64_t iteration = 0; iteration < args.num_iter; ++iteration) {
-    step.in = static_cast<const float*>(in.data), step.wide_in = wide_rows(in);
+    step.in = static_cast<const float*>(in.data);
     for (int i = 0; i < 3; ++i) step.in_stride[i] = in.stride[i];
+    step.near = in_parameter(args) && in.size[2] * std::abs(in.stride[2]) + in.size[3] <= INT32_MAX;
     step.out = iteration + 1 == args.num_iter ? args.out : buffers[iteration & 1];
-    AFA_TRY(launch_iteration(step, padded, args.transpose, stream));
+    AFA_TRY(launch_iteration(step, args.transpose, stream));
     in = step.out;
   }
   return Status::ok;

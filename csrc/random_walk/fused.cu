@@ -3,14 +3,16 @@
 //   M'_i = sum_j P_ij M_j / D_i with P = A^p,   D_i = sum_k P_ki + eps
 //
 // A pixel's step needs its own taps and what points at it, nothing that another block makes: one step is one launch, whatever the size
-// of the grid. Data flow: a block has 32 neighbouring pixels. Its 8 threads for each share the taps of D_i, then those of T, which stays
-// in shared memory as [taps][32] and never reaches device memory. Then a thread sums all taps of up to 3 channels; where there are fewer
-// than 5, several threads share the rows of a channel's window and their sums meet in shared memory, in order. Between two steps the
-// maps travel through the workspace (in L2) with a barrier of the whole grid: several steps are one cooperative launch, as long as all
-// blocks fit on the device at once, 32 pixels each, 3 a multiprocessor: B * N up to 12,672 at radius 8 on an H100. More than that, and
-// the adjoint, whose pixels need other pixels' D, go by way of T in memory (random_walk.cu).
-// Floor: the window read twice, once from L2; taps * channels loads of 4 bytes a pixel and step from L1, as many multiply-adds. Bound:
-// these loads from many channels on, latency on small grids.
+// of the grid. Data flow: a block has a tile of 4 x 8 pixels, or of 1 x 8 where there would else be too few blocks for the device. Its 8
+// or 32 threads for each pixel share the taps, of which each loads 10 at a time, those of D_i and its own side by side; T stays in shared
+// memory as [taps][pixels] and never reaches device memory. The channels that have room there come next, 18 of them at radius 8 on an
+// H100, of the rows and columns that the tile reaches, 0 outside the image. Then a warp sums up to 3 channels, its threads for a pixel
+// every so manieth column of the window; where there are few channels several warps share the rows, and their sums meet in shared memory,
+// in order. Between two steps the maps travel through the workspace (in L2) with a barrier of the whole grid: several steps are one
+// cooperative launch, as long as all blocks fit on the device at once, 32 pixels each, 3 a multiprocessor: B * N up to 12,672 at radius 8
+// on an H100. More than that, and the adjoint, whose pixels need other pixels' D, go by way of T in memory (random_walk.cu).
+// Floor: the window read twice, once from L2; taps * channels loads of 4 bytes a pixel and step from shared memory, as many
+// multiply-adds. Bound: these loads from many channels on, latency on small grids.
 // Occupancy: walk_fused_kernel 256 x 3 (threads x blocks a multiprocessor, by registers).
 #include <algorithm>
 
@@ -18,8 +20,17 @@
 
 namespace afa {
 
-constexpr int kFusedTaps = 448, kFusedChannels = 3;
-constexpr int fused_blocks(bool several_steps) { return several_steps ? 3 : 4; }  // a multiprocessor
+constexpr int kFusedTaps = 448, kFusedChannels = 3, kFusedBlocks = 3;  // the last: of a multiprocessor
+constexpr int kTileColumns = 8;                                        // of a block's tile
+constexpr int kStagedTogether = 20;                                    // rows that a warp brings to shared memory at a time
+
+// What a block reaches: its tile and the window around it.
+struct Staged {
+  int rows, columns, channels;  // the latter: at a time
+  Staged(const WalkTaps& taps, int pixels)
+      : rows(pixels / kTileColumns + 2 * taps.reach_y), columns(kTileColumns + 2 * taps.reach_x), channels(1) {}
+  __host__ __device__ int plane() const { return rows * columns; }
+};
 
 struct FusedArgs {
   WalkTaps taps;
@@ -27,122 +38,154 @@ struct FusedArgs {
   const uint8_t* class_mask;
   int64_t num_steps;
   float* buffers[2];  // [B][present channels][H][W]
-
-  explicit FusedArgs(const WalkArgs& args) : taps(args) {}
+  Staged staged;
+  int tiles_x;
 };
 
-// T of the block's pixels to shared memory.
+// T of the block's pixels to shared memory. A thread has the taps `share`, `share` + `shares` and so on.
+template <int kPixels>
 __device__ inline void fill_weights(const WalkTaps& taps, int64_t b, bool present, int y, int x, SharedArray<float> weights,
                                     SharedArray<float> sums) {
-  const float total = column_sum(taps, b, present, y, x, sums);
-  for (int tap = threadIdx.y; tap < taps.count(); tap += kWalkGroups) {
-    const int dy = taps.dy(tap), dx = taps.dx(tap);
-    const bool inside = present && taps.inside(y + dy, x + dx);
-    weights[tap * kWalkPixels + threadIdx.x] = inside ? taps.powered(taps.at(b, dy, dx, y, x)) / total : 0.0f;
+  const int pixel = int(threadIdx.x) % kPixels, share = int(threadIdx.y * 32 + threadIdx.x) / kPixels, shares = kWalkThreads / kPixels;
+  auto keep = [&](int tap, float value) { weights[tap * kPixels + pixel] = value; };
+  const float total = column_sum<kPixels, 10, true>(taps, b, present, y, x, share, shares, sums, keep);
+#pragma unroll 3
+  for (int tap = share; tap < taps.count(); tap += shares) {
+    const float value = present ? weights[tap * kPixels + pixel] / total : 0.0f;
+    weights[tap * kPixels + pixel] = value;
   }
 }
 
-// Where a step reads its maps: the CAMs as they are, or what the step before left in the workspace, numbered by present channels. A row
-// is walked by a pointer: an index times a stride would be more than half of what the loop does.
+// Where a step reads its maps: the CAMs as they are, or what the step before left in the workspace, numbered by present channels.
 template <class T>
 struct CamReader {
   typedef T Element;
-  static constexpr int kAhead = 4;  // taps, as far as registers go
   const View<4>& cams;
   int64_t b;
   SharedArray<int> kept;
-  __device__ const T* begin(int c, int y, int x) const {
+  __device__ const T* at(int c, int y, int x) const {
     return static_cast<const T*>(cams.data) + offset_of(cams, b, kept[c], y) + x * cams.stride[3];
   }
-  __device__ int64_t step() const { return cams.stride[3]; }
-  __device__ float read(const T* at) const { return to_float(*at); }
+  __device__ int64_t row() const { return cams.stride[2]; }
+  __device__ T read(const T* from) const { return *from; }
 };
 struct StepReader {
   typedef float Element;
-  static constexpr int kAhead = 2;
   const float* image;
   int64_t pixels;
   int width;
-  __device__ const float* begin(int c, int y, int x) const { return image + c * pixels + int64_t(y) * width + x; }
-  __device__ int64_t step() const { return 1; }
-  __device__ float read(const float* at) const { return __ldcg(at); }
+  __device__ const float* at(int c, int y, int x) const { return image + c * pixels + int64_t(y) * width + x; }
+  __device__ int64_t row() const { return width; }
+  __device__ float read(const float* from) const { return __ldcg(from); }
 };
 
-// The sums of the channels `from` + k * `between`, over every `shares`th row of the window; of those that are not `found` the first is
-// taken once more. Outside the image nothing is read: 0 times it need not be 0.
-template <int kChannels, class Reader>
-__device__ inline void add_rows(const WalkTaps& taps, SharedArray<float> weights, int y, int x, int share, int shares, int from,
-                                int between, int found, const Reader& maps, float (&sum)[kFusedChannels]) {
-  const int64_t step = maps.step();
-  for (int dy = -taps.reach_y + share; dy <= taps.reach_y; dy += shares) {
-    if (y + dy < 0 || y + dy >= taps.height) continue;
-    const SharedArray<float> row = weights + ((dy + taps.reach_y) * taps.side() * kWalkPixels + int(threadIdx.x));
-    const typename Reader::Element* at[kChannels];
+// The channels [first, first + count) to `maps` [count][staged.rows][staged.columns], whose corner is at (top, left) of the image. Outside
+// the image nothing is read: 0 times it need not be 0. A warp has a channel.
+template <class Reader>
+__device__ inline void stage(const WalkTaps& taps, const Staged& staged, const Reader& reader, int first, int count, int top, int left,
+                             SharedArray<float> maps) {
+  for (int c = int(threadIdx.y); c < count; c += kWalkGroups)
+    for (int column = int(threadIdx.x); column < staged.columns; column += 32) {
+      const bool inside = unsigned(left + column) < unsigned(taps.width);
+      const typename Reader::Element* from = reader.at(first + c, top, left + column);
+      int place = c * staged.plane() + column;
+      for (int begin = 0; begin < staged.rows; begin += kStagedTogether) {
+        typename Reader::Element value[kStagedTogether] = {};
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k)
-      at[k] = maps.begin(from + k * between < found ? from + k * between : from, y + dy, x - taps.reach_x);
-#pragma unroll Reader::kAhead
-    for (int tap = 0; tap < taps.side(); ++tap) {
-      const bool inside = unsigned(x + tap - taps.reach_x) < unsigned(taps.width);
-      const float weight = row[tap * kWalkPixels];
+        for (int k = 0; k < kStagedTogether; ++k, from += reader.row())
+          if (inside & (begin + k < staged.rows) & (unsigned(top + begin + k) < unsigned(taps.height))) value[k] = reader.read(from);
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        if (inside) sum[k] = fmaf(weight, maps.read(at[k]), sum[k]);
-        at[k] += step;
+        for (int k = 0; k < kStagedTogether; ++k, place += staged.columns)
+          if (begin + k < staged.rows) maps[place] = to_float(value[k]);
       }
+    }
+}
+
+// The sums of kChannels channels, `between` planes of maps apart, over the rows `part`, `part` + `parts` and so on of the window and every
+// 32 / kPixels th of their columns.
+template <int kChannels, int kPixels>
+__device__ inline void add_rows(const WalkTaps& taps, const Staged& staged, SharedArray<float> weights, SharedArray<float> maps, int part,
+                                int parts, int between, float (&sum)[kFusedChannels]) {
+  constexpr int kLanes = 32 / kPixels;
+  const int pixel = int(threadIdx.x) % kPixels, lane = int(threadIdx.x) / kPixels;
+  const int side = taps.side(), rows = 2 * taps.reach_y + 1, whole = side / kLanes, apart = between * staged.plane();
+  for (int row = part; row < rows; row += parts) {
+    int weight = (row * side + lane) * kPixels + pixel;
+    int map = (row + pixel / kTileColumns) * staged.columns + pixel % kTileColumns + lane;
+#pragma unroll 4
+    for (int k = 0; k < whole; ++k, weight += 32, map += kLanes) {
+      const float factor = weights[weight];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) sum[c] = fmaf(factor, maps[map + c * apart], sum[c]);
+    }
+    if (whole * kLanes + lane < side) {
+      const float factor = weights[weight];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) sum[c] = fmaf(factor, maps[map + c * apart], sum[c]);
     }
   }
 }
 
 // One step of the block's pixels; `write(c, value)` takes the results. The whole block calls this.
-template <class Reader, class Write>
-__device__ inline void step_pixels(const WalkTaps& taps, SharedArray<float> weights, SharedArray<float> sums, bool present, int y, int x,
-                                   int found, const Reader& maps, Write write) {
-  const int shares = found >= 5 ? 1 : found >= 3 ? 2 : found == 2 ? 4 : 8, slots = kWalkGroups / shares;
-  const int slot = int(threadIdx.y) % slots, share = int(threadIdx.y) / slots;
-  for (int first = 0; first < found; first += kFusedChannels * slots) {
+template <int kPixels, class Reader, class Write>
+__device__ inline void step_pixels(const FusedArgs& args, SharedArray<float> weights, SharedArray<float> sums, SharedArray<float> maps,
+                                   bool present, int top, int left, int found, const Reader& reader, const Write& write) {
+  const int warp = int(threadIdx.y), pixel = int(threadIdx.x) % kPixels, lane = int(threadIdx.x) / kPixels;
+  for (int first = 0; first < found; first += args.staged.channels) {
+    const int count = min(args.staged.channels, found - first);
+    const int slots = count > 4 * kFusedChannels ? 8 : count > 2 * kFusedChannels ? 4 : count > kFusedChannels ? 2 : 1;
+    const int parts = kWalkGroups / slots, slot = warp % slots, part = warp / slots, plane = args.staged.plane();
+    __syncthreads();  // the channels before, and their sums, may still be read
+    stage(args.taps, args.staged, reader, first, count, top, left, maps);
+    __syncthreads();
     float sum[kFusedChannels] = {};
-    const int from = first + slot;
-    if (present && from < found) {
-      if (from + slots < found)
-        add_rows<kFusedChannels>(taps, weights, y, x, share, shares, from, slots, found, maps, sum);
-      else
-        add_rows<1>(taps, weights, y, x, share, shares, from, slots, found, maps, sum);
-    }
-    if (shares > 1) {  // then `found` is at most the number of slots
+    if (slot + 2 * slots < count)
+      add_rows<3, kPixels>(args.taps, args.staged, weights, maps + slot * plane, part, parts, slots, sum);
+    else if (slot + slots < count)
+      add_rows<2, kPixels>(args.taps, args.staged, weights, maps + slot * plane, part, parts, slots, sum);
+    else if (slot < count)
+      add_rows<1, kPixels>(args.taps, args.staged, weights, maps + slot * plane, part, parts, slots, sum);
+#pragma unroll
+    for (int c = 0; c < kFusedChannels; ++c)
+#pragma unroll
+      for (int distance = kPixels; distance < 32; distance *= 2) sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], distance);
+    if (parts > 1) {
+      if (lane == 0)
+#pragma unroll
+        for (int c = 0; c < kFusedChannels; ++c) sums[(c * kWalkGroups + warp) * kPixels + pixel] = sum[c];
       __syncthreads();
-      sums[threadIdx.y * kWalkPixels + threadIdx.x] = sum[0];
-      __syncthreads();
-      if (share > 0) continue;
-      for (int other = 1; other < shares; ++other) sum[0] += sums[(other * slots + slot) * kWalkPixels + threadIdx.x];
+#pragma unroll
+      for (int c = 0; c < kFusedChannels; ++c)
+#pragma unroll 1
+        for (int other = 1; part == 0 && other < parts; ++other) sum[c] += sums[(c * kWalkGroups + other * slots + slot) * kPixels + pixel];
     }
 #pragma unroll
-    for (int k = 0; k < kFusedChannels; ++k)
-      if (present && from + k * slots < found) write(from + k * slots, sum[k]);
+    for (int c = 0; c < kFusedChannels; ++c)
+      if (present && part == 0 && lane == 0 && slot + c * slots < count) write(first + slot + c * slots, sum[c]);
   }
 }
 
-template <bool kSeveralSteps>
-__global__ void __launch_bounds__(kWalkThreads, fused_blocks(kSeveralSteps)) walk_fused_kernel(const __grid_constant__ FusedArgs args) {
+template <int kPixels, bool kSeveralSteps>
+__global__ void __launch_bounds__(kWalkThreads, kFusedBlocks) walk_fused_kernel(const __grid_constant__ FusedArgs args) {
   const WalkTaps& taps = args.taps;
   const View<4>&cams = args.cams, &out = args.out;
   const int channels = int(cams.size[1]);
   SharedArena arena;
-  SharedArray<float> weights = arena.take<float>(taps.count() * kWalkPixels);
-  SharedArray<float> sums = arena.take<float>(kWalkThreads);
+  SharedArray<float> weights = arena.take<float>(taps.count() * kPixels);
+  SharedArray<float> sums = arena.take<float>(kFusedChannels * kWalkGroups * kPixels);
+  SharedArray<float> staged = arena.take<float>(args.staged.channels * args.staged.plane());
   SharedArray<int> kept = arena.take<int>(channels + 1);
-  const int64_t pixel = int64_t(blockIdx.x) * kWalkPixels + threadIdx.x;
-  const int y = int(pixel / taps.width), x = int(pixel % taps.width);
-  const bool present = pixel < taps.pixels();
+  const int top = int(blockIdx.x) / args.tiles_x * (kPixels / kTileColumns), left = int(blockIdx.x) % args.tiles_x * kTileColumns;
+  const int y = top + int(threadIdx.x) % kPixels / kTileColumns, x = left + int(threadIdx.x) % kTileColumns;
+  const bool present = taps.inside(y, x);
   // With several steps there is a block for each image: all of them meet at each barrier.
   for (int64_t b = blockIdx.y; b < cams.size[0]; b += gridDim.y) {
     const int found = present_channels(args.class_mask, b, channels, kept);
-    if (args.class_mask != nullptr && present)
+    if (args.class_mask != nullptr && present && int(threadIdx.x) < kPixels)
       for (int c = threadIdx.y; c < channels; c += kWalkGroups)
         if (args.class_mask[b * channels + c] == 0)
           store_element(out.data, out.dtype, offset_of(out, b, c, y) + x * out.stride[3], 0.0f);
-    if (found > 0) fill_weights(taps, b, present, y, x, weights, sums);
-    __syncthreads();
+    if (found > 0) fill_weights<kPixels>(taps, b, present, y, x, weights, sums);
     const int64_t image = b * channels * taps.pixels();
     for (int64_t step = 0; step < (kSeveralSteps ? args.num_steps : 1); ++step) {
       const bool last = !kSeveralSteps || step + 1 == args.num_steps;
@@ -151,9 +194,11 @@ __global__ void __launch_bounds__(kWalkThreads, fused_blocks(kSeveralSteps)) wal
         if (last)
           store_element(out.data, out.dtype, offset_of(out, b, kept[c], y) + x * out.stride[3], value);
         else
-          __stcg(to + c * taps.pixels() + pixel, value);
+          __stcg(to + c * taps.pixels() + int64_t(y) * taps.width + x, value);
       };
-      auto walk = [&](const auto& maps) { step_pixels(taps, weights, sums, present, y, x, found, maps, write); };
+      auto walk = [&](const auto& reader) {
+        step_pixels<kPixels>(args, weights, sums, staged, present, top - taps.reach_y, left - taps.reach_x, found, reader, write);
+      };
       if (kSeveralSteps && step > 0)
         walk(StepReader{args.buffers[~step & 1] + image, taps.pixels(), taps.width});
       else if (cams.dtype == DType::f32)
@@ -169,14 +214,41 @@ __global__ void __launch_bounds__(kWalkThreads, fused_blocks(kSeveralSteps)) wal
 
 // ---- launching -------------------------------------------------------------------------------------------------------------------
 
-static LaunchShape fused_shape(const WalkTaps& taps, const WalkMasks& masks) {
-  LaunchShape shape;
-  shape.block = dim3(kWalkPixels, kWalkGroups);
-  shape.grid = dim3(unsigned(blocks_for(taps.pixels(), kWalkPixels)), grid_limit(taps.affinity.size[0]));
-  shape.shared_bytes = SharedArena::bytes<float>(taps.count() * kWalkPixels) + SharedArena::bytes<float>(kWalkThreads) +
-                       SharedArena::bytes<int>(masks.cams.size[1] + 1);
-  shape.cooperative = masks.num_steps > 1;
+struct FusedShape {
+  int pixels;  // of a block
+  Staged staged;
+  LaunchShape launch;
+  int64_t room, blocks;  // blocks that are on the device at a time, and all of them
+};
+
+static FusedShape fused_shape(const WalkTaps& taps, const WalkMasks& masks, int pixels, const DeviceLimits& device) {
+  const int64_t channels = masks.cams.size[1], tile_rows = pixels / kTileColumns, batch = taps.affinity.size[0];
+  FusedShape shape = {pixels, Staged(taps, pixels), LaunchShape(), 0, 0};
+  const int64_t tiles = blocks_for(taps.height, tile_rows) * blocks_for(taps.width, kTileColumns);
+  shape.blocks = tiles * batch;
+  shape.launch.block = dim3(32, kWalkGroups), shape.launch.grid = dim3(unsigned(tiles), grid_limit(batch));
+  shape.launch.cooperative = masks.num_steps > 1;
+  const int64_t fixed = SharedArena::bytes<float>(taps.count() * pixels) + SharedArena::bytes<int>(channels + 1) +
+                        SharedArena::bytes<float>(kFusedChannels * kWalkGroups * pixels);
+  // Every block has a kilobyte of the multiprocessor's shared memory besides its own.
+  const int64_t plane = 4 * shape.staged.plane(), least = fixed + SharedArena::bytes<float>(shape.staged.plane()) + 1024;
+  const int64_t blocks = std::min<int64_t>(kFusedBlocks, device.shared_bytes / least);
+  if (blocks > 0) {
+    const int64_t fit = (device.shared_bytes / blocks - 1024 - fixed - 15) / plane;
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(fit, kFusedChannels * kWalkGroups));
+    shape.staged.channels = int(blocks_for(channels, blocks_for(channels, most)));  // as many each time
+  }
+  shape.launch.shared_bytes = fixed + SharedArena::bytes<float>(shape.staged.channels * shape.staged.plane());
+  shape.room = blocks * device.multiprocessors;
   return shape;
+}
+
+// Tiles of 8 pixels if they leave no more blocks than are there at once, with one step two such rounds; else of 32.
+static FusedShape fused_shape(const WalkTaps& taps, const WalkMasks& masks, const DeviceLimits& device) {
+  const FusedShape narrow = fused_shape(taps, masks, kTileColumns, device);
+  const int64_t rounds = narrow.launch.cooperative ? 1 : 2;
+  if (narrow.blocks <= rounds * narrow.room) return narrow;
+  return fused_shape(taps, masks, kWalkPixels, device);
 }
 
 FusedPlan plan_fused(const WalkArgs& args, const WalkMasks& masks) {
@@ -184,27 +256,29 @@ FusedPlan plan_fused(const WalkArgs& args, const WalkMasks& masks) {
   const WalkTaps taps(args);
   if (masks.transpose || masks.num_steps < 1 || taps.count() > kFusedTaps || masks.cams.size[1] > 4096) return plan;
   const DeviceLimits device = device_limits();
-  const LaunchShape shape = fused_shape(taps, masks);
-  if (shape.shared_bytes > device.shared_bytes) return plan;
+  const FusedShape shape = fused_shape(taps, masks, device);
   const int64_t batch = masks.cams.size[0], maps = round_up(batch * masks.cams.size[1] * taps.pixels(), 64);
-  if (shape.cooperative) {
-    // Every block has a kilobyte of the multiprocessor's shared memory besides its own.
-    const int64_t blocks = std::min<int64_t>(fused_blocks(true), device.shared_bytes / (shape.shared_bytes + 1024));
-    if (!device.cooperative || batch > 65535 || int64_t(shape.grid.x) * batch > blocks * device.multiprocessors) return plan;
-  }
+  if (shape.room == 0 || shape.blocks / batch > 0x7fffffff) return plan;
+  const bool fits = shape.blocks <= shape.room && batch <= 65535;
+  if (shape.launch.cooperative && !(device.cooperative && fits)) return plan;
   plan.one_launch = true;
   plan.bytes = 4 * maps * std::min<int64_t>(masks.num_steps - 1, 2);
   return plan;
 }
 
 Status launch_fused(const WalkArgs& args, const WalkMasks& masks, void* workspace, void* stream) {
-  FusedArgs fused(args);
-  fused.cams = masks.cams, fused.out = masks.out, fused.class_mask = masks.class_mask, fused.num_steps = masks.num_steps;
-  const int64_t maps = round_up(masks.cams.size[0] * masks.cams.size[1] * fused.taps.pixels(), 64);
-  fused.buffers[0] = static_cast<float*>(workspace), fused.buffers[1] = fused.buffers[0] + maps;
-  const LaunchShape shape = fused_shape(fused.taps, masks);
-  if (shape.cooperative) return launch(walk_fused_kernel<true>, shape, stream, fused);
-  return launch(walk_fused_kernel<false>, shape, stream, fused);
+  const WalkTaps taps(args);
+  const FusedShape shape = fused_shape(taps, masks, device_limits());
+  const int64_t maps = round_up(masks.cams.size[0] * masks.cams.size[1] * taps.pixels(), 64);
+  float* buffer = static_cast<float*>(workspace);
+  const FusedArgs fused = {taps, masks.cams, masks.out, masks.class_mask, masks.num_steps, {buffer, buffer + maps}, shape.staged,
+                           int(blocks_for(taps.width, kTileColumns))};
+  const bool several = shape.launch.cooperative;
+  if (shape.pixels == kTileColumns)
+    return several ? launch(walk_fused_kernel<kTileColumns, true>, shape.launch, stream, fused)
+                   : launch(walk_fused_kernel<kTileColumns, false>, shape.launch, stream, fused);
+  return several ? launch(walk_fused_kernel<kWalkPixels, true>, shape.launch, stream, fused)
+                 : launch(walk_fused_kernel<kWalkPixels, false>, shape.launch, stream, fused);
 }
 
 }  // namespace afa

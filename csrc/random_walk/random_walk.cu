@@ -25,16 +25,15 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_weights_kernel(const __g
   SharedArena arena;
   SharedArray<float> sums = arena.take<float>(kWalkThreads);
   const int64_t pixel = int64_t(blockIdx.x) * kWalkPixels + threadIdx.x;
-  const int y = int(pixel / taps.width), x = int(pixel % taps.width);
+  const int y = taps.row_of(pixel), x = int(pixel - int64_t(y) * taps.width);
   const bool present = pixel < taps.pixels();
   for (int64_t b = blockIdx.y; b < taps.affinity.size[0]; b += gridDim.y) {
-    const float sum = column_sum(taps, b, present, y, x, sums);
+    float* image = weights + b * taps.count() * taps.pixels() + pixel;
+    auto keep = [&](int tap, float value) { image[tap * taps.pixels()] = value; };
+    const float sum = column_sum<kWalkPixels, 8, true>(taps, b, present, y, x, int(threadIdx.y), kWalkGroups, sums, keep);
     if (!present) continue;
-    for (int tap = threadIdx.y; tap < taps.count(); tap += kWalkGroups) {
-      const int dy = taps.dy(tap), dx = taps.dx(tap);
-      const bool inside = taps.inside(y + dy, x + dx);
-      weights[(b * taps.count() + tap) * taps.pixels() + pixel] = inside ? taps.powered(taps.at(b, dy, dx, y, x)) / sum : 0.0f;
-    }
+#pragma unroll 4
+    for (int tap = threadIdx.y; tap < taps.count(); tap += kWalkGroups) image[tap * taps.pixels()] /= sum;
   }
 }
 
@@ -55,10 +54,10 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_slopes_kernel(const __gr
   const WalkTaps& taps = args.taps;
   const View<4>&states = args.states, &grads = args.grads;
   const int64_t pixel = int64_t(blockIdx.x) * kWalkPixels + threadIdx.x;
-  const int y = int(pixel / taps.width), x = int(pixel % taps.width);
+  const int y = taps.row_of(pixel), x = int(pixel - int64_t(y) * taps.width);
   const bool present = pixel < taps.pixels();
   for (int64_t b = blockIdx.y; b < taps.affinity.size[0]; b += gridDim.y) {
-    const float total = column_sum(taps, b, present, y, x, sums);
+    const float total = column_sum<kWalkPixels, 12, false>(taps, b, present, y, x, int(threadIdx.y), kWalkGroups, sums, [](int, float) {});
     float slope_of_sum = 0;
     if (present)
       for (int tap = threadIdx.y; tap < taps.count(); tap += kWalkGroups) {
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_slopes_kernel(const __gr
         args.slopes[(b * taps.count() + tap) * taps.pixels() + pixel] = slope;
         slope_of_sum -= taps.powered(taps.at(b, dy, dx, y, x)) / total * slope;
       }
-    slope_of_sum = sum_groups(slope_of_sum, sums);
+    slope_of_sum = sum_groups<kWalkPixels>(slope_of_sum, sums);
     if (present && threadIdx.y == 0) {
       args.sums[b * taps.pixels() + pixel] = slope_of_sum;
       args.totals[b * taps.pixels() + pixel] = total;
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4) walk_gradient_kernel(const __
   const WalkTaps& taps = args.taps;
   const int64_t pixel = int64_t(blockIdx.x) * kWalkThreads + threadIdx.x;
   if (pixel >= taps.pixels()) return;
-  const int y = int(pixel / taps.width), x = int(pixel % taps.width), side = 2 * taps.radius + 1;
+  const int y = taps.row_of(pixel), x = int(pixel - int64_t(y) * taps.width), side = 2 * taps.radius + 1;
   const int64_t planes = args.out.size[0] * args.out.size[1];
   for (int64_t plane = blockIdx.y; plane < planes; plane += gridDim.y) {
     const int64_t b = plane / args.out.size[1];

@@ -90,8 +90,8 @@ def test_index_arithmetic_beyond_32_bits(rng, emulator):
     want = affinity_from_maps(maps[..., -end:, -end:].clone(), *head, 1, end, 0, backend="reference")
     height, width = 40_000, 60_000
     affinity, cams, out = (reserved(1, 1, height, width) for _ in range(3))
-    affinity[0, 0, -1, -32:], cams[0, 0, -1, -32:] = (torch.rand(32, generator=rng) for _ in range(2))
-    walked = affinity[0, 0, -1, -32:] ** 2 / (affinity[0, 0, -1, -32:] ** 2 + 0.1) * cams[0, 0, -1, -32:]
+    affinity[0, 0, -1, -end:], cams[0, 0, -1, -end:] = (torch.rand(end, generator=rng) for _ in range(2))
+    walked = affinity[0, 0, -1, -end:] ** 2 / (affinity[0, 0, -1, -end:] ** 2 + 0.1) * cams[0, 0, -1, -end:]
     emulator.set_blocks(-1, 1)
     try:
         native.affinity_from_maps_cuda(view(maps), *map(view, head), (1, pixels, 0), view(window), 0, 0)
@@ -100,10 +100,10 @@ def test_index_arithmetic_beyond_32_bits(rng, emulator):
             emulator.set_device(shared_bytes=shared)
             size = native.random_walk_cuda_workspace(view(affinity), view(cams), 0, 1, False, 0)
             assert size >= least
-            scratch, out[0, 0, -1, -32:] = reserved(size // 4 + 1), float("nan")
+            scratch, out[0, 0, -1, -end:] = reserved(size // 4 + 1), float("nan")
             options = 0, 2.0, 0.1, 0, 1, False, (scratch.data_ptr(), scratch.nbytes), 0, 0
             native.random_walk_cuda(view(affinity), view(cams), view(out), *options)
-            torch.testing.assert_close(out[0, 0, -1, -32:], walked)
+            torch.testing.assert_close(out[0, 0, -1, -end:], walked)
     finally:
         emulator.set_blocks()
         emulator.set_device()
