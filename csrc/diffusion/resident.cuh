@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
   ImageTile tile;
   tile.y = int(blockIdx.y) * plan.tile_h, tile.x = int(blockIdx.x) * plan.tile_w;
   tile.height = min(plan.tile_h, height - tile.y), tile.width = min(plan.tile_w, width - tile.x);
-  float* const buffer = args.buffers + int64_t(slot) * channels * plane;
+  auto buffer = [&](int which) { return args.buffers + which * args.buffer_size + int64_t(slot) * channels * plane; };
   const TileReader reader(args, tile);
-  int now = 0;  // the buffer that is read
+  int turn = 0;  // twice the iterations that are left, and the buffer that is read: in one register
 
   const int batch = int(args.masks.size[0]);
   for (tile.b = slot; tile.b - slot < batch; tile.b += plan.images) {
@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
       found = present_channels(args.class_mask, tile.b, channels, present);
       clear_absent(args, tile, channels);
       // The other buffer may still be read, by blocks that are at the last images' last iteration.
-      begin_masks(args, tile, present, found, buffer + now * args.buffer_size, plane);
+      begin_masks(args, tile, present, found, buffer(turn), plane);
       if (found > 0) source.template fill<Word, kHeld>(args, tile, weights, held, pixels);
     }
-    for (int left = args.num_iter; left > 0; --left, now ^= 1) {
-      const bool last = left == 1;
+    for (turn += 2 * args.num_iter; turn >= 2; turn = (turn - 2) ^ 1) {
+      const bool last = turn < 4;
       cooperative_groups::this_grid().sync();  // what the neighbours wrote is there
-      const float* from = buffer + now * args.buffer_size;
-      float* to = buffer + (now ^ 1) * args.buffer_size;
+      const float* from = buffer(turn & 1);
+      float* to = buffer(~turn & 1);
       // Two groups of copies for each group of channels, empty ones behind the last.
       auto copy = [&](int group) {
         const int begin = group * plan.channels, count = min(plan.channels, found - begin);
@@ -189,7 +189,7 @@ Status launch_resident(const DiffusionArgs& args, const ResidentPlan& plan, cons
   ResidentArgs resident = {};
   resident.masks = args.masks, resident.out = args.out, resident.class_mask = args.class_mask;
   resident.buffers = static_cast<float*>(workspace), resident.buffer_size = resident_workspace(args, plan) / 8;
-  resident.row = int(resident_row(args)), resident.num_iter = int(std::min<int64_t>(args.num_iter, 1 << 30)), resident.taps = int(args.taps);
+  resident.row = int(resident_row(args)), resident.num_iter = int(std::min<int64_t>(args.num_iter, 1 << 29)), resident.taps = int(args.taps);
   resident.zero_border = args.border == Border::zero, resident.plan = plan;
   for (int64_t t = 0; t < args.taps; ++t)
     resident.offset[t] = 4 * (clamp_to(args.offsets[2 * t], -plan.reach_y, plan.reach_y) * plan.pitch +

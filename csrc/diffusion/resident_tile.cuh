@@ -145,23 +145,28 @@ __device__ inline void load_tile(const ResidentPlan& plan, const ImageTile& tile
 class TileReader {
  public:
   __device__ TileReader(const ResidentArgs& args, const ImageTile& tile) : args_(args), tile_(tile) {
-    first_row_ = int(threadIdx.x) / args.plan.copy_lanes, first_vector_ = int(threadIdx.x) - first_row_ * args.plan.copy_lanes;
-    if (first_row_ >= args.plan.copy_rows) first_row_ = args.plan.rows;  // no whole row of threads is left for it
+    const int row = int(threadIdx.x) / args.plan.copy_lanes, vector = int(threadIdx.x) - row * args.plan.copy_lanes;
+    // All rows, where no whole row of threads is left. Both in one register: they are kept for the whole launch.
+    first_ = (row >= args.plan.copy_rows ? args.plan.rows : row) << 16 | vector;
   }
   // Asks for copies of `count` planes from `from` on.
   template <int kNear>
   __device__ __forceinline__ void copy(const float* from, int count, SharedArray<float> pixels) const {
     const ResidentPlan& plan = args_.plan;
-    const int top = tile_.y - plan.reach_y, left = tile_.x - plan.reach_x;
-    for (int c = 0; c < count; ++c) {
-      visit<kNear>([&](int vector, int row) {
-        const int x = left + 4 * vector, y = clamp_to(top + row, 0, height() - 1);
-        if (x < 0 || x >= width()) return;
-        const int valid = args_.zero_border && y != top + row ? 0 : 16;
-        copy_async_16<float>(pixels + (row * plan.pitch + 4 * vector), from + (y * args_.row + x), valid);
-      });
-      from += height() * args_.row, pixels = pixels + plan.rows * plan.pitch;
-    }
+    const int top = tile_.y - plan.reach_y, left = tile_.x - plan.reach_x, plane = height() * args_.row;
+    visit<kNear>([&](int vector, int row) {
+      const int x = left + 4 * vector, y = clamp_to(top + row, 0, height() - 1);
+      if (x < 0 || x >= width()) return;
+      const int valid = args_.zero_border && y != top + row ? 0 : 16;
+      const float* line = from + (y * args_.row + x);
+      SharedArray<float> to = pixels + (row * plan.pitch + 4 * vector);
+#pragma unroll
+      for (int c = 0; c < kResidentChannels; ++c) {
+        if (c >= count) break;
+        copy_async_16<float>(to, line, valid);
+        line += plane, to = to + plan.rows * plan.pitch;
+      }
+    });
   }
   // Once they are there: the columns outside the image. The whole block calls this.
   template <int kNear>
@@ -191,10 +196,10 @@ class TileReader {
   template <int kNear, class Use>
   __device__ __forceinline__ void visit(Use use) const {
     const ResidentPlan& plan = args_.plan;
-    for (int vector = first_vector_; vector < plan.vectors; vector += plan.copy_lanes) {
+    for (int vector = first_ & 0xffff; vector < plan.vectors; vector += plan.copy_lanes) {
       const bool column_near = kNear >= 0 && vector >= plan.near_vector && vector < plan.vectors - plan.near_vector;
       if (kNear == 1 && !column_near) continue;
-      for (int row = first_row_; row < plan.rows; row += plan.copy_rows) {
+      for (int row = first_ >> 16; row < plan.rows; row += plan.copy_rows) {
         const bool near = column_near && row >= plan.near_row && row < plan.rows - plan.near_row;
         if (kNear < 0 || near == (kNear == 1)) use(vector, row);
       }
@@ -202,7 +207,7 @@ class TileReader {
   }
   const ResidentArgs& args_;
   const ImageTile& tile_;
-  int first_row_, first_vector_;
+  int first_;
 };
 
 // ---- the sum over the taps -----------------------------------------------------------------------------------------------
