@@ -339,13 +339,13 @@ def sinkhorn() -> str:
     parts = [
         *image(16, 20),
         area(3, 3, 13, 9, HALO),
-        area(6, 7, 8, 1, TILE),
-        text(20, 298, "32 pixels, 8 threads each; a launch for each half step", 12),
+        area(9, 7, 2, 1, TILE),
+        text(20, 298, "8 pixels, 32 threads each; a launch for each half step", 12),
     ]
     parts += layers(
         [
-            ("registers", "an eighth of a pixel's products A c or A r, four loads", "under way, sums in double"),
-            ("shared memory", "the 8 parts of each sum, added in a fixed order"),
+            ("registers", "a 32nd of a pixel's products A c or A r, ten loads", "of each under way, sums in double"),
+            ("shared memory", "the parts of each sum, added in a fixed order"),
             ("L2", "the window, read 2 num_iter + 1 times if it has a few MB"),
             (
                 "memory",

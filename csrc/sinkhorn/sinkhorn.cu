@@ -1,10 +1,10 @@
 // Sinkhorn normalisation on a GPU, and its gradient; the formulas are in sinkhorn.h.
 //
 // Data flow: one launch for every half step, which is as far as sums reach before all pixels need them. A block of
-// sinkhorn_sum_kernel has 32 neighbouring pixels, and 8 threads for each of them share its taps, four loads under way at a time; they add
-// up what points at the pixel, or what it points at, in a fixed order, and renew its factor in place of the result tensor, or leave its u
-// or v in the workspace. Then sinkhorn_write_kernel and sinkhorn_gradient_kernel write the window: a thread has a pixel and the taps of
-// one dy, whose neighbours' factors come from L1.
+// sinkhorn_sum_kernel has 8 neighbouring pixels, and 32 threads for each of them share its taps, ten loads of each kind under way at a
+// time: all of a radius of 8 together, on as many multiprocessors as a small grid allows. They add up what points at the pixel, or what
+// it points at, in a fixed order, and renew its factor in place of the result tensor, or leave its u or v in the workspace. Then
+// sinkhorn_write_kernel and sinkhorn_gradient_kernel write the window: a thread has a pixel and a tap, and the factors come from L1.
 // Floor: the window read 2 * num_iter + 1 times and written once; a window of a few MB comes from L2 but for the first time. Bound: the
 // latency of loads and of launches; on devices with few units for double, a conversion and a multiply-add in double for every product.
 // Occupancy: sinkhorn_sum_kernel 256 x 2, sinkhorn_write_kernel 128 x 8, sinkhorn_gradient_kernel 128 x 8 (threads x blocks a
@@ -14,8 +14,8 @@
 
 namespace afa {
 
-constexpr int kSinkhornPixels = 32, kSinkhornGroups = 8, kSinkhornThreads = kSinkhornPixels * kSinkhornGroups;
-constexpr int kSinkhornWriters = 128, kSinkhornBatch = 4;
+constexpr int kSinkhornPixels = 8, kSinkhornGroups = 32, kSinkhornThreads = kSinkhornPixels * kSinkhornGroups;
+constexpr int kSinkhornWriters = 128, kSinkhornWarps = kSinkhornThreads / 32;
 
 // The taps of the window that reach from some pixel of the image to another, row-major.
 struct SinkhornTaps {
@@ -27,28 +27,15 @@ struct SinkhornTaps {
     reach_y = radius < height ? radius : height - 1, reach_x = radius < width ? radius : width - 1;
   }
   __host__ __device__ int64_t pixels() const { return int64_t(height) * width; }
-  __device__ bool inside(int y, int x) const { return y >= 0 && y < height && x >= 0 && x < width; }
+  // Of a pixel; in 32 bits where they hold it, for 64-bit divisions are long.
+  __device__ int row_of(int64_t pixel) const {
+    return pixel <= 0x7fffffff ? int(unsigned(pixel) / unsigned(width)) : int(pixel / width);
+  }
+  // Without branches.
+  __device__ bool inside(int y, int x) const { return (unsigned(y) < unsigned(height)) & (unsigned(x) < unsigned(width)); }
   // Where A of pixel (y, x) towards (y + dy, x + dx) is.
   __device__ int64_t at(const View<4>& view, int64_t b, int dy, int dx, int y, int x) const {
     return offset_of(view, b, int64_t(dy + radius) * (2 * radius + 1) + dx + radius, y) + x * view.stride[3];
-  }
-};
-
-// Several elements, so that their loads are under way together; 0 for those that are not there.
-struct SinkhornBatch {
-  int64_t at[kSinkhornBatch];
-  bool there[kSinkhornBatch];
-  template <class T>
-  __device__ void load_as(const void* data, float* values) const {
-#pragma unroll
-    for (int i = 0; i < kSinkhornBatch; ++i) values[i] = there[i] ? to_float(static_cast<const T*>(data)[at[i]]) : 0.0f;
-  }
-  __device__ void load(const View<4>& view, float* values) const {
-    switch (view.dtype) {
-      case DType::f16: return load_as<__half>(view.data, values);
-      case DType::bf16: return load_as<__nv_bfloat16>(view.data, values);
-      default: return load_as<float>(view.data, values);
-    }
   }
 };
 
@@ -62,15 +49,6 @@ struct SinkhornVector {
   double* data = nullptr;
   int64_t image = 0;
   __device__ double at(int64_t b, int64_t pixel, double otherwise) const { return data ? data[b * image + pixel] : otherwise; }
-  // Those of several pixels, 0 where they are not there.
-  __device__ void load(int64_t b, const int64_t* pixels, const bool* there, double otherwise, double* values) const {
-#pragma unroll
-    for (int n = 0; n < kSinkhornBatch; ++n) values[n] = there[n] ? otherwise : 0;
-    if (data == nullptr) return;
-#pragma unroll
-    for (int n = 0; n < kSinkhornBatch; ++n)
-      if (there[n]) values[n] = data[b * image + pixels[n]];
-  }
 };
 
 // One half step: forward 1 / (sum + eps / scale), backward -scale^2 sum + eps later.
@@ -85,38 +63,55 @@ struct SinkhornStep {
 };
 
 // What this thread's taps bring to the sum over a row, A_ij f_j, or over a column, A_ij f_i. kWith: f is not the vector alone, but that
-// and G_ij times another.
-template <bool kWith>
+// and G_ij times another. A batch of taps is loaded before the first is used; rows and columns are counted, and places move on by what one
+// tap is from the next: divisions and products would cost more than the tap.
+template <class T, bool kWith>
 __device__ double sum_sinkhorn_taps(const SinkhornStep& step, int64_t b, int y, int x) {
+  constexpr int kBatch = kWith ? 4 : 10;
   const SinkhornTaps& taps = step.taps;
-  const int sign = step.columns ? -1 : 1, side = 2 * taps.reach_x + 1;
-  int dy = -taps.reach_y, dx = int(threadIdx.y) - taps.reach_x;
+  const View<4>& view = step.affinity;
+  const int sign = step.columns ? -1 : 1, side = 2 * taps.reach_x + 1, whole = 2 * taps.radius + 1;
+  const int down = kSinkhornGroups / side, right = kSinkhornGroups % side;  // the next tap, or that and a row down and `side` back
+  int dy = int(threadIdx.y) / side - taps.reach_y, dx = int(threadIdx.y) % side - taps.reach_x;
+  int64_t next = (int64_t(down) * whole + right) * view.stride[1], wrap = int64_t(whole - side) * view.stride[1];
+  if (step.columns) {
+    next -= down * view.stride[2] + right * view.stride[3];
+    wrap -= view.stride[2] - side * view.stride[3];
+  }
+  const T* from = static_cast<const T*>(view.data) +
+                  (step.columns ? taps.at(view, b, dy, dx, y - dy, x - dx) : taps.at(view, b, dy, dx, y, x));
+  int64_t near = int64_t(y + sign * dy) * taps.width + x + sign * dx;
+  const int64_t next_near = sign * (int64_t(down) * taps.width + right), wrap_near = sign * int64_t(taps.width - side);
+  const bool weighed = step.vector.data != nullptr, grad_weighed = step.grad_vector.data != nullptr;
+  const double* vector = weighed ? step.vector.data + b * step.vector.image : nullptr;
+  const double* grad_vector = grad_weighed ? step.grad_vector.data + b * step.grad_vector.image : nullptr;
   double sum = 0;
   while (dy <= taps.reach_y) {
-    SinkhornBatch own, slope, back;
-    int64_t near[kSinkhornBatch];
+    T own[kBatch] = {};
+    float grad[kBatch] = {}, back[kBatch] = {};
+    double factor[kBatch], of_grad[kBatch];
 #pragma unroll
-    for (int n = 0; n < kSinkhornBatch; ++n, dx += kSinkhornGroups) {
-      while (dx > taps.reach_x) dx -= side, ++dy;
+    for (int n = 0; n < kBatch; ++n) {
       const int near_y = y + sign * dy, near_x = x + sign * dx;
-      const int from_y = step.columns ? near_y : y, from_x = step.columns ? near_x : x;
-      own.there[n] = slope.there[n] = dy <= taps.reach_y && taps.inside(near_y, near_x);
-      back.there[n] = own.there[n] && step.symmetric;
-      near[n] = int64_t(near_y) * taps.width + near_x;
-      own.at[n] = taps.at(step.affinity, b, dy, dx, from_y, from_x);
-      if (kWith) slope.at[n] = taps.at(step.grad, b, dy, dx, from_y, from_x);
-      if (kWith) back.at[n] = taps.at(step.grad, b, -dy, -dx, from_y + dy, from_x + dx);
+      const bool there = (dy <= taps.reach_y) & taps.inside(near_y, near_x);
+      factor[n] = there & !weighed & !kWith ? 1 : 0, of_grad[n] = there ? 1 : 0;
+      if (there) own[n] = *from;
+      if (there & weighed) factor[n] = vector[near];
+      if (kWith) {
+        const int from_y = step.columns ? near_y : y, from_x = step.columns ? near_x : x;
+        if (there) grad[n] = load_element(step.grad.data, step.grad.dtype, taps.at(step.grad, b, dy, dx, from_y, from_x));
+        if (there & step.symmetric)
+          back[n] = load_element(step.grad.data, step.grad.dtype, taps.at(step.grad, b, -dy, -dx, from_y + dy, from_x + dx));
+        if (there & grad_weighed) of_grad[n] = grad_vector[near];
+      }
+      dy += down, dx += right, from += next, near += next_near;
+      const bool wraps = dx > taps.reach_x;
+      dy += wraps, dx -= wraps ? side : 0, from += wraps ? wrap : 0, near += wraps ? wrap_near : 0;
     }
-    float a[kSinkhornBatch], g[kSinkhornBatch], other[kSinkhornBatch];
-    double factor[kSinkhornBatch], of_grad[kSinkhornBatch];
-    own.load(step.affinity, a);
-    if (kWith) slope.load(step.grad, g), back.load(step.grad, other);
-    step.vector.load(b, near, own.there, kWith ? 0 : 1, factor);
-    if (kWith) step.grad_vector.load(b, near, own.there, 1, of_grad);
 #pragma unroll
-    for (int n = 0; n < kSinkhornBatch; ++n) {
-      if (kWith) factor[n] += average_sinkhorn(g[n], other[n], step.symmetric) * of_grad[n];
-      sum += double(a[n]) * factor[n];
+    for (int n = 0; n < kBatch; ++n) {
+      if (kWith) factor[n] += average_sinkhorn(grad[n], back[n], step.symmetric) * of_grad[n];
+      sum += double(to_float(own[n])) * factor[n];
     }
   }
   return sum;
@@ -125,18 +120,31 @@ __device__ double sum_sinkhorn_taps(const SinkhornStep& step, int64_t b, int y, 
 template <bool kWith>
 __global__ void __launch_bounds__(kSinkhornThreads, 2) sinkhorn_sum_kernel(const __grid_constant__ SinkhornStep step) {
   SharedArena arena;
-  SharedArray<double> sums = arena.take<double>(kSinkhornThreads);
+  SharedArray<double> sums = arena.take<double>(kSinkhornWarps * kSinkhornPixels);
   const SinkhornTaps& taps = step.taps;
   const int64_t pixel = int64_t(blockIdx.x) * kSinkhornPixels + threadIdx.x;
-  const int y = int(pixel / taps.width), x = int(pixel % taps.width);
+  const int y = taps.row_of(pixel), x = int(pixel - int64_t(y) * taps.width);
   const bool present = pixel < taps.pixels();
   for (int64_t b = blockIdx.y; b < taps.images; b += gridDim.y) {
+    double part = 0;
+    if (present) {
+      switch (step.affinity.dtype) {
+        case DType::f16: part = sum_sinkhorn_taps<__half, kWith>(step, b, y, x); break;
+        case DType::bf16: part = sum_sinkhorn_taps<__nv_bfloat16, kWith>(step, b, y, x); break;
+        default: part = sum_sinkhorn_taps<float, kWith>(step, b, y, x);
+      }
+    }
+    // A warp has four threads of each pixel.
+#pragma unroll
+    for (int distance = kSinkhornPixels; distance < 32; distance *= 2) part += __shfl_xor_sync(0xffffffffu, part, distance);
     __syncthreads();  // the sums of the image before may still be read
-    sums[threadIdx.y * kSinkhornPixels + threadIdx.x] = present ? sum_sinkhorn_taps<kWith>(step, b, y, x) : 0.0;
+    if (threadIdx.y % (kSinkhornGroups / kSinkhornWarps) == 0)
+      sums[threadIdx.y / (kSinkhornGroups / kSinkhornWarps) * kSinkhornPixels + threadIdx.x] = part;
     __syncthreads();
     if (!present || threadIdx.y > 0) continue;
     double sum = 0;
-    for (int group = 0; group < kSinkhornGroups; ++group) sum += sums[group * kSinkhornPixels + threadIdx.x];
+#pragma unroll
+    for (int warp = 0; warp < kSinkhornWarps; ++warp) sum += sums[warp * kSinkhornPixels + threadIdx.x];
     const double scale = step.scale.at(b, pixel, 1);
     double out = renewed_scale(sum, scale, step.eps);
     if (step.backward) out = -(scale * sum) * scale + (step.eps > 0 ? step.eps * step.later.at(b, pixel, 0) : 0.0);
@@ -156,22 +164,20 @@ struct SinkhornWriteArgs {
   int64_t steps = 0;
 };
 
-// Stores value(b, dy, dx, y, x, own pixel, the one at the other end) for the pixel and the row of taps that are this thread's, and 0 where a tap
+// Stores value(b, dy, dx, y, x, own pixel, the one at the other end) for the pixel and the tap that are this thread's, and 0 where the tap
 // leaves the image.
 template <class Value>
 __device__ void write_sinkhorn(const SinkhornWriteArgs& args, const Value& value) {
   const SinkhornTaps& taps = args.taps;
   const int64_t pixel = int64_t(blockIdx.x) * kSinkhornWriters + threadIdx.x;
   if (pixel >= taps.pixels()) return;
-  const int y = int(pixel / taps.width), x = int(pixel % taps.width), side = 2 * taps.radius + 1;
-  for (int64_t part = blockIdx.y; part < taps.images * side; part += gridDim.y) {
-    const int64_t b = part / side;
-    const int dy = int(part % side) - taps.radius;
-    for (int dx = -taps.radius; dx <= taps.radius; ++dx) {
+  const int y = taps.row_of(pixel), x = int(pixel - int64_t(y) * taps.width), side = 2 * taps.radius + 1;
+  for (int64_t b = blockIdx.z; b < taps.images; b += gridDim.z)
+    for (int tap = int(blockIdx.y); tap < side * side; tap += int(gridDim.y)) {
+      const int dy = tap / side - taps.radius, dx = tap % side - taps.radius;
       const float result = taps.inside(y + dy, x + dx) ? value(b, dy, dx, y, x, pixel, pixel + int64_t(dy) * taps.width + dx) : 0.0f;
       store_element(args.out.data, args.out.dtype, taps.at(args.out, b, dy, dx, y, x), result);
     }
-  }
 }
 
 __global__ void __launch_bounds__(kSinkhornWriters, 8) sinkhorn_write_kernel(const __grid_constant__ SinkhornWriteArgs args) {
@@ -233,7 +239,7 @@ static Status launch_step(const SinkhornStep& step, void* stream) {
   LaunchShape shape;
   shape.block = dim3(kSinkhornPixels, kSinkhornGroups);
   shape.grid = dim3(unsigned(blocks_for(step.taps.pixels(), kSinkhornPixels)), grid_limit(step.taps.images));
-  shape.shared_bytes = SharedArena::bytes<double>(kSinkhornThreads);
+  shape.shared_bytes = SharedArena::bytes<double>(kSinkhornWarps * kSinkhornPixels);
   return launch(sinkhorn_sum_kernel<kWith>, shape, stream, step);
 }
 
@@ -243,7 +249,8 @@ static Status launch_writing(void (*kernel)(SinkhornWriteArgs), const SinkhornAr
   write.c = vector_of(args, scales, write.steps - 2), write.r = vector_of(args, scales, write.steps - 1);
   LaunchShape shape;
   shape.block = dim3(kSinkhornWriters);
-  shape.grid = dim3(unsigned(blocks_for(write.taps.pixels(), kSinkhornWriters)), grid_limit(write.taps.images * (2 * args.radius + 1)));
+  shape.grid = dim3(unsigned(blocks_for(write.taps.pixels(), kSinkhornWriters)),
+                    grid_limit((2 * args.radius + 1) * (2 * args.radius + 1)), grid_limit(write.taps.images));
   return launch(kernel, shape, stream, write);
 }
 

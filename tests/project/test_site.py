@@ -174,7 +174,7 @@ NUMBERS = {
     "path_affinity/path_affinity.cu": ("kPathW = 32, kPathRows = 8, kPathH = 2 * kPathRows",),
     "feature_affinity/feature_tiles.cuh": ("kTileRows = 4, kTileColumns = 32, kPixels = 4, kRun = 9",),
     "feature_affinity/feature_affinity.cu": ("kChannels = 16",),
-    "sinkhorn/sinkhorn.cu": ("kSinkhornPixels = 32, kSinkhornGroups = 8",),
+    "sinkhorn/sinkhorn.cu": ("kSinkhornPixels = 8, kSinkhornGroups = 32",),
 }
 
 
