@@ -261,6 +261,14 @@ def test_wrong_index_and_unwritten_element_show_in_the_result(emulator):
     assert not faulty(emulator, "global_overrun")[0][64:].isnan().all()
 
 
+def test_copy_under_way_is_no_number_until_it_is_waited_for(emulator):
+    want = torch.arange(64).add(1.0)
+    want[60:] = 0
+    assert torch.equal(faulty(emulator, "copied")[0][:64], want)
+    early = faulty(emulator, "missing_wait")[0][:64]
+    assert torch.equal(early[:32], want[:32]) and early[32:].isnan().all()
+
+
 def test_one_build_fuses_products_and_the_other_does_not(either):
     """Where both are tried they are loaded side by side, each as itself."""
     fuses = "contracted" in build.kinds() and either is build.load("contracted")

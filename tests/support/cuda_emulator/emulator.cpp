@@ -233,6 +233,21 @@ unsigned live_lanes() {
     if (warp[lane].wait != Wait::gone) mask |= 1u << lane;
   return mask;
 }
+void copy_later(const Copy& copy) {
+  if (copy.bytes < 0 || copy.bytes > 16) fail("a copy of more than 16 bytes", current->place);
+  if (reinterpret_cast<uintptr_t>(copy.to) % 16 != 0 || (copy.bytes > 0 && reinterpret_cast<uintptr_t>(copy.from) % 16 != 0))
+    fail("a copy between addresses that are no multiples of 16", current->place);
+  if (current->copies_asked - current->copies_taken >= 64) fail("more than 64 copies under way", current->place);
+  current->copies[current->copies_asked++ % 64] = copy;
+}
+void commit_copies() { current->groups_end[current->groups++ % 32] = current->copies_asked; }
+bool take_copy(unsigned left, Copy* copy) {
+  if (current->groups <= left) return false;
+  if (int(current->groups_end[(current->groups - 1 - left) % 32] - current->copies_taken) <= 0) return false;
+  *copy = current->copies[current->copies_taken++ % 64];
+  return true;
+}
+
 unsigned char* shared_begin() { return current->block->shared.data(); }
 int64_t shared_size() { return running->shared_bytes; }
 

@@ -4,6 +4,7 @@
 //   divergent barriers   threads of a block at different barriers, or some at one and others gone: the launch fails
 //   races                the order of threads and blocks is a setting; a kernel that lacks a barrier differs between orders.
 //                        Built for it, ThreadSanitizer sees a race whatever the order and the numbers (races.h)
+//   copies under way     (async_copy.cuh) arrive when they are waited for, not before; until then NaN is there
 //   shared memory        every access through SharedArena's arrays is checked; fresh shared memory holds NaN; a red zone
 //                        behind it is looked at when the block ends
 //   limits               more shared memory than asked for or than the device has, too many threads, a cooperative grid that
@@ -60,6 +61,13 @@ struct Launch {
 
 enum class Wait { nothing, block, warp, grid, gone };
 
+// Of 16 bytes to shared memory, the first `bytes` of them from global memory.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Block;
 struct Thread {
   Dim3 index;
@@ -76,6 +84,9 @@ struct Thread {
   void* fake_stack = nullptr;    // AddressSanitizer's
   void* fiber = nullptr;         // ThreadSanitizer's
   unsigned warp_barriers = 0;    // passed
+  Copy copies[64];               // under way, in a ring
+  unsigned copies_asked = 0, copies_taken = 0;
+  unsigned groups_end[32] = {}, groups = 0;  // copies asked for when a group was closed, in a ring; and groups closed
 };
 
 struct Block {
@@ -110,6 +121,10 @@ void warp_barrier(unsigned mask, Place place);
 void order_atomic(void* at);  // what came before an atomic is ordered before what follows a later one
 const uint64_t* warp_exchange(unsigned mask, uint64_t value, Place place);
 unsigned live_lanes();
+
+void copy_later(const Copy& copy);
+void commit_copies();
+bool take_copy(unsigned left, Copy* copy);  // the oldest, if it belongs to a group other than the last `left`
 [[noreturn]] void fail(const std::string& what, Place place);
 
 // Where the current block's shared memory begins, and how much there is.

@@ -1,7 +1,7 @@
 // Kernels with one fault each: the emulator must complain of every one of them. `sound` is the same work without a fault.
 #include <string>
 
-#include "common/cuda_common.cuh"
+#include "common/async_copy.cuh"
 
 namespace afa {
 
@@ -42,6 +42,23 @@ __global__ void across_blocks(float* out) {
   out[blockIdx.x * 16 + threadIdx.x] += neighbour;
 }
 
+// out[i] = i + 1, and 0 from 60 on, through shared memory in two copies a thread, the second of half its bytes or none.
+template <int kLeft>
+__global__ void copied(float* out) {
+  SharedArena arena;
+  SharedArray<float> numbers = arena.take<float>(64);
+  const int i = threadIdx.x;
+  out[i] = float(i);
+  __syncthreads();
+  if (i < 8) copy_async_16(numbers + 4 * i, out + 4 * i, 16);
+  commit_copies();
+  if (i < 8) copy_async_16(numbers + 32 + 4 * i, out + 32 + 4 * i, i == 7 ? 0 : i == 6 ? 8 : 16);
+  commit_copies();
+  wait_copies<kLeft>();
+  __syncthreads();
+  out[i] = i < 60 ? numbers[i] + (i < 58 ? 1.0f : float(i + 1)) : numbers[i];
+}
+
 // A product less its own rounding: 0, unless the compiler fuses it into the difference.
 template <bool kSpelledOut>
 __global__ void rounding(float* out) {
@@ -59,6 +76,8 @@ static Status run(const std::string& name, float* out) {
                                      faulty<5>, faulty<6>, faulty<7>, faulty<8>, faulty<9>};
   for (int i = 0; i < 10; ++i)
     if (name == names[i]) return launch(kernels[i], shape, nullptr, out);
+  if (name == "copied") return launch(copied<0>, shape, nullptr, out);
+  if (name == "missing_wait") return launch(copied<1>, shape, nullptr, out);
   if (name == "fused") return launch(rounding<false>, shape, nullptr, out);
   if (name == "spelled_out") return launch(rounding<true>, shape, nullptr, out);
   if (name == "too_much_shared") {
