@@ -17,28 +17,35 @@ namespace afa {
 
 // ---- what becomes of them ------------------------------------------------------------------------------------------------
 
-// One score of a pair: where it belongs and what its labels say.
+// One score of a pair: whether it is within the radius, and where it belongs.
 struct ScorePlace {
-  bool near, counts, same;
+  bool near;
   int64_t pixel, other;
   int tap, back;  // channel of the window, and of the mirror image
 };
-template <bool kTensor, bool kLabels>
-__device__ inline ScorePlace score_place(const PairArgs& args, const TilePlace& place, const TilePlace& other, SharedArray<int> labels,
-                                         int e) {
+template <bool kTensor>
+__device__ __forceinline__ ScorePlace score_place(const PairArgs& args, const TilePlace& place, const TilePlace& other, unsigned thread, int e) {
   const PairGrid& grid = args.grid;
-  const int i = ResultPlace<kTensor>::row(e), j = ResultPlace<kTensor>::column(e);
+  const int i = ResultPlace<kTensor>::row(thread, e), j = ResultPlace<kTensor>::column(thread, e);
   const int dy = other.row(j) - place.row(i), dx = other.column(j) - place.column(i), centre = args.side / 2;
   ScorePlace at;
   at.near = abs(dy) <= grid.radius && abs(dx) <= grid.radius && place.inside(grid, i) && other.inside(grid, j);
   at.pixel = place.pixel(grid, i), at.other = other.pixel(grid, j);
   at.tap = (centre + dy) * args.side + centre + dx, at.back = (centre - dy) * args.side + centre - dx;
-  at.counts = at.same = false;
-  if (kLabels) {
-    const int own = labels[i], theirs = labels[kTilePixels + j];
-    at.counts = at.near && own >= 0 && theirs >= 0, at.same = at.counts && own == theirs;
-  }
   return at;
+}
+// What its labels say; they are -1 outside the image.
+struct ScoreLabels {
+  bool same, different;
+};
+template <bool kTensor>
+__device__ __forceinline__ ScoreLabels score_labels(const PairArgs& args, const TilePlace& place, const TilePlace& other,
+                                                    SharedArray<int> labels, unsigned thread, int e) {
+  const int i = ResultPlace<kTensor>::row(thread, e), j = ResultPlace<kTensor>::column(thread, e), radius = args.grid.radius;
+  const bool near = abs(other.row(j) - place.row(i)) <= radius && abs(other.column(j) - place.column(i)) <= radius;
+  const int own = labels[i], theirs = labels[kTilePixels + j];
+  const bool counts = near && (own | theirs) >= 0;
+  return {counts && own == theirs, counts && own != theirs};
 }
 
 // The last block turns the shares, read in order, into the loss.
@@ -59,44 +66,62 @@ __device__ inline void finish_loss(const PairArgs& args, SharedArena& arena) {
 }
 
 __device__ inline void keep_share(const PairArgs& args, int64_t pair, bool mirrored, float same, float different, int same_count,
-                                  int different_count, SharedArray<float> scratch, SharedArray<int> counts) {
+                                  int different_count, SharedArray<float> scratch) {
+  constexpr int kWarps = kPairThreads / 32;
+  int counts = same_count | different_count << 16;  // of at most 4096
+  for (int distance = 16; distance > 0; distance /= 2) {
+    same += __shfl_xor_sync(0xffffffffu, same, distance), different += __shfl_xor_sync(0xffffffffu, different, distance);
+    counts += __shfl_xor_sync(0xffffffffu, counts, distance);
+  }
+  if (threadIdx.x % 32 == 0) {
+    const int warp = threadIdx.x / 32;
+    scratch[warp] = same, scratch[kWarps + warp] = different, scratch[2 * kWarps + warp] = __int_as_float(counts);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  same = different = 0, counts = 0;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    same += scratch[warp], different += scratch[kWarps + warp];
+    counts += __float_as_int(scratch[2 * kWarps + warp]);
+  }
   const int weight = mirrored ? 2 : 1;  // a pair of two tiles stands for both orders
-  same = block_sum(same, scratch), different = block_sum(different, scratch);
-  same_count = block_sum(same_count, counts), different_count = block_sum(different_count, counts);
-  if (threadIdx.x == 0)
-    args.shares[pair] = make_float4(weight * same, weight * different, __int_as_float(weight * same_count),
-                                    __int_as_float(weight * different_count));
+  args.shares[pair] = make_float4(weight * same, weight * different, __int_as_float(weight * (counts & 0xffff)),
+                                  __int_as_float(weight * (counts >> 16)));
 }
 
-// G of one pair to memory, where kTensor has its numbers; in half precision scaled to at most 1: gradients of a mean over many pairs
-// lie below its range.
+// G of one pair to memory, where kTensor has its numbers. In float16 divided by a power of two, so that the largest is 1 to 2:
+// gradients of a mean over many pairs lie below its range, but not below bfloat16's.
 template <class T, bool kTensor>
-__device__ inline void keep_gradients(const PairBuffers& buffers, int64_t pair, bool mirrored, const float (&values)[16],
+__device__ inline void keep_gradients(const PairBuffers& buffers, int64_t pair, bool mirrored, const float (&values)[16], unsigned thread,
                                       SharedArray<float> scratch) {
-  constexpr bool kScaled = sizeof(T) == 2;
+  constexpr bool kScaled = std::is_same<T, __half>::value;
   float sum = 0, largest = 0;
 #pragma unroll
   for (int e = 0; e < 16; ++e) sum += values[e], largest = fmaxf(largest, fabsf(values[e]));
   sum = block_sum(sum, scratch);
-  float scale = 1;
+  float inverse = 1;
   if (kScaled) {
     largest = block_max(largest, scratch);
-    scale = largest > 0 ? largest : 1;
+    // Not below 2^-60, so that one pair's sums may be put into the units of another's.
+    const unsigned power = min(max(__float_as_uint(largest) & 0x7f800000u, 0x21800000u), 0x7e800000u);
+    inverse = __uint_as_float(0x7f000000u - power);
+    if (threadIdx.x == 0) buffers.scale[pair] = __uint_as_float(power);
   }
+  T* out = static_cast<T*>(buffers.values) + pair * kPairScores;
 #pragma unroll
-  for (int e = 0; e < 16; ++e) {
-    const int64_t at = pair * kPairScores + ResultPlace<kTensor>::row(e) * kTilePixels + ResultPlace<kTensor>::column(e);
-    if constexpr (std::is_same<T, __half>::value)
-      static_cast<T*>(buffers.values)[at] = __float2half_rn(values[e] / scale);
-    else if constexpr (std::is_same<T, __nv_bfloat16>::value)
-      static_cast<T*>(buffers.values)[at] = __float2bfloat16_rn(values[e] / scale);
-    else
-      static_cast<T*>(buffers.values)[at] = values[e];
+  for (int e = 0; e < 16; e += 2) {
+    const int at = ResultPlace<kTensor>::row(thread, e) * kTilePixels + ResultPlace<kTensor>::column(thread, e);
+    if constexpr (sizeof(T) == 4) {
+      out[at] = values[e];
+      out[ResultPlace<kTensor>::row(thread, e + 1) * kTilePixels + ResultPlace<kTensor>::column(thread, e + 1)] = values[e + 1];
+    } else {
+      const T two[2] = {from_float<T>(values[e] * inverse), from_float<T>(values[e + 1] * inverse)};
+      unsigned packed;
+      memcpy(&packed, two, 4);
+      *reinterpret_cast<unsigned*>(&out[at]) = packed;
+    }
   }
-  if (threadIdx.x == 0) {
-    buffers.sums[pair] = mirrored ? 2 * sum : sum;
-    if (kScaled) buffers.scale[pair] = scale;
-  }
+  if (threadIdx.x == 0) buffers.sums[pair] = mirrored ? 2 * sum : sum;
 }
 
 // The type of G, which tensor cores multiply next. A window's gradient may be of any size, so that path keeps it in float.
@@ -116,18 +141,20 @@ __device__ inline float at_tap(const View<4>& view, int64_t b, int tap, int64_t 
 // One pair of tiles of image b.
 template <class Scores, Goal kGoal>
 __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile, int64_t other, int64_t pair, bool mirrored,
-                                   const float (&scores)[16], SharedArray<int> labels, SharedArray<float> scratch,
-                                   SharedArray<int> counts) {
+                                   const float (&scores)[16], SharedArray<int> labels, SharedArray<float> scratch) {
   constexpr bool kTensor = Scores::kTensor;
-  const TilePlace place(args.grid, tile), other_place(args.grid, other);
+  const TilePlace place(args.grid, computed_here(int(tile))), other_place(args.grid, computed_here(int(other)));
+  const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
   const float bias = bias_of(args.head);
   if constexpr (kGoal == Goal::window) {
     const View<4>& out = args.window;
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
-      const ScorePlace at = score_place<kTensor, false>(args, place, other_place, labels, e);
+      const ScorePlace at = score_place<kTensor>(args, place, other_place, thread, e);
       if (!at.near) continue;
-      const float affinity = 1.0f / (1.0f + __expf(-scores[e] - bias));
+      // From e = exp(-|z|) both 1/(1+e) and e/(1+e) come without cancellation.
+      const float z = scores[e] + bias, decay = __expf(-fabsf(z)), inverse = reciprocal(1.0f + decay);
+      const float affinity = z < 0 ? decay * inverse : inverse;
       const int64_t image = b * out.stride[0];
       store_element(out.data, out.dtype, image + at.tap * out.stride[1] + at.pixel, affinity);
       if (mirrored) store_element(out.data, out.dtype, image + at.back * out.stride[1] + at.other, affinity);
@@ -136,34 +163,36 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
     float values[16];
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
-      const ScorePlace at = score_place<kTensor, false>(args, place, other_place, labels, e);
+      const ScorePlace at = score_place<kTensor>(args, place, other_place, thread, e);
       values[e] = 0;
       if (!at.near) continue;
-      const float decay = __expf(-fabsf(scores[e] + bias)), inverse = 1.0f / (1.0f + decay);
+      const float decay = __expf(-fabsf(scores[e] + bias)), inverse = reciprocal(1.0f + decay);
       const float grad = at_tap(args.window, b, at.tap, at.pixel, args.grid.width) +
                          at_tap(args.window, b, at.back, at.other, args.grid.width);
       values[e] = decay * inverse * inverse * grad;
     }
-    keep_gradients<float, kTensor>(args.buffers, pair, mirrored, values, scratch);
+    keep_gradients<float, kTensor>(args.buffers, pair, mirrored, values, thread, scratch);
   } else {
     float values[16], same = 0, different = 0;
     int same_count = 0, different_count = 0;
     const LossSlopes slopes = kGoal == Goal::gradient ? loss_slopes(args.slopes) : LossSlopes();
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
-      const ScorePlace at = score_place<kTensor, true>(args, place, other_place, labels, e);
-      // From e = exp(-|z|) both 1/(1+e) and e/(1+e) come without cancellation.
-      const float z = scores[e] + bias, decay = __expf(-fabsf(z)), inverse = 1.0f / (1.0f + decay);
-      const float affinity = z >= 0 ? inverse : decay * inverse;
-      same += at.same ? (z >= 0 ? decay * inverse : inverse) : 0.0f;
-      different += at.counts && !at.same ? affinity : 0.0f;
-      same_count += at.same, different_count += at.counts && !at.same;
-      values[e] = at.counts ? 2.0f * (at.same ? slopes.same : slopes.different) * decay * inverse * inverse : 0.0f;
+      const ScoreLabels at = score_labels<kTensor>(args, place, other_place, labels, thread, e);
+      const float z = scores[e] + bias, decay = __expf(-fabsf(z)), inverse = reciprocal(1.0f + decay), rest = decay * inverse;
+      if (kGoal == Goal::loss) {
+        same += at.same ? (z >= 0 ? rest : inverse) : 0.0f;
+        different += at.different ? (z >= 0 ? inverse : rest) : 0.0f;
+        same_count += at.same, different_count += at.different;
+      } else {
+        const float slope = 2.0f * (at.same ? slopes.same : slopes.different) * rest * inverse;
+        values[e] = at.same || at.different ? slope : 0.0f;
+      }
     }
     if constexpr (kGoal == Goal::loss)
-      keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch, counts);
+      keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch);
     else
-      keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, scratch);
+      keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, thread, scratch);
   }
 }
 
@@ -171,8 +200,7 @@ template <class Scores, Goal kGoal>
 __device__ inline void walk_pairs(const PairArgs& args) {
   SharedArena arena;
   SharedArray<int> labels = arena.take<int>(2 * kTilePixels);
-  SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
-  SharedArray<int> counts = arena.take<int>(kPairThreads / 32);
+  SharedArray<float> scratch = arena.take<float>(3 * kPairThreads / 32);
   const int64_t tile = blockIdx.x;
   const int neighbour = int(blockIdx.y);
   const int64_t other = neighbour_of(args.grid, tile, middle_of(args.grid) + neighbour);
@@ -197,7 +225,7 @@ __device__ inline void walk_pairs(const PairArgs& args) {
     SharedArena operands = arena;
     float scores[16] = {};
     Scores::sum(args, b, tile, other, operands, scores);
-    finish_pair<Scores, kGoal>(args, b, tile, other, pair, neighbour > 0, scores, labels, scratch, counts);
+    finish_pair<Scores, kGoal>(args, b, tile, other, pair, neighbour > 0, scores, labels, scratch);
   }
   if (kGoal == Goal::loss) finish_loss(args, arena);
 }
@@ -212,7 +240,7 @@ __global__ void __launch_bounds__(kPairThreads, 2) pair_kernel(const __grid_cons
 template <class Scores, Goal kGoal>
 static Status launch_pairs(const PairArgs& args, void* stream) {
   const int64_t finish = SharedArena::bytes<double>(kPairThreads / 32) + SharedArena::bytes<int>(1), sum = Scores::shared_bytes();
-  const int64_t fixed = SharedArena::bytes<int>(2 * kTilePixels) + 2 * SharedArena::bytes<float>(kPairThreads / 32);
+  const int64_t fixed = SharedArena::bytes<int>(2 * kTilePixels) + SharedArena::bytes<float>(3 * kPairThreads / 32);
   return launch(pair_kernel<Scores, kGoal>, args.grid.shape(fixed + (sum > finish ? sum : finish)), stream, args);
 }
 
@@ -239,7 +267,7 @@ static PairArgs pair_args(const AttentionArgs& args, const DeviceHead& head, boo
   pairs.query = args.query, pairs.key = args.key, pairs.head = head, pairs.side = int(2 * args.radius + 1);
   pairs.tensor = tensor && args.query.dtype != DType::f32;
   // Without tensor cores half precision is widened on its way in, one element at a time.
-  pairs.wide = whole_vectors(args.query) && whole_vectors(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
+  pairs.wide = near_vectors(args.query) && near_vectors(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
   return pairs;
 }
 

@@ -47,17 +47,36 @@ struct PairGrid {
 // Pixel i of a tile.
 struct TilePlace {
   int y, x;  // of its first pixel
-  __device__ TilePlace(const PairGrid& grid, int64_t tile) : y(int(tile / grid.tiles_x) * kTileSide), x(int(tile % grid.tiles_x) * kTileSide) {}
+  __device__ TilePlace(const PairGrid& grid, int64_t tile) : y(int(tile) / grid.tiles_x * kTileSide), x(int(tile) % grid.tiles_x * kTileSide) {}
   __device__ int row(int i) const { return y + i / kTileSide; }
   __device__ int column(int i) const { return x + i % kTileSide; }
   __device__ bool inside(const PairGrid& grid, int i) const { return row(i) < grid.height && column(i) < grid.width; }
   __device__ int64_t pixel(const PairGrid& grid, int i) const { return int64_t(row(i)) * grid.width + column(i); }
 };
 
+// The same number, of which the compiler knows nothing: what follows from it is computed here, and not ahead of a loop that needs all
+// registers.
+__device__ __forceinline__ int computed_here(int number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+// Of a number from 1 to 2, to an ulp or so: no division's special cases.
+__device__ __forceinline__ float reciprocal(float number) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(number));
+  return inverse;
+#else
+  return 1.0f / number;
+#endif
+}
+
 // The neighbour number `place` of a tile, among all (2 reach + 1)^2 of which it is itself the middle one; -1 if there is none.
 __device__ inline int64_t neighbour_of(const PairGrid& grid, int64_t tile, int place) {
   const int side = 2 * grid.reach + 1;
-  const int y = int(tile / grid.tiles_x) + place / side - grid.reach, x = int(tile % grid.tiles_x) + place % side - grid.reach;
+  const int y = int(tile) / grid.tiles_x + place / side - grid.reach, x = int(tile) % grid.tiles_x + place % side - grid.reach;
   if (y < 0 || y >= grid.tiles_y || x < 0 || x >= grid.tiles_x) return -1;
   return int64_t(y) * grid.tiles_x + x;
 }
@@ -66,15 +85,15 @@ __device__ inline int middle_of(const PairGrid& grid) { return (2 * grid.reach +
 
 // ---- elements ------------------------------------------------------------------------------------------------------------
 
-// Whether load_wide may be used: the vectors of a row end where the row does.
+// Whether rows may be read 16 bytes at a time: their vectors end where they do.
 inline bool whole_vectors(const View<4>& view) { return wide_rows(view) && view.size[3] % vector_elements(view) == 0; }
 
-// 16 bytes from `channel` on of one line of a head, zeros where the line ends or is absent.
-__device__ inline uint4 load_wide(const View<4>& view, int64_t line, bool present, int channel) {
-  if (!present || channel >= view.size[3]) return make_uint4(0, 0, 0, 0);
-  const int64_t bytes = view.dtype == DType::f32 ? 4 : 2;
-  return __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(view.data) + (line + channel) * bytes));
+// And whether those of an image lie within 2^31 of each other.
+inline bool near_vectors(const View<4>& view) {
+  const int64_t step = view.stride[2] / vector_elements(view), most = int64_t(1) << 30;
+  return whole_vectors(view) && step < most && step > -most && view.size[2] < most / (step < 0 ? 1 - step : 1 + step);
 }
+
 // One element, of any type as float or of T as it is.
 template <class T>
 __device__ inline T load_narrow(const View<4>& view, int64_t line, bool present, int channel) {
@@ -124,30 +143,23 @@ __device__ inline int label_at(const DeviceLabels& labels, int64_t b, int64_t y,
 
 // ---- results of a pair ---------------------------------------------------------------------------------------------------
 
-// Where a thread's 16 numbers of a 64 x 64 result lie: with tensor cores a warp has 16 rows x 32 columns, each of its 4 fragments 8
-// columns; without, a thread has 4 x 4.
+// Where a thread's 16 numbers of a 64 x 64 result lie. With tensor cores a warp has 32 rows x 16 columns, fragments of 16 x 8; without,
+// a thread has rows 8 apart and columns 8 apart, and two lanes side by side the same column, four the same two rows: so a warp reads
+// rows of shared memory without conflicts.
 template <bool kTensor>
 struct ResultPlace {
-  __device__ static int row(int e) {
-    const int thread = threadIdx.x;
-    if (kTensor) return thread / 32 % 4 * 16 + thread % 32 / 4 + e % 4 / 2 * 8;
-    return thread / 16 * 4 + e / 4;
+  __device__ static int row(unsigned thread, int e) {
+    if (kTensor) return thread / 64 % 2 * 32 + e / 8 * 16 + thread % 32 / 4 + e % 4 / 2 * 8;
+    return thread / 64 * 16 + e / 8 * 8 + own_row(thread);
   }
-  __device__ static int column(int e) {
-    const int thread = threadIdx.x;
-    if (kTensor) return thread / 128 * 32 + e / 4 * 8 + 2 * (thread % 4) + e % 2;
-    return thread % 16 * 4 + e % 4;
+  __device__ static int column(unsigned thread, int e) {
+    if (kTensor) return thread / 32 % 2 * 32 + thread / 128 * 16 + e / 4 % 2 * 8 + 2 * (thread % 4) + e % 2;
+    return e % 8 * 8 + own_column(thread);
   }
+  // Without tensor cores: of 8, in a group of 64 threads.
+  __device__ static int own_row(unsigned thread) { return thread % 2 + thread / 16 % 4 * 2; }
+  __device__ static int own_column(unsigned thread) { return thread / 2 % 8; }
 };
-
-// Adds the products of 4 numbers with 4 others to 16 sums, a row of them for each of `left`.
-__device__ inline void add_outer(float4 left, float4 right, float (&total)[16]) {
-  const float l[4] = {left.x, left.y, left.z, left.w}, r[4] = {right.x, right.y, right.z, right.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) total[4 * i + j] = fmaf(l[i], r[j], total[4 * i + j]);
-}
 
 // ---- the loss ------------------------------------------------------------------------------------------------------------
 
@@ -174,7 +186,7 @@ __device__ inline void write_loss(const PairResults& results, double same, doubl
 struct PairBuffers {
   void* values = nullptr;
   bool tensor = false;      // in the operands' type
-  float* scale = nullptr;   // [pairs]
+  float* scale = nullptr;   // [pairs]: powers of two, float16's alone
   float* sums = nullptr;    // [pairs]: of G, both orders
   unsigned* counter = nullptr;  // set to 0, for the kernel that comes next
 };

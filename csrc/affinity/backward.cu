@@ -12,12 +12,12 @@
 // Floor: 4 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band.
 // Occupancy: product_kernel 256 x 2, map_product_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 // Wide loads: product_kernel<__half, true>, product_kernel<__nv_bfloat16, true>, product_kernel<float, false>.
-#include "affinity/affinity.cuh"
+#include "affinity/products.cuh"
 #include "common/arena.h"
 
 namespace afa {
 
-constexpr int kProductChannels = 64;
+constexpr int kStagedSums = kPairThreads / 32 * 16 * (kItemChannels + 8);  // floats, on their way to a gradient
 
 // ---- the head --------------------------------------------------------------------------------------------------------------
 
@@ -53,176 +53,115 @@ __device__ inline void finish_head(const HeadSums& head, SharedArray<int> scratc
 
 // ---- G times values ------------------------------------------------------------------------------------------------------
 
-struct ProductArgs {
-  PairGrid grid;
-  PairBuffers buffers;
-  View<4> query, key;
-  View<4> grad_query, grad_key;
-  bool wide;
-  bool write[2];       // the queries' gradient, the keys'
-  DeviceHead head;
-  int chunks;          // of kProductChannels in a head
-  HeadSums found;      // of each tile
-};
-
-// The elements of 16 bytes, 0 for those that are no finite numbers: their exponents are all ones, and carry into the sign from the
-// lowest of them.
-template <class T>
-__device__ inline uint4 finite_or_zero(uint4 packed) {
-  constexpr unsigned kExponent = sizeof(T) == 4 ? 0x7f800000u : std::is_same<T, __half>::value ? 0x7c007c00u : 0x7f807f80u;
-  constexpr unsigned kLowest = kExponent & ~(kExponent << 1), kSign = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
-  auto odd = [](unsigned word) { return ((word & kExponent) + kLowest) & kSign; };
-  if ((odd(packed.x) | odd(packed.y) | odd(packed.z) | odd(packed.w)) == 0) return packed;
-  auto kept = [&](unsigned word) { return word & ~((odd(word) >> (8 * sizeof(T) - 1)) * (sizeof(T) == 4 ? 0xffffffffu : 0xffffu)); };
-  return make_uint4(kept(packed.x), kept(packed.y), kept(packed.z), kept(packed.w));
-}
-__device__ inline bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }
-
-// kProductChannels channels of the 64 pixels of a tile, kCount to a vector of 16 bytes.
-template <class T, int kCount>
-__device__ inline void load_rows(const ProductArgs& args, const View<4>& values, int64_t b, int64_t h, const TilePlace& from, int channel,
-                                 int pitch, SharedArray<T> rows) {
-  constexpr int kVectors = kProductChannels / kCount, kLines = kPairThreads / kVectors;
-  const int part = threadIdx.x % kVectors * kCount;
-#pragma unroll
-  for (int k = 0; k < kTilePixels / kLines; ++k) {
-    const int line = threadIdx.x / kVectors + k * kLines;
-    const int64_t at = offset_of(values, b, h, from.pixel(args.grid, line));
-    const bool present = from.inside(args.grid, line);
-    if (args.wide) {
-      *reinterpret_cast<uint4*>(&rows[line * pitch + part]) = finite_or_zero<T>(load_wide(values, at, present, channel + part));
-    } else {
+// kLines rows of one item's 64 sums in shared memory, `pitch` apart, to the gradient, by one warp; pixel_of(line) is the pixel of the
+// tile. Returns the thread's part of the head's dot product, of the queries alone.
+template <class T, int kLines, class PixelOf>
+__device__ inline float write_rows(const ProductArgs& args, const Item& item, int64_t b, const TilePlace& place, SharedArray<float> rows,
+                                   int pitch, float scale, PixelOf pixel_of) {
+  constexpr int kVector = 16 / int(sizeof(T)), kParts = kItemChannels / kVector;
+  const View<4>&query = args.query, &out = item.of_key ? args.grad_key : args.grad_query;
+  const int lane = threadIdx.x % 32, depth = int(query.size[3]);
+  const float weight = weight_of(args.head, item.head);
+  float dot = 0;
+  if (args.wide && args.wide_out[item.of_key]) {
 #pragma unroll 1
-      for (int i = 0; i < kCount; ++i) {
-        const T value = load_narrow<T>(values, at, present, channel + part + i);
-        rows[line * pitch + part + i] = is_finite(to_float(value)) ? value : load_narrow<T>(values, at, false, 0);
+    for (int at = lane; at < kLines * kParts; at += 32) {
+      const int line = at / kParts, part = at % kParts * kVector, i = pixel_of(line), c = item.channel + part;
+      if (!place.inside(args.grid, i) || c >= depth) continue;
+      const int64_t n = place.pixel(args.grid, i);
+      float values[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; e += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(&rows[line * pitch + part + e]);
+        values[e] = four.x * scale, values[e + 1] = four.y * scale, values[e + 2] = four.z * scale, values[e + 3] = four.w * scale;
       }
+      T packed[kVector];
+      uint4 words;
+      if (!item.of_key) {
+        const T* own = static_cast<const T*>(query.data) + offset_of(query, b, item.head, n) + c;
+        words = finite_or_zero<T>(__ldg(reinterpret_cast<const uint4*>(own)));
+        memcpy(packed, &words, 16);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) dot = fmaf(to_float(packed[e]), values[e], dot);
+      }
+      if (!args.write[item.of_key]) continue;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) packed[e] = from_float<T>(weight * values[e]);
+      memcpy(&words, packed, 16);
+      *reinterpret_cast<uint4*>(static_cast<T*>(out.data) + offset_of(out, b, item.head, n) + c) = words;
     }
+    return dot;
   }
+#pragma unroll 1
+  for (int at = lane; at < kLines * kItemChannels; at += 32) {
+    const int line = at / kItemChannels, i = pixel_of(line), c = item.channel + at % kItemChannels;
+    if (!place.inside(args.grid, i) || c >= depth) continue;
+    const int64_t n = place.pixel(args.grid, i);
+    const float value = rows[line * pitch + at % kItemChannels] * scale;
+    if (!item.of_key) {
+      const float own = load_element(query.data, query.dtype, offset_of(query, b, item.head, n) + c * query.stride[3]);
+      dot = fmaf(is_finite(own) ? own : 0.0f, value, dot);
+    }
+    if (args.write[item.of_key])
+      store_element(out.data, out.dtype, offset_of(out, b, item.head, n) + c * out.stride[3], weight * value);
+  }
+  return dot;
 }
 
-// Sums over the 64 pixels of one neighbour, G from `pairs` as it lies in memory (rows are those of the tile, or its columns if
-// mirrored), added to `total`.
+// A thread's sums by way of shared memory, 16 rows of a warp at a time: those of sums 0..31, then those of 32..63.
 template <class T, bool kTensor>
-struct ProductStep;
-
-// Without tensor cores, in float32: shared [pixel of the neighbour][pixel of the tile] and [pixel of the neighbour][channel].
-template <>
-struct ProductStep<float, false> {
-  static constexpr int kPitch = kTilePixels + 4;
-  static int64_t shared_bytes() { return 2 * SharedArena::bytes<float>(kTilePixels * kPitch); }
-
-  __device__ static void add(const ProductArgs& args, const View<4>& values, int64_t pair, bool mirrored, int64_t b, int64_t h,
-                             const TilePlace& from, int channel, SharedArena arena, float (&total)[16]) {
-    SharedArray<float> weights = arena.take<float>(kTilePixels * kPitch), rows = arena.take<float>(kTilePixels * kPitch);
-    const float* pairs = static_cast<const float*>(args.buffers.values) + pair * kPairScores;
-    const int part = threadIdx.x % 16 * 4;
-    __syncthreads();  // the last neighbour's readers are done
+__device__ inline float write_sums(const ProductArgs& args, const Item& item, int64_t b, const TilePlace& place, SharedArray<float> rows,
+                                   const float (&sums)[64], float scale) {
+  typedef Product<T, kTensor> Sums;
+  constexpr int kPitch = kItemChannels + 8;
+  const int warp = threadIdx.x / 32;
+  const SharedArray<float> own = rows + warp * 16 * kPitch;
+  float dot = 0;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int line = threadIdx.x / 16 + k * 16;
-      const float4 packed = __ldcg(reinterpret_cast<const float4*>(pairs + line * kTilePixels + part));
-      const float four[4] = {packed.x, packed.y, packed.z, packed.w};
+  for (int half = 0; half < 2; ++half) {
+    auto pixel_of = [=](int line) { return kTensor ? warp % 2 * 32 + half * 16 + line : half * 32 + warp % 2 * 16 + line; };
+    __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[mirrored ? line * kPitch + part + i : (part + i) * kPitch + line] = four[i];
-    }
-    load_rows<float, 4>(args, values, b, h, from, channel, kPitch, rows);
-    __syncthreads();
-    const int row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
-#pragma unroll 4
-    for (int j = 0; j < kTilePixels; ++j)
-      add_outer(*reinterpret_cast<const float4*>(&weights[j * kPitch + row]),
-                *reinterpret_cast<const float4*>(&rows[j * kPitch + column]), total);
+    for (int e = 32 * half; e < 32 * half + 32; e += 2)
+      *reinterpret_cast<float2*>(&own[Sums::row(e) % 16 * kPitch + Sums::column(e)]) = make_float2(sums[e], sums[e + 1]);
+    __syncwarp();
+    if (item.there) dot += write_rows<T, 16>(args, item, b, place, own, kPitch, scale, pixel_of);
   }
-};
-
-// With tensor cores: shared [line of the pair][64] as it lies in memory, and [pixel of the neighbour][channel].
-template <class T>
-struct ProductStep<T, true> {
-  static constexpr int kPitch = kTilePixels + 8;
-  static int64_t shared_bytes() { return 2 * SharedArena::bytes<T>(kTilePixels * kPitch); }
-
-  __device__ static void add(const ProductArgs& args, const View<4>& values, int64_t pair, bool mirrored, int64_t b, int64_t h,
-                             const TilePlace& from, int channel, SharedArena arena, float (&total)[16]) {
-    SharedArray<T> weights = arena.take<T>(kTilePixels * kPitch), rows = arena.take<T>(kTilePixels * kPitch);
-    const T* pairs = static_cast<const T*>(args.buffers.values) + pair * kPairScores;
-    const int part = threadIdx.x % 8 * 8;
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int line = threadIdx.x / 8 + k * 32;
-      *reinterpret_cast<uint4*>(&weights[line * kPitch + part]) =
-          __ldcg(reinterpret_cast<const uint4*>(pairs + line * kTilePixels + part));
-    }
-    load_rows<T, 8>(args, values, b, h, from, channel, kPitch, rows);
-    __syncthreads();
-    const int warp = threadIdx.x / 32, row = warp % 4 * 16, column = warp / 4 * 32;
-    float sums[4][4] = {};
-#pragma unroll
-    for (int j = 0; j < kTilePixels; j += 16) {
-      unsigned left[4], right[4];
-      if (mirrored)
-        load_matrices<true>(left, [&](int m, int r) { return &weights[(j + m / 2 * 8 + r) * kPitch + row + m % 2 * 8]; });
-      else
-        load_matrices<false>(left, [&](int m, int r) { return &weights[(row + m % 2 * 8 + r) * kPitch + j + m / 2 * 8]; });
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        load_matrices<true>(right,
-                            [&](int m, int r) { return &rows[(j + m % 2 * 8 + r) * kPitch + column + half * 16 + m / 2 * 8]; });
-        multiply_fragments<T>(sums[2 * half], left, right);
-        multiply_fragments<T>(sums[2 * half + 1], left, right + 2);
-      }
-    }
-    const float scale = args.buffers.scale[pair];
-#pragma unroll
-    for (int e = 0; e < 16; ++e) total[e] = fmaf(scale, sums[e / 4][e % 4], total[e]);
-  }
-};
+  return dot;
+}
 
 template <class T, bool kTensor>
-__global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_constant__ ProductArgs args) {
+__global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ HeadSums found) {
+  typedef Product<T, kTensor> Sums;
   SharedArena arena;
   SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
   SharedArray<int> last = arena.take<int>(1);
-  const PairGrid& grid = args.grid;
-  const int64_t tile = blockIdx.x;
-  const int share = int(blockIdx.y), per_side = int(args.query.size[1]) * args.chunks;
-  const bool of_key = share >= per_side;
-  const int64_t h = share % per_side / args.chunks;
-  const int channel = share % args.chunks * kProductChannels, depth = int(args.query.size[3]), middle = middle_of(grid);
-  const View<4>& values = of_key ? args.query : args.key;
-  const View<4>& out = of_key ? args.grad_key : args.grad_query;
-  const TilePlace place(grid, tile);
-  for (int64_t b = blockIdx.z; b < grid.batch; b += gridDim.z) {
-    float total[16] = {};
-    for (int near = 0; near <= 2 * middle; ++near) {
-      const int64_t other = neighbour_of(grid, tile, near);
-      if (other < 0) continue;
-      // A neighbour above or to the left holds the pair, the other way round.
-      const bool mirrored = near < middle;
-      const int64_t pair = mirrored ? grid.pair(b, other, middle - near) : grid.pair(b, tile, near - middle);
-      ProductStep<T, kTensor>::add(args, values, pair, mirrored, b, h, TilePlace(grid, other), channel, arena, total);
-    }
-    float dot = 0;
-    const float weight = weight_of(args.head, h);
+  SharedArena stages = arena;
+  SharedArray<T> shared = arena.take<T>(Sums::kStages * Sums::kStage);
+  SharedArray<float> rows = stages.take<float>(kStagedSums);
+  const int tile = int(blockIdx.x), first = int(blockIdx.y) * kItems;
+  for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
+    float sums[Sums::kSums] = {};
+    float unit = Sums::sum(args, b, tile, first, false, shared, sums);
+    bool odd = false;
 #pragma unroll
-    for (int e = 0; e < 16; ++e) {
-      const int i = ResultPlace<kTensor>::row(e), c = channel + ResultPlace<kTensor>::column(e);
-      if (!place.inside(grid, i) || c >= depth) continue;
-      const int64_t n = place.pixel(grid, i);
-      if (!of_key) {
-        const View<4>& query = args.query;
-        const float own = load_element(query.data, query.dtype, offset_of(query, b, h, n) + c * query.stride[3]);
-        dot = fmaf(is_finite(own) ? own : 0.0f, total[e], dot);
-      }
-      if (args.write[of_key]) store_element(out.data, out.dtype, offset_of(out, b, h, n) + c * out.stride[3], weight * total[e]);
+    for (int e = 0; e < Sums::kSums; ++e) odd = odd || !is_finite(sums[e]);
+    // Rarely: all over again, without the queries and keys that are no finite numbers.
+    if (__syncthreads_or(odd)) {
+#pragma unroll
+      for (int e = 0; e < Sums::kSums; ++e) sums[e] = 0;
+      unit = Sums::sum(args, b, tile, first, true, shared, sums);
+      __syncthreads();
     }
-    if (!of_key) {
-      dot = block_sum(dot, scratch);
-      if (threadIdx.x == 0) args.found.dots[(b * grid.tiles() + tile) * per_side + share] = dot;
-    }
+    const Item item(args, first + computed_here(int(threadIdx.x)) / kItemThreads);
+    float dot = write_sums<T, kTensor>(args, item, b, TilePlace(args.grid, computed_here(tile)), rows, sums, unit);
+    for (int distance = 16; distance > 0; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = dot;
+    __syncthreads();
+    if (item.there && !item.of_key && threadIdx.x % kItemThreads == 0)
+      args.dots[(b * args.grid.tiles() + tile) * (args.items / args.sides) + item.share] = scratch[threadIdx.x / 32] + scratch[threadIdx.x / 32 + 1];
   }
-  finish_head(args.found, last);
+  finish_head(found, last);
 }
 
 // ---- score maps ------------------------------------------------------------------------------------------------------------
@@ -294,7 +233,7 @@ static Pieces pieces_of(const PairGrid& grid, int64_t dots, void* workspace) {
 
 static Pieces pieces_of(const AttentionArgs& args, void* workspace) {
   const PairGrid grid(args.query.size[0], args.height, args.width, args.radius);
-  const int64_t chunks = blocks_for(args.query.size[3], kProductChannels);
+  const int64_t chunks = blocks_for(args.query.size[3], kItemChannels);
   return pieces_of(grid, grid.batch * grid.tiles() * args.query.size[1] * chunks, workspace);
 }
 
@@ -307,34 +246,44 @@ int64_t affinity_from_maps_backward_cuda_workspace(const MapsArgs& args) {
 static int64_t finish_bytes() { return SharedArena::bytes<float>(kPairThreads / 32) + SharedArena::bytes<int>(1); }
 
 template <class T, bool kTensor>
-static Status launch_product(const ProductArgs& args, void* stream) {
-  LaunchShape shape = args.grid.shape(finish_bytes() + ProductStep<T, kTensor>::shared_bytes());
-  const int64_t shares = args.query.size[1] * args.chunks * (args.write[1] ? 2 : 1);
-  if (shares > 65535) return Status::unsupported;
-  shape.grid.y = unsigned(shares);
-  return launch(product_kernel<T, kTensor>, shape, stream, args);
+static Status launch_product(const ProductArgs& args, const HeadSums& found, void* stream) {
+  typedef Product<T, kTensor> Sums;
+  const int64_t stages = SharedArena::bytes<T>(Sums::kStages * Sums::kStage), rows = SharedArena::bytes<float>(kStagedSums);
+  LaunchShape shape = args.grid.shape(finish_bytes() + (stages > rows ? stages : rows));
+  const int64_t groups = blocks_for(args.items, kItems);
+  if (groups > 65535) return Status::unsupported;
+  shape.grid.y = unsigned(groups);
+  return launch(product_kernel<T, kTensor>, shape, stream, args, found);
 }
 
 Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const DeviceGradients& out,
                                void* workspace, int device, void* stream) {
   DeviceGuard guard(device);
   Pieces pieces = pieces_of(args, workspace);
+  // A window's gradient may be of any size, so that path keeps G in float.
+  const bool tensor = slopes.labels.data != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
+  pieces.buffers.tensor = tensor;
   ProductArgs product = {};
   product.grid = PairGrid(args.query.size[0], args.height, args.width, args.radius);
   product.buffers = pieces.buffers;
   product.query = args.query, product.key = args.key, product.grad_query = out.query, product.grad_key = out.key;
   product.write[0] = out.query.data != nullptr, product.write[1] = out.key.data != nullptr;
-  product.head = head, product.chunks = int(blocks_for(args.query.size[3], kProductChannels));
-  // A window's gradient may be of any size, so that path keeps G in float.
-  const bool tensor = slopes.labels.data != nullptr && args.query.dtype != DType::f32 && have_tensor_cores();
-  pieces.buffers.tensor = tensor;
   product.wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
-  product.found = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
-                   pieces.buffers.sums, product.grid.pairs(), pieces.buffers.counter, out.head};
+  for (int side = 0; side < 2; ++side) {
+    const View<4>& to = side ? out.key : out.query;
+    product.wide_out[side] = to.data == nullptr || (to.dtype == args.query.dtype && whole_vectors(to));
+  }
+  product.head = head, product.dots = pieces.dots, product.chunks = int(blocks_for(args.query.size[3], kItemChannels));
+  product.sides = product.write[1] ? 2 : 1;
+  const int64_t items = args.query.size[1] * product.chunks * product.sides;
+  if (items > (1 << 30)) return Status::unsupported;
+  product.items = int(items);
+  const HeadSums found = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
+                          pieces.buffers.sums, product.grid.pairs(), pieces.buffers.counter, out.head};
   AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
-  if (!tensor) return launch_product<float, false>(product, stream);
-  if (args.query.dtype == DType::f16) return launch_product<__half, true>(product, stream);
-  return launch_product<__nv_bfloat16, true>(product, stream);
+  if (!tensor) return launch_product<float, false>(product, found, stream);
+  if (args.query.dtype == DType::f16) return launch_product<__half, true>(product, found, stream);
+  return launch_product<__nv_bfloat16, true>(product, found, stream);
 }
 
 Status affinity_from_maps_backward_cuda(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes,

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "common/common.h"
@@ -96,6 +97,16 @@ class SharedArena {
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+__device__ inline T from_float(float value) {
+  if constexpr (sizeof(T) == 4)
+    return value;
+  else if constexpr (std::is_same<T, __half>::value)
+    return __float2half_rn(value);
+  else
+    return __float2bfloat16_rn(value);
+}
 
 __device__ inline float load_element(const void* data, DType dtype, int64_t at) {
   switch (dtype) {
