@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import threading
@@ -49,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
         about = f"{run.path}, {run.trained}, {len(run.class_names)} classes"
         shown = Served(run.model, run.class_names, *settings_of(run), about)
         build = lambda: model_page(shown, settings, offered)
+    atexit.register(gc.freeze)  # or Python looks through all of torch and Gradio once more as it ends, for seconds
     stop = threading.Event()
     ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # HUP: a terminal closes
     before = {end: signal.signal(end, lambda *_: stop.set()) for end in ends if _heeded(end)}

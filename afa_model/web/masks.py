@@ -1,10 +1,9 @@
-"""Masks that a user paints or brings, as labels: int64 [H, W], 0 the background, 255 unknown."""
+"""Masks that a user paints, as labels: int64 [H, W], 0 the background, 255 unknown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,72 +12,11 @@ from PIL import Image, ImageDraw
 
 from ..conventions import IGNORE, require
 from ..data.classes import voc_palette
-from ..data.masks import MaskRules, load_mask, read_mask
-from ..data.photographs import PhotographError
-from ..errors import DataError
 
 OBJECTS = 4  # that can be painted
 NOTHING = -1  # where nothing was painted
 MOST_POINTS, FARTHEST = 100_000, 20_000
 Unpainted = Literal["background", "unknown"]
-_RULES = MaskRules(num_classes=IGNORE)
-_APART = 0.1  # ratios of sides of a mask and its photograph may differ by this: a coarse grid is rounded
-
-
-def uploaded_mask(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """A mask file as a label of ``size`` (height, width): class indices or VOC's colours, of any size of the same
-    shape, enlarged without blurring. A mask of 0 and 255 alone has one object, class 1, and so has a palette of
-    black and white alone, whose white it is.
-
-    Returns:
-        uint8 [H, W].
-
-    Raises:
-        DataError: it cannot be read, is no mask, or has another shape than the photograph.
-    """
-    path = Path(path)
-    try:
-        label = _classes_in(path)
-    except PhotographError as error:
-        raise DataError(f"{path.name}: {error.reason}") from error
-    except ValueError as error:
-        raise DataError(f"{path.name}: {error}") from error
-    (height, width), (rows, columns) = size, label.shape
-    if abs(np.log(columns * height / (rows * width))) > _APART:
-        raise DataError(
-            f"{path.name}: {columns} × {rows} pixels is another shape than the photograph's, {width} × {height};"
-            " is one of them turned?"
-        )
-    return resized_label(label, size)
-
-
-def _classes_in(path: Path) -> np.ndarray:
-    white = _white_of_palette(path)
-    if white is not None:
-        return white
-    mask = read_mask(path, _RULES)
-    if mask.kind == "indices" and set(mask.stored) <= {0, IGNORE} and IGNORE in mask.stored:
-        return (mask.classes == IGNORE).astype(np.uint8)
-    return mask.classes
-
-
-def _white_of_palette(path: Path) -> np.ndarray | None:
-    """Where a palette of black and white alone has white, as class 1: uint8 [H, W]; None of any other file, and of one
-    whose indices may be classes.
-    """
-    image, _, _ = load_mask(path)
-    if image.mode != "P" or set(np.unique(image).tolist()) - {0, 1, IGNORE}:
-        return None
-    colours = np.asarray(image.convert("RGB"))
-    white, black = (colours == 255).all(-1), (colours == 0).all(-1)
-    return white.astype(np.uint8) if white.any() and (white | black).all() else None
-
-
-def resized_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [h, w] -> [H, W], nearest."""
-    if label.shape == tuple(size):
-        return label
-    return np.array(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def brush_colors(count: int = OBJECTS) -> list[str]:

@@ -23,6 +23,7 @@ from .seen import Labels, Look, affinity_at, heat_of, iterations_of, labels_of, 
 from .serving import own_folder
 from .settings import ServeSettings
 from .widgets import (
+    DROPPED,
     LIVE,
     PAGE,
     QUICK,
@@ -67,12 +68,13 @@ class Served:
 
 @dataclass(frozen=True)
 class View:
-    """What one visitor looks at: a photograph as the model sees it, and a point (y, x) of it; ``number`` tells it from
-    photographs before.
+    """What one visitor looks at: a photograph as the model sees it, a point (y, x) of it, and what is said of it;
+    ``number`` tells it from photographs before.
     """
 
     seen: Look
     point: tuple[int, int]
+    said: str
     number: int = field(default_factory=itertools.count(1).__next__)
 
 
@@ -183,18 +185,18 @@ def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings,
         shares = {number: float(share) for number, share in enumerate(view.seen.probabilities, 1)}
         listed = sorted({*shown_in(kept.values()), *classes})
         updates = update(view, draw.of_classes(view, classes, labels, by))
-        updates[at.keys] = legend(listed, names, shares, classes)
+        updates |= {status: note(view.said), at.keys: legend(listed, names, shares, classes)}
         return {**updates, at.files: label_files(kept, view.seen.photograph.name, own_folder())}
 
     def begin(taken: Photograph, chosen: Sequence[str], *rest: Any) -> Updates:
         seen = look(served.model, taken, served.sizes, how)
         found = [names[number] for number in seen.found]
-        view = View(seen, peak(seen, seen.found))
         words = f"{taken.said}. The classifier finds {', '.join(found)}. {POINT if attends else ''}"
-        updates = {state: view, at.on: view.number, ticked: gr.update(value=found), status: note(words)}
+        view = View(seen, peak(seen, seen.found), words)
+        updates = {state: view, at.on: view.number, ticked: gr.update(value=found)}
         return {**updates, **update(view, draw.of_photograph(view)), **labelled(view, found, *rest)}
 
-    @telling(status)
+    @telling(status, at.file)
     def take(path: str | None, *asked: Any) -> Updates:
         return {} if path is None else begin(photograph(path, settings), *asked)
 
@@ -229,10 +231,10 @@ def _listen(page: gr.Blocks, at: Parts, served: Served, settings: ServeSettings,
         view = replace(view, point=(y, x))
         made = draw.of_photograph(view)
         made.pop("prediction", None)
-        return {state: view, **update(view, made)}
+        return {state: view, status: note(view.said), **update(view, made)}
 
     page.load(first, controls, everything, **SLOW)
-    at.file.upload(take, [at.file, *controls], everything, **SLOW)
+    at.file.upload(take, [at.file, *controls], [at.file, *everything], **DROPPED, **SLOW)
     at.gallery.select(take_example, controls, everything, **SLOW)
     at.ask.click(classifier, [state, *controls], everything, **QUICK)
     for control in controls:

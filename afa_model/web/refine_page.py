@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from ..evaluation.refine import RefineSettings
 from ..labels.settings import LabelSettings
 from ..pictures.overlays import label_overlay
 from .clock import in_words
-from .masks import OBJECTS, Stroke, Unpainted, mask_of, painted, strokes_of, uploaded_mask
+from .mask_files import uploaded_mask
+from .masks import OBJECTS, Stroke, Unpainted, mask_of, painted, strokes_of
 from .painter import canvas_of, painter
 from .photographs import Example, Photograph, masked_examples, photograph
 from .pictures import label_files, legend, picture_file, shown_in
@@ -26,6 +28,7 @@ from .refined import METHODS, Refined, refined, settings_of
 from .serving import own_folder
 from .settings import ServeSettings
 from .widgets import (
+    DROPPED,
     LIVE,
     PAGE,
     QUICK,
@@ -49,14 +52,20 @@ HOW_TO = "Paint roughly over an object, in one colour for each class, or drop a 
 
 @dataclass(frozen=True)
 class Work:
-    """What one visitor works on: a photograph, a mask below what is painted, and what is painted; ``number`` tells it
-    from what was worked on before.
+    """What one visitor works on: a photograph, a mask below what is painted, that mask's file, and what is painted;
+    ``number`` tells it from what was worked on before.
     """
 
     photograph: Photograph
     base: np.ndarray | None = None
+    mask: str | None = None
     strokes: tuple[Stroke, ...] = ()
     number: int = field(default_factory=itertools.count(1).__next__)
+
+    @property
+    def said(self) -> str:
+        """The files in words."""
+        return self.photograph.said if self.mask is None else f"{self.photograph.said}; mask: {self.mask}"
 
     @property
     def picture(self) -> np.ndarray:
@@ -116,7 +125,7 @@ def _laid_out(offered: Sequence[Example]) -> Parts:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=290):
             file, gallery = drop("Drop a photograph", "photograph"), examples(offered)
-            mask = drop("Drop its mask: a PNG", "mask")
+            mask = drop("Drop its mask", "mask")
             status = gr.HTML(note(HOW_TO), elem_id="status")
             words = "What is not painted is"
             unpainted = gr.Radio(["background", "unknown"], value="background", label=words, elem_id="unpainted")
@@ -144,7 +153,7 @@ def _listen(
 
     def results(now: Work, *wanted: Any) -> Updates:
         label, done = Wanted(*wanted).result(now, device)
-        updates, folder, name = {work: now, status: note(now.photograph.said)}, own_folder(), now.photograph.name
+        updates, folder, name = {work: now, status: note(now.said)}, own_folder(), now.photograph.name
         for method, each in done.items():
             words = f"{METHODS[method]} · {in_words(each.seconds)} · {100 * each.changed:.1f} % changed"
             over = label_overlay(now.photograph.pixels, each.label)
@@ -158,9 +167,9 @@ def _listen(
         if now.base is not None:
             return updates | results(now, *wanted)
         empty = {pictures[method]: shown(None, name) for method, name in METHODS.items()}
-        return {**updates, at.files: None, status: note(f"{now.photograph.said}. {HOW_TO}"), **empty}
+        return {**updates, at.files: None, status: note(f"{now.said}. {HOW_TO}"), **empty}
 
-    @telling(status)
+    @telling(status, at.file)
     def take(path: str | None, *wanted: Any) -> Updates:
         return {} if path is None else begin(Work(photograph(path, settings)), *wanted)
 
@@ -169,13 +178,13 @@ def _listen(
         taken = offered[chosen.index].read()
         return begin(Work(taken, taken.label), *wanted)
 
-    @telling(status)
+    @telling(status, at.mask)
     def take_mask(path: str | None, now: Work | None, *wanted: Any) -> Updates:
         if path is None:
             return {}
         if now is None:
             raise DataError("drop a photograph first, then its mask")
-        return begin(Work(now.photograph, uploaded_mask(path, now.photograph.size)), *wanted)
+        return begin(Work(now.photograph, uploaded_mask(path, now.photograph.size), Path(path).name), *wanted)
 
     @telling(status)
     def paint(sent: gr.EventData, now: Work | None, *wanted: Any) -> Updates:
@@ -197,9 +206,9 @@ def _listen(
         return begin(Work(taken, taken.label), *wanted)
 
     page.load(first, controls, everything, **QUICK)
-    at.file.upload(take, [at.file, *controls], everything, **QUICK)
+    at.file.upload(take, [at.file, *controls], [at.file, *everything], **DROPPED, **QUICK)
     at.gallery.select(take_example, controls, everything, **QUICK)
-    at.mask.upload(take_mask, [at.mask, work, *controls], everything, **QUICK)
+    at.mask.upload(take_mask, [at.mask, work, *controls], [at.mask, *everything], **DROPPED, **QUICK)
     canvas.input(paint, [work, *controls], everything, **LIVE)
     canvas.clear(anew, [work, *controls], everything, **LIVE)
     for control in controls:

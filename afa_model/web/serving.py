@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -21,7 +22,11 @@ from .stays_here import StaysHere, is_loopback
 from .style import CSS, theme
 
 OWN = ("localhost", "127.0.0.1", "::1")  # this machine's names for itself
-_KEPT = 3600  # seconds
+KEPT = 3600  # seconds for which what was dropped and made is kept,
+MOST_FOLDERS, MOST_BYTES = 200, 500_000_000  # as long as it is not more than this
+_YOUNG = 60  # seconds: somebody may be about to read it
+_SERVED = "served"  # a file as old as the page; what is older are the page's own pictures
+_GRACE = 0.3  # seconds for answers under way when the server is to end
 
 
 def free_port(host: str, port: int) -> int:
@@ -64,6 +69,7 @@ def serving(build: Callable[[], gr.Blocks], settings: ServeSettings) -> Iterator
         page = None
         try:
             page = build()
+            Path(folder, _SERVED).touch()
             page.launch(
                 server_name=name,
                 server_port=port,
@@ -82,10 +88,14 @@ def serving(build: Callable[[], gr.Blocks], settings: ServeSettings) -> Iterator
                 max_file_size=int(settings.max_megabytes * 1e6),
                 app_kwargs={"middleware": guards},
             )
+            page.server.config.timeout_graceful_shutdown = _GRACE  # uvicorn waits for ever for a browser that stalls
             yield f"http://{name}:{port}"
         finally:
             if page is not None:
+                said = logging.getLogger("uvicorn.error")
+                said.disabled = True  # of answers that it cuts off now
                 page.close(verbose=False)
+                said.disabled = False
 
 
 @contextmanager
@@ -102,10 +112,28 @@ def _environment() -> Iterator[MutableMapping[str, str]]:
 
 
 def own_folder() -> Path:
-    """A new folder, for files that the page is about to show; those of an hour ago go."""
-    above = Path(os.environ.get("GRADIO_TEMP_DIR", tempfile.gettempdir())) / "made"
+    """A new folder, for files that the page is about to show; for it what is old goes."""
+    root = Path(os.environ.get("GRADIO_TEMP_DIR", tempfile.gettempdir()))
+    above = root / "made"
     above.mkdir(exist_ok=True)
-    for old in above.iterdir():
-        if time.time() - old.stat().st_mtime > _KEPT:
-            shutil.rmtree(old, ignore_errors=True)
+    _make_room([*above.iterdir(), *_dropped(root)])
     return Path(tempfile.mkdtemp(dir=above))
+
+
+def _dropped(root: Path) -> list[Path]:
+    """The folders, one each, in which Gradio keeps what was dropped on a page that is served from ``root``."""
+    if not (root / _SERVED).exists():
+        return []
+    since = (root / _SERVED).stat().st_mtime
+    return [each for each in root.iterdir() if each.is_dir() and each.name != "made" and each.stat().st_mtime >= since]
+
+
+def _make_room(folders: list[Path]) -> None:
+    """Of folders those go that are older than KEPT, and those before the last MOST_FOLDERS or MOST_BYTES."""
+    now, total = time.time(), 0
+    for number, each in enumerate(sorted(folders, key=lambda each: each.stat().st_mtime, reverse=True)):
+        age = now - each.stat().st_mtime
+        total += sum(file.stat().st_size for file in each.iterdir())
+        many = number >= MOST_FOLDERS or total > MOST_BYTES
+        if age > KEPT or (many and age > _YOUNG):
+            shutil.rmtree(each, ignore_errors=True)

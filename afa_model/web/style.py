@@ -1,4 +1,7 @@
-"""How the page looks: fonts of the system, nothing fetched."""
+"""How the page looks: fonts of the system, nothing fetched.
+
+A place to drop files has no status of Gradio's: after a file too large that would lie over it and take the next one.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ CSS = """
 .afa-patch { display: inline-block; width: 1.1em; height: 1.1em; margin-right: .4em; border-radius: 3px;
   border: 1px solid #8888; }
 .afa-drop .icon-wrap, .afa-drop .or { display: none; }
+.afa-drop [data-testid="status-tracker"] { display: none; }
 .afa-examples, .afa-examples .grid-wrap { height: auto !important; min-height: 0; max-height: none !important; }
 .afa-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; padding-top: 1.4em;
   max-width: 30em; }

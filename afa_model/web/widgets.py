@@ -22,6 +22,10 @@ QUICK = {"show_progress": "hidden", **ONE_AT_A_TIME}
 SLOW = {"show_progress": "minimal", **ONE_AT_A_TIME}
 LIVE = {"trigger_mode": "always_last", **QUICK}
 """Of sliders that are dragged: what was asked for last is what is shown last."""
+DROPPED = {
+    "js": "(...given) => {document.querySelectorAll('.toast-close').forEach(each => each.click()); return given}"
+}
+"""Of places to drop files: the browser's own words about the file before, which was too large, go with the next one."""
 
 Updates = dict[Any, Any]
 
@@ -40,19 +44,25 @@ def mistake(words: str) -> str:
     return f'<div class="afa-error" role="alert">{escape(words)}</div>'
 
 
-def telling(status: gr.HTML) -> Callable[[Callable[..., Updates]], Callable[..., Updates]]:
-    """For listeners: what goes wrong is told in ``status``, and all else stays as it is."""
+def telling(
+    status: gr.HTML, dropped: gr.File | None = None
+) -> Callable[[Callable[..., Updates]], Callable[..., Updates]]:
+    """For listeners: what goes wrong is told in ``status``, and all else stays as it is. The place where a file was
+    ``dropped`` is empty afterwards, for the next one.
+    """
 
     def around(listener: Callable[..., Updates]) -> Callable[..., Updates]:
         @functools.wraps(listener)
         def told(*given: Any) -> Updates:
+            empty = {} if dropped is None else {dropped: None}
             try:
-                return listener(*given)
+                return empty | listener(*given)
             except (AfaError, ValueError) as error:
-                return {status: mistake(" ".join(str(error).split()))}
+                return empty | {status: mistake(" ".join(str(error).split()))}
             except Exception as error:  # of a page that somebody looks at: not the server's end
                 traceback.print_exc(file=sys.stderr)
-                return {status: mistake(f"that did not work: {reason(error)} (more where afa serve was started)")}
+                words = f"that did not work: {reason(error)} (more where afa serve was started)"
+                return empty | {status: mistake(words)}
 
         return told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -73,6 +74,14 @@ def test_a_checkpoint_is_served_until_the_process_is_told_to_end(folder, pages, 
     shown = words_of(page)
     assert "cat" in shown and "affinity of the point" in shown and "3 classes" in shown
     assert settings == ServeSettings(port=0) and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_it_ends_without_looking_through_all_that_was_imported(pages, monkeypatch):
+    """Seconds of Python's last collection, after the last line of ours."""
+    at_the_end = []
+    monkeypatch.setattr("atexit.register", at_the_end.append)
+    assert cli.main(["serve"]) == 0
+    assert gc.freeze in at_the_end
 
 
 def test_without_a_checkpoint_masks_are_refined(pages, capsys):

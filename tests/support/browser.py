@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+_DROP = """([name, called, bytes]) => {
+  const box = document.querySelector(`#${name}`).getBoundingClientRect();
+  const under = document.elementFromPoint(box.x + box.width / 2, box.y + box.height * 0.6);
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([new Uint8Array(bytes)], called, {type: 'image/png'}));
+  for (const what of ['dragenter', 'dragover', 'drop'])
+    under.dispatchEvent(new DragEvent(what, {dataTransfer, bubbles: true, cancelable: true}));
+}"""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -59,11 +68,12 @@ class Page:
         self.page.wait_for_function(other, arg=[name, before])
         return self.pixels(name)
 
+    def drop(self, name: str, path: Any) -> None:
+        """Drag a file to the middle of the place called ``name`` and let go, whatever lies above it there."""
+        self.page.evaluate(_DROP, [name, Path(path).name, list(Path(path).read_bytes())])
+
     def upload(self, name: str, *paths: Any) -> None:
-        """Give files to the place called ``name``, which may hold one already."""
-        remove = self.page.locator(f"#{name} button[aria-label='Clear'], #{name} button[aria-label='Remove this file']")
-        if remove.count():
-            remove.first.click()
+        """Choose files for the place called ``name``."""
         self.page.locator(f"#{name} input[type=file]").set_input_files([str(path) for path in paths])
 
     def words(self, name: str, within: str) -> str:

@@ -100,6 +100,10 @@ def test_a_model_in_the_browser(open_page, files):
         at.page.get_by_text("exceed the maximum allowed size").first.wait_for()
         assert np.array_equal(at.pixels("photograph"), photo)
 
+        # what was wrong is said until something goes well
+        at.page.get_by_label("person").uncheck()
+        assert "2007_000001.jpg: 67 × 45 pixels" in at.words("status", "finds cat, person")
+
         # a class ticked while another photograph is on its way is not that one's
         def take_and_tick():
             at.page.locator(".afa-examples button").nth(2).click()
@@ -196,9 +200,22 @@ def test_refinement_in_the_browser(open_page, files):
         assert at.words("status", "notes.jpg") == "notes.jpg: cannot be decoded (it is a text)"
         at.upload("mask", files / "flat_mask.png")
         at.page.locator("#par img").wait_for()
+        assert at.words("status", "mask") == "flat.png: 40 × 30 pixels; mask: flat_mask.png"
         at.page.locator("#legend .afa-key").nth(2).wait_for(state="detached")
         assert at.words("legend", "class 3").split() == ["background", "class", "3"]
         assert at.pixels("par").shape[:2] == (30 * 16, 40 * 16)
+
+        # files too large are refused, and the places where they were dropped take the next ones
+        too_large = at.page.get_by_text("exceed the maximum allowed size").first
+        for place, of in (("photograph", files / "flat.png"), ("mask", files / "flat_mask.png")):
+            at.drop(place, files / "heavy.png")
+            too_large.wait_for()
+            at.drop(place, files / "notes.jpg")
+            assert "notes.jpg: cannot be decoded" in at.words("status", "notes.jpg")
+            too_large.wait_for(state="detached")
+            at.drop(place, of)
+            at.words("status", of.name)
+            assert at.page.locator("#status [role=alert]").count() == 0
 
         at.page.locator("#canvas button[data-do=clear]").click()
         at.words("status", "Paint roughly")

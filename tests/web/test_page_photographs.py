@@ -1,4 +1,4 @@
-"""Photographs and masks as the page of `afa serve` takes them: of any kind, and what it refuses."""
+"""Photographs as the page of `afa serve` takes them, of any kind, and what it refuses; masks as they are painted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa_model.data.classes import voc_palette
 from afa_model.errors import DataError
-from afa_model.web.masks import NOTHING, Stroke, brush_colors, mask_of, painted, strokes_of, uploaded_mask
+from afa_model.web.masks import NOTHING, Stroke, brush_colors, mask_of, painted, strokes_of
 from afa_model.web.photographs import (
     coarse,
     examples_in,
@@ -148,63 +147,6 @@ def test_a_coarse_mask_is_constant_in_its_cells():
     made = coarse(mask, 8)
     assert made.shape == mask.shape and set(np.unique(made)) == {0, 2}
     assert (made[:8, :8] == made[0, 0]).all() and made[0, 8] == 2 and made[0, 16] == 0 and made[16, 0] == 0
-
-
-# --- masks that are brought -------------------------------------------------------------------------------------------
-
-
-def test_a_mask_of_indices_of_colours_or_of_black_and_white(tmp_path):
-    label = np.zeros((8, 10), np.uint8)
-    label[2:5, 3:8] = 12
-    label[6, 6] = 255
-    palette = Image.fromarray(label)
-    palette.putpalette(voc_palette().tobytes())
-    palette.save(tmp_path / "palette.png")
-    Image.fromarray(label).save(tmp_path / "grey.png")
-    Image.fromarray(voc_palette()[label]).save(tmp_path / "colours.png")
-    for name in ("palette", "grey", "colours"):
-        assert np.array_equal(uploaded_mask(tmp_path / f"{name}.png", (8, 10)), label), name
-    for value in (255 * (label == 12).astype(np.uint8), label == 12):
-        Image.fromarray(value).save(tmp_path / "object.png")
-        assert np.array_equal(uploaded_mask(tmp_path / "object.png", (8, 10)), label == 12)
-
-
-def test_white_is_the_object_whatever_the_palette_calls_it(tmp_path):
-    label = np.zeros((8, 10), np.uint8)
-    label[2:5, 3:8] = 1
-    black_white, white_black = [0, 0, 0, 255, 255, 255], [255, 255, 255, 0, 0, 0]
-    ramp = np.arange(256, dtype=np.uint8).repeat(3).tolist()
-    for name, stored, palette in (
-        ("ramp", 255 * label, ramp),
-        ("black first", label, black_white),
-        ("white first", 1 - label, white_black),
-    ):
-        image = Image.fromarray(stored.astype(np.uint8))
-        image.putpalette(palette)
-        image.save(tmp_path / "mask.png")
-        assert np.array_equal(uploaded_mask(tmp_path / "mask.png", (8, 10)), label), name
-    image = Image.fromarray(3 * label)  # an index that is none of black and white's is a class
-    image.putpalette([0, 0, 0] * 3 + [255, 255, 255])
-    image.save(tmp_path / "mask.png")
-    assert np.array_equal(uploaded_mask(tmp_path / "mask.png", (8, 10)), 3 * label)
-
-
-def test_a_mask_of_another_size_is_enlarged_if_its_shape_fits(tmp_path):
-    Image.fromarray(np.array([[0, 1, 2], [3, 0, 0]], np.uint8)).save(tmp_path / "small.png")
-    made = uploaded_mask(tmp_path / "small.png", (20, 31))
-    assert made.shape == (20, 31) and made[0, 30] == 2 and made[19, 0] == 3 and set(np.unique(made)) == {0, 1, 2, 3}
-    with pytest.raises(DataError, match=r"small.png: 3 × 2 pixels .* 20 × 31; is one of them turned"):
-        uploaded_mask(tmp_path / "small.png", (31, 20))
-
-
-def test_a_file_that_is_no_mask_is_refused_by_its_name_alone(tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "photo.png")
-    Image.fromarray(picture()).save(tmp_path / "photo.jpg")
-    (tmp_path / "words.png").write_text("no mask")
-    why = {"photo.png": "colours that are no class", "photo.jpg": "not kept exactly", "words.png": "it is a text"}
-    for name, said in why.items():
-        with pytest.raises(DataError, match=f"^{name}: .*{said}"):
-            uploaded_mask(tmp_path / name, (37, 53))
 
 
 # --- masks that are painted -------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,57 @@ def test_a_proxy_of_the_environment_is_not_asked(monkeypatch, own):
         assert status_of(address) == 200
         assert own is None or own in os.environ["no_proxy"].split(",")
     assert "no_proxy" not in os.environ
+
+
+def test_a_browser_that_stalls_does_not_keep_it_from_ending(capfd):
+    from afa_model.web.serving import serving
+
+    half = b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n"
+    half += b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    with serving(empty_page, ServeSettings(port=0)) as address:
+        stalled = socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+        stalled.sendall(half)
+        assert status_of(address) == 200
+        time.sleep(0.2)  # until its first half was read
+        begin = time.perf_counter()
+    assert time.perf_counter() - begin < 2.5  # Gradio waits 5 s
+    stalled.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_was_dropped_and_made_is_bounded(monkeypatch):
+    from afa_model.web import serving
+
+    monkeypatch.setattr(serving, "MOST_FOLDERS", 8)
+    monkeypatch.setattr(serving, "MOST_BYTES", 100_000)
+    own, now = [], time.time()
+
+    def page() -> gr.Blocks:
+        own.append(Path(os.environ["GRADIO_TEMP_DIR"], "of_the_page"))
+        own[0].mkdir()
+        (own[0] / "example.png").write_bytes(bytes(200_000))
+        return empty_page()
+
+    def dropped(name: str, size: int, age: float) -> Path:
+        path = own[0].with_name(name)
+        path.mkdir()
+        (path / "photo.jpg").write_bytes(bytes(size))
+        os.utime(path, (now - age, now - age))
+        return path
+
+    with serving.serving(page, ServeSettings(port=0)):
+        os.utime(own[0].with_name("served"), (now - 9000, now - 9000))
+        os.utime(own[0], (now - 9001, now - 9001))
+        many = [dropped(f"many_{number}", 10, 100 + number) for number in range(20)]
+        made = serving.own_folder()
+        assert made.is_dir() and [each.exists() for each in many] == [True] * 8 + [False] * 12
+        heavy = [dropped(f"heavy_{number}", 60_000, 70 + number) for number in range(2)]
+        new = [dropped(f"new_{number}", 60_000, number) for number in range(3)]  # may be about to be read
+        serving.own_folder()
+        assert all(each.exists() for each in new) and not any(each.exists() for each in [*heavy, *many])
+        old = dropped("old", 1, 3700)
+        serving.own_folder()
+        assert not old.exists() and (own[0] / "example.png").exists()
 
 
 def test_it_listens_at_an_address_of_ipv6():
