@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ _DROP = """([name, called, bytes]) => {
   const box = document.querySelector(`#${name}`).getBoundingClientRect();
   const under = document.elementFromPoint(box.x + box.width / 2, box.y + box.height * 0.6);
   const dataTransfer = new DataTransfer();
-  dataTransfer.items.add(new File([new Uint8Array(bytes)], called, {type: 'image/png'}));
+  const whole = Uint8Array.from(atob(bytes), each => each.charCodeAt(0));
+  dataTransfer.items.add(new File([whole], called, {type: 'image/png'}));
   for (const what of ['dragenter', 'dragover', 'drop'])
     under.dispatchEvent(new DragEvent(what, {dataTransfer, bubbles: true, cancelable: true}));
 }"""
@@ -70,7 +72,7 @@ class Page:
 
     def drop(self, name: str, path: Any) -> None:
         """Drag a file to the middle of the place called ``name`` and let go, whatever lies above it there."""
-        self.page.evaluate(_DROP, [name, Path(path).name, list(Path(path).read_bytes())])
+        self.page.evaluate(_DROP, [name, Path(path).name, base64.b64encode(Path(path).read_bytes()).decode()])
 
     def upload(self, name: str, *paths: Any) -> None:
         """Choose files for the place called ``name``."""

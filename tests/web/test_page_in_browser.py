@@ -192,6 +192,18 @@ def test_refinement_in_the_browser(open_page, files):
         )
         at.page.wait_for_function(f"clean => ({CANVAS}) === clean", arg=clean)
 
+        # files too large are refused, and the places where they were dropped take the next ones, at once
+        too_large = at.page.get_by_text("exceed the maximum allowed size").first
+        for place, of in (("photograph", files / "flat.png"), ("mask", files / "flat_mask.png")):
+            at.drop(place, files / "heavy.png")
+            too_large.wait_for()
+            at.drop(place, files / "notes.jpg")
+            assert "notes.jpg: cannot be decoded" in at.words("status", "notes.jpg")
+            too_large.wait_for(state="detached", timeout=6000)  # by itself after 10 s
+            at.drop(place, of)
+            at.words("status", of.name)
+            assert at.page.locator("#status [role=alert]").count() == 0
+
         # a photograph and a mask of one's own, and what is no mask
         at.upload("photograph", files / "flat.png")
         at.words("status", "flat.png: 40 × 30 pixels")
@@ -204,18 +216,6 @@ def test_refinement_in_the_browser(open_page, files):
         at.page.locator("#legend .afa-key").nth(2).wait_for(state="detached")
         assert at.words("legend", "class 3").split() == ["background", "class", "3"]
         assert at.pixels("par").shape[:2] == (30 * 16, 40 * 16)
-
-        # files too large are refused, and the places where they were dropped take the next ones
-        too_large = at.page.get_by_text("exceed the maximum allowed size").first
-        for place, of in (("photograph", files / "flat.png"), ("mask", files / "flat_mask.png")):
-            at.drop(place, files / "heavy.png")
-            too_large.wait_for()
-            at.drop(place, files / "notes.jpg")
-            assert "notes.jpg: cannot be decoded" in at.words("status", "notes.jpg")
-            too_large.wait_for(state="detached")
-            at.drop(place, of)
-            at.words("status", of.name)
-            assert at.page.locator("#status [role=alert]").count() == 0
 
         at.page.locator("#canvas button[data-do=clear]").click()
         at.words("status", "Paint roughly")
