@@ -21,8 +21,8 @@ from ..data.score_files import write_cams, write_scores
 from ..data.settings import DataSettings
 from ..data.transforms import normalize
 from ..errors import AfaError, ConfigError, SavingError, reason
+from ..labels.evidence import MapSettings, evidence
 from ..labels.kinds import CAM_KINDS
-from ..labels.label_maps import MapSettings, evidence
 from ..labels.photograph_labels import photograph_label, photograph_walk
 from ..labels.settings import LabelSettings
 from ..runtime.phases import PhaseTimer, phase

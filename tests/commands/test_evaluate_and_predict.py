@@ -19,7 +19,7 @@ from afa_model.commands import evaluate, predict
 from afa_model.data.classes import VOC_CLASSES
 from afa_model.errors import TrainingError
 from afa_model.evaluation.scores import EvaluationResult
-from afa_model.labels.label_maps import MapSettings
+from afa_model.labels.evidence import MapSettings
 from afa_model.labels.settings import LabelSettings
 
 
