@@ -103,6 +103,15 @@ def test_each_has_the_evidence_it_has_alone(photographs, affinity_of):
         close(one.affinity, alone.affinity)
 
 
+def test_there_are_slots_for_the_photograph_with_most_classes(photographs, monkeypatch):
+    """On a GPU it is said how many, so that nobody waits for it."""
+    limits, real = [], ClassSlots.of
+    monkeypatch.setattr(ClassSlots, "of", lambda labels, limit=None: limits.append(limit) or real(labels, limit))
+    images = [photographs[0][None]] * 3
+    evidence_of_several(tiny(), images, SIZES, HOW, [present(2), present(1, 3, 4), present()])
+    assert limits == [3]
+
+
 def test_slots_without_the_others():
     labels = torch.stack([present(), present(2, 4), present(1, 3, 4), present(3), present(1, 2, 3, 4)])
     for batch in (labels, labels[:4], labels[:1]):

@@ -89,6 +89,7 @@ def test_the_folder_tells_networks_apart_by_what_they_depend_on(base, tmp_path):
         replace(config, out="elsewhere", device="cpu", resume="auto"),
         replace(config, log=replace(config.log, every=7), data=replace(config.data, check="off", num_workers=3)),
         replace(config, eval=replace(config.eval, limit=1)),  # scored only when trained
+        replace(config, eval=replace(config.eval, batch=4, channels_last=True)),
     ]
     assert {identity(one) for one in same} == {identity(config)}
     other = [
