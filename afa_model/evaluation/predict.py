@@ -180,7 +180,7 @@ def _predict(
     for path in targets:
         try:
             pixels = read_photograph(path, settings.exif, max_pixels=settings.max_pixels)
-            readable[path] = torch.from_numpy(pixels).permute(2, 0, 1)
+            readable[path] = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         except PhotographError as error:
             problems[path] = str(error)
     seen = look(list(readable.values()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..conventions import require, resize
 from ..runtime.notices import notice
 from ..runtime.processes import autocast, laid_out, memory_format
-from .cams import at_scale, evaluating, multi_scale_cam
+from .cams import Known, at_scale, evaluating, multi_scale_cam
 from .settings import LabelSettings
 from .slots import ClassSlots
 
@@ -89,8 +89,7 @@ def evidence(
     """What the model says of the classes of a photograph, float32 [1, 3, H, W], normalised, on the model's device.
 
     cls_labels: [K-1] multi-hot; None takes the classes that the classifier gives more than ``threshold``, or the
-    likeliest. Where they are given the classifier is asked only if its pass is to give the affinity: that is an eighth
-    of the work.
+    likeliest. Where they are given the classifier is asked only if its pass is to give the affinity.
     """
     return evidence_of_several(model, [image], settings, how, [cls_labels], threshold)[0]
 
@@ -203,14 +202,27 @@ def _evidence(
     slots = ClassSlots.of(present, limit=int((present > 0).sum(1).max()))
     cam = affinity = None
     if with_cam:
-        by = how.cam_scales, None if plain_affinity else radius, slots
-        cam, affinity, _ = multi_scale_cam(model, small, *by)
+        by = how.cam_scales, None if plain_affinity else radius
+        cam, affinity, _ = multi_scale_cam(model, small, *by, slots, _known(plain, count, *by))
         cam = cam.float()
         if plain_affinity:
             affinity = model.affinity(plain, radius)[:count].float()
     for i in range(count):
         own, own_cam = slots.alone(i, cam)
         yield Evidence(said[i], given[i], own, own_cam, None if affinity is None else affinity[i : i + 1])
+
+
+def _known(plain: Any, count: int, scales: Sequence[float], radius: int | None) -> Known | None:
+    """What CAM and affinity need not make again of ``count`` photographs that went through the model before, maybe with
+    their mirror images after them.
+    """
+    if plain is None:
+        return None
+    both = Known.of(plain, scales, radius is not None, aux=False)
+    known = Known(*(None if maps is None else maps[:count] for maps in both))
+    if both.last_map is None or len(both.last_map) == count:
+        return known
+    return known._replace(mirrored_map=both.last_map[count:])
 
 
 def affinity_image(image: Tensor, settings: MapSettings, how: LabelSettings) -> Tensor:
