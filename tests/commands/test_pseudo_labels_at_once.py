@@ -129,6 +129,45 @@ def test_shares_take_their_own_batches(root, tmp_path):
     same_files(tmp_path / "out", tmp_path / "one")
 
 
+def test_an_edited_photograph_has_the_files_of_now_alone(root, tmp_path):
+    """Those of before show another."""
+    write(root, tmp_path / "out", batch=3, **SIZES)
+    Image.new("RGB", (64, 48), (220, 30, 30)).save(root / "JPEGImages" / f"{NAMES[0]}.jpg")
+    assert write(root, tmp_path / "out", save=("labels",), batch=3, **SIZES).done == 1
+    images = manifest(tmp_path / "out")["images"]
+    assert images[NAMES[0]]["files"] == ["labels"] and images[NAMES[1]]["files"] == ["cams", "walks", "labels"]
+
+
+def test_the_weights_are_laid_out_once(root, tmp_path):
+    class Convolving(ColorModel):
+        laid: list[int] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = torch.nn.Parameter(torch.zeros(3, 4, 2, 2))
+
+        def _shares(self, images, cell=4):
+            assert self.kernel.is_contiguous(memory_format=torch.channels_last)
+            self.laid.append(self.kernel.data_ptr())
+            return super()._shares(images, cell)
+
+    model, kept = Convolving(), []
+    before = model.kernel.data_ptr(), model.kernel.stride()
+    real = torch.Tensor.contiguous
+
+    def contiguous(tensor, *arguments, **options):
+        made = real(tensor, *arguments, **options)
+        if tensor.shape == model.kernel.shape and made is not tensor:
+            kept.append(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "contiguous", contiguous)
+        write(root, tmp_path / "out", model=model, channels_last=True, batch=2, **SIZES)
+    assert len(kept) == 1 and set(model.laid) == {kept[0].data_ptr()}
+    assert (model.kernel.data_ptr(), model.kernel.stride()) == before
+
+
 def test_labels_of_bfloat16_are_not_mixed_with_others(root, tmp_path):
     out = tmp_path / "out"
     write(root, out, shard="1/6", amp="bf16", **SIZES)
