@@ -24,7 +24,8 @@ from rich.table import Table
 from afa_kernels.bench.machine import commit, device_name
 from afa_model.data.transforms import normalize
 from afa_model.labels import large
-from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.evidence import MapSettings
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 

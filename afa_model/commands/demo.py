@@ -29,8 +29,9 @@ from ..data.datasets import EvaluationSet
 from ..data.synthetic import SyntheticSettings, synthetic_data
 from ..errors import ConfigError
 from ..evaluation.scores import ScoreKeeper, Scores
+from ..labels.evidence import MapSettings
 from ..labels.kinds import KINDS
-from ..labels.label_maps import MapSettings, cam_label, label_maps
+from ..labels.label_maps import cam_label, label_maps
 from ..labels.settings import LabelSettings
 from ..networks.create import create_backbone
 from ..networks.settings import STRIDE

@@ -11,7 +11,7 @@ from ..config import section
 from ..config.renamed import flatten
 from ..errors import ConfigError
 from ..evaluation.figures import FigureSettings, draw_figures, numbers_of
-from ..labels.label_maps import MapSettings
+from ..labels.evidence import MapSettings
 from ..labels.settings import LabelSettings
 from ..pictures.seen import Models
 from ..runs.restore import Restored, load_model

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config import section
 from ..config.renamed import flatten
 from ..evaluation.predict import PredictSettings, draw_head_weights, predict
-from ..labels.label_maps import MapSettings
+from ..labels.evidence import MapSettings
 from ..labels.settings import LabelSettings
 from ..runtime.processes import processes
 from ..runtime.writing import writable_file
@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_class_arguments(LabelSettings)
     run = restored(argv)
     if asks_for_help(argv):
-        parser.of_the_run([item.name for kind in (MapSettings, LabelSettings) for item in fields(kind)])
+        parser.of_the_run(["batch", *(item.name for kind in (MapSettings, LabelSettings) for item in fields(kind))])
     if run is not None:
-        sizes = asdict(run.config.eval.by("test").maps())
+        sizes = {**asdict(run.config.eval.by("test").maps()), "batch": run.config.eval.batch}
         set_defaults(parser, {**sizes, **flatten(asdict(run.config.eval.labels(run.config.labels)))})
     options = parser.parse_args(positionals_first(switched_on(argv, "--crf")))
     settings = section(PredictSettings, part(PredictSettings, options))

@@ -13,7 +13,7 @@ from ..config import Parser, section
 from ..config.renamed import flatten
 from ..data.files import digest
 from ..data.settings import DataSettings
-from ..evaluation.pseudo_labels import ENDINGS, PseudoLabelSettings, Written, write_pseudo_labels
+from ..evaluation.pseudo_labels import ENDINGS, OF_EVALUATION, PseudoLabelSettings, Written, write_pseudo_labels
 from ..labels.settings import LabelSettings
 from ..runs.restore import Restored
 from ..runtime.processes import choose_device
@@ -62,14 +62,13 @@ def _parser(argv: Sequence[str], run: Restored | None) -> Parser:
     parser.add_class_arguments(LabelSettings)
     parser.add_class_arguments(DataSettings, "data")
     if asks_for_help(argv):
-        sizes = ["protocol", "long_side", "affinity_of"]
-        parser.of_the_run(["data", *sizes, *(item.name for item in fields(LabelSettings))])
+        parser.of_the_run(["data", *OF_EVALUATION, *(item.name for item in fields(LabelSettings))])
     if run is not None:
         # as `afa evaluate` has it: a protocol that is asked for is not mixed with what the run said of another
         evaluation = run.config.eval
         if any(word.partition("=")[0] == "--protocol" for word in argv):
             evaluation = evaluation.without_rows()
-        sizes = {name: getattr(evaluation, name) for name in ("protocol", "long_side", "affinity_of")}
+        sizes = {name: getattr(evaluation, name) for name in OF_EVALUATION}
         labels = flatten(asdict(evaluation.said(run.config.labels)))
         set_defaults(parser, {**sizes, **labels, **flatten({"data": asdict(run.config.data)})})
     return parser

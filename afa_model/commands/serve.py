@@ -13,7 +13,7 @@ from pathlib import Path
 from ..config import Parser, section
 from ..data.lists import entries_of, folder_of_split, list_file, list_lines
 from ..errors import DataError
-from ..labels.label_maps import MapSettings
+from ..labels.evidence import MapSettings
 from ..labels.settings import LabelSettings
 from ..runs.restore import Restored, load_model
 from ..runtime.processes import choose_device

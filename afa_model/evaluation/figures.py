@@ -15,8 +15,8 @@ from ..data.files import read_photo
 from ..data.photographs import MAX_PIXELS
 from ..data.settings import DataSettings
 from ..errors import DataError, SavingError, reason
+from ..labels.evidence import MapSettings
 from ..labels.kinds import kinds_of
-from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
 from ..pictures.attention import TooManyCells
 from ..pictures.figures import FIGURES, NUMBERS, Style, check_models, wanted, weights_figure

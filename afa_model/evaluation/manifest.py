@@ -127,4 +127,5 @@ def _last_byte(file: Any) -> bytes:
 def _compared(content: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for all files of a folder; a checkpoint may have been moved."""
     checkpoint = f"of sha256 {content['checkpoint']['sha256'][:12]}"
-    return {"checkpoint": checkpoint, "class_names": content["class_names"], **content["settings"]}
+    usual = {"amp": "off"}  # of folders that do not say so
+    return {"checkpoint": checkpoint, "class_names": content["class_names"], **usual, **content["settings"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..conventions import require
 from ..data.files import files_below, made_here, write_label
 from ..data.image_labels import multi_hot
 from ..data.photographs import (
@@ -27,12 +28,14 @@ from ..data.photographs import (
 )
 from ..data.transforms import normalize
 from ..errors import DataError, reason
+from ..labels.evidence import MapSettings
 from ..labels.kinds import kinds_of
-from ..labels.label_maps import LabelMaps, MapSettings, label_maps
+from ..labels.label_maps import LabelMaps, label_maps_of_several
 from ..labels.settings import LabelSettings
 from ..pictures.overlays import thumbnail
 from ..pictures.panels import head_weights_figure, peak_of, prediction_panel, save
-from ..runtime.progress import progress
+from ..runtime.processes import laid_out
+from ..runtime.progress import progress, several
 from ..runtime.writing import writable_folder
 
 
@@ -47,6 +50,8 @@ class PredictSettings(MapSettings):
             photograph.
         affinity_at: the pixel Y,X whose affinity is drawn; None takes the CAM's peak.
         panels: also draw a panel for each photograph.
+        batch: photographs taken together. Those of them that go through the networks in the same size do so at once,
+            which a GPU does faster; labels are those of 1 but for roundings.
         exif: turn photographs as their EXIF orientation says (apply), or leave them as they are stored (ignore).
         max_pixels: refuse photographs of more pixels than this; null refuses none.
         progress: show a progress bar on a terminal.
@@ -56,6 +61,7 @@ class PredictSettings(MapSettings):
     crf: bool = False
     affinity_at: tuple[int, int] | str | None = None
     panels: bool = True
+    batch: int = 1
     exif: Literal["apply", "ignore"] = "apply"
     max_pixels: int | None = MAX_PIXELS
     progress: bool = True
@@ -66,6 +72,7 @@ class PredictSettings(MapSettings):
             raise ValueError(f"exif: expected apply or ignore, got {self.exif!r}")
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ValueError(f"max_pixels: expected at least 1 or null, got {self.max_pixels}")
+        require(self.batch >= 1, "batch", "at least 1 photograph", self.batch)
         if isinstance(self.labels, str):
             self.labels = tuple(name.strip() for name in self.labels.split(",") if name.strip())
         if isinstance(self.affinity_at, str):
@@ -146,22 +153,47 @@ def predict(
     if settings.affinity_at is not None:
         _check_point(targets, settings.affinity_at, settings)
     writable_folder(out, "out")
-    done = []
-    for path, target in progress(list(targets.items()), "predicting", show=settings.progress):
-        try:
-            pixels = read_photograph(path, settings.exif, max_pixels=settings.max_pixels)
-        except PhotographError as error:
-            done.append(Prediction(path, None, problem=str(error)))
-            continue
-        photo = torch.from_numpy(pixels).permute(2, 0, 1)
-        maps = label_maps(model, normalize(photo), settings, how, cls_labels, kinds)
-        try:
-            done.append(_write(path, target, photo, maps, class_names, settings))
-        except OSError as error:
-            done.append(Prediction(path, None, problem=f"{path}: not all of it can be written ({reason(error)})"))
+
+    def look(readable: Sequence[Tensor]) -> Iterator[LabelMaps]:
+        images, given = [normalize(photo) for photo in readable], [cls_labels] * len(readable)
+        return label_maps_of_several(model, images, settings, how, given, kinds)
+
+    done: list[Prediction] = []
+    with laid_out(model, settings.channels_last):
+        for some in several(progress(list(targets.items()), "predicting", show=settings.progress), settings.batch):
+            done += _predict(dict(some), look, class_names, settings)
     if all(item.label is None for item in done):
         raise DataError("images: none can be labelled", [item.problem for item in done])
     return done
+
+
+def _predict(
+    targets: Mapping[Path, Path],
+    look: Callable[[Sequence[Tensor]], Iterator[LabelMaps]],
+    class_names: Sequence[str],
+    settings: PredictSettings,
+) -> Iterator[Prediction]:
+    """Photographs, each with its label's file, that are taken together. ``look`` gives the label maps of those that can
+    be read, uint8 [3, H, W], in their order.
+    """
+    readable, problems = {}, {}
+    for path in targets:
+        try:
+            pixels = read_photograph(path, settings.exif, max_pixels=settings.max_pixels)
+            readable[path] = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        except PhotographError as error:
+            problems[path] = str(error)
+    seen = look(list(readable.values()))
+    for path, target in targets.items():
+        if path in problems:
+            yield Prediction(path, None, problem=problems[path])
+            continue
+        maps = next(seen)
+        try:
+            made = _write(path, target, readable[path], maps, class_names, settings)
+        except OSError as error:
+            made = Prediction(path, None, problem=f"{path}: not all of it can be written ({reason(error)})")
+        yield made
 
 
 def _write(

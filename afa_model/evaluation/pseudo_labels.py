@@ -6,10 +6,11 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,20 @@ from ..data.score_files import write_cams, write_scores
 from ..data.settings import DataSettings
 from ..data.transforms import normalize
 from ..errors import AfaError, ConfigError, SavingError, reason
+from ..labels.evidence import Evidence, MapSettings, evidence, evidence_of_several
 from ..labels.kinds import CAM_KINDS
-from ..labels.label_maps import MapSettings, evidence
 from ..labels.photograph_labels import photograph_label, photograph_walk
 from ..labels.settings import LabelSettings
 from ..runtime.phases import PhaseTimer, phase
-from ..runtime.processes import announced_rank, share_of
-from ..runtime.progress import told
+from ..runtime.processes import announced_rank, laid_out, share_of
+from ..runtime.progress import several, told
 from ..runtime.writing import whole, writable_folder
-from .asked import asked_photos
+from .asked import Asked, asked_photos
 from .evaluate import EvaluateSettings
 from .manifest import Manifest, same_photo
 
 ENDINGS = {"cams": ".npz", "walks": ".npz", "labels": ".png", "confidence": ".png"}  # of what may be written
+OF_EVALUATION = ("protocol", "long_side", "affinity_of", "amp", "channels_last", "batch")  # settings of both
 WALKS = ("random_walk", "refined_random_walk")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -56,6 +58,10 @@ class PseudoLabelSettings:
         long_side: photographs are resized (bilinear) so that the longer side has this many pixels; 0: as they are.
             None, here and below: as the protocol has it.
         affinity_of: which pass gives the affinity of the random walk: largest (of the CAM's scales) or plain.
+        amp: bf16 runs the networks in bfloat16, auto does on a GPU that computes in it; off is as published.
+        channels_last: keep images and convolution weights in channels_last memory format.
+        batch: photographs taken together. Those of them that go through the networks in the same size do so at once,
+            which a GPU does faster; labels are those of 1 but for roundings.
         shard: I/N: label only the I-th of N shares of the photographs, I in 1..N; under torchrun each process takes
             its own.
         progress: show a progress bar on a terminal.
@@ -69,6 +75,9 @@ class PseudoLabelSettings:
     protocol: Literal["training", "test"] | None = None
     long_side: int | None = None
     affinity_of: Literal["largest", "plain"] | None = None
+    amp: Literal["auto", "bf16", "off"] = "off"
+    channels_last: bool = False
+    batch: int = 1
     shard: str | None = None
     progress: bool = True
 
@@ -83,7 +92,7 @@ class PseudoLabelSettings:
 
     def evaluation(self) -> EvaluateSettings:
         """What makes `afa evaluate` see photographs in these sizes."""
-        return EvaluateSettings(self.protocol, long_side=self.long_side, affinity_of=self.affinity_of).by("test")
+        return EvaluateSettings(**{name: getattr(self, name) for name in OF_EVALUATION}).by("test")
 
     def share(self) -> tuple[int, int]:
         """Which share of the photographs, from 0, of how many."""
@@ -157,9 +166,9 @@ def write_pseudo_labels(
     timer = PhaseTimer(work.device)
     show = settings.progress and announced_rank() == 0
     try:
-        with timer:
-            for name in told(names, "labelling", lambda: result.done, show):
-                _label(name, asked.photos.get(name), asked.problems.get(name), work, beside, manifest, result)
+        with timer, laid_out(model, work.sizes.channels_last):
+            for some in several(told(names, "labelling", lambda: result.done, show), settings.batch):
+                _label(some, asked, work, beside, manifest, result)
                 result.phases.update(timer.seconds())
     finally:
         manifest.write()
@@ -167,30 +176,73 @@ def write_pseudo_labels(
     return result
 
 
+class _Opened(NamedTuple):
+    """A photograph that is to be labelled.
+
+    name    in the folder
+    path    of the file
+    image   float32 [1, 3, H, W], normalised, on the model's device
+    known   its classes
+    about   what the manifest says of the file
+    before  what the manifest had of this very photograph, or None
+    """
+
+    name: str
+    path: Path
+    image: Tensor
+    known: Known
+    about: dict[str, Any]
+    before: dict[str, Any] | None
+
+
 def _label(
-    name: str, path: Path | None, problem: str | None, work: _Work, beside: Beside, manifest: Manifest, result: Written
+    names: Sequence[str], asked: Asked, work: _Work, beside: Beside, manifest: Manifest, result: Written
 ) -> None:
-    """One photograph, whatever becomes of it."""
-    if path is None:
-        result.problems.append(problem)
-        return
+    """Photographs that are taken together, whatever becomes of each."""
+    opened = []
+    for name in names:
+        if name not in asked.photos:
+            result.problems.append(asked.problems[name])
+            continue
+        with _problems_told(asked.photos[name], work, result):
+            one = _open(name, asked.photos[name], work, beside, manifest, result)
+            opened += [] if one is None else [one]
+    for one, seen in zip(opened, work.look(opened)):
+        with _problems_told(one.path, work, result):
+            entry = {**one.about, **work.label(one, seen), "files": list(work.save)}
+            if one.before is not None and one.before["classes"] == entry["classes"]:
+                entry["files"] = [kind for kind in ENDINGS if kind in (*one.before["files"], *entry["files"])]
+            manifest.add(one.name, entry)
+            result.done += 1
+            result.sources[entry["classes_from"]] += 1
+
+
+def _open(
+    name: str, path: Path, work: _Work, beside: Beside, manifest: Manifest, result: Written
+) -> _Opened | None:
+    """A photograph, unless it is finished or its name is another's."""
+    known = Known() if work.settings.labels == "classifier" else beside.classes_of(path, name)
+    before = manifest.images.get(name)
+    same, about = same_photo(path, before)
+    if before is not None and not same and _is_another(path, before["photo"]):
+        result.problems.append(f"{path}: in {work.out} the name {name} is that of {before['photo']}; choose another"
+                               " folder for out, or name the folder above both")  # fmt: skip
+        return None
+    if same and work.finished(name, before, known.labels):
+        result.skipped += 1
+        return None
+    return _Opened(name, path, work.read(path), known, about, before if same else None)
+
+
+@contextmanager
+def _problems_told(path: Path, work: _Work, result: Written) -> Iterator[None]:
+    """What goes wrong with a photograph keeps no other from being labelled.
+
+    Raises:
+        SavingError: the disk is full.
+    """
     try:
-        known = Known() if work.settings.labels == "classifier" else beside.classes_of(path, name)
-        before = manifest.images.get(name)
-        same, about = same_photo(path, before)
-        if before is not None and not same and _is_another(path, before["photo"]):
-            result.problems.append(f"{path}: in {work.out} the name {name} is that of {before['photo']}; choose another"
-                                   " folder for out, or name the folder above both")  # fmt: skip
-            return
-        if same and work.finished(name, before, known.labels):
-            result.skipped += 1
-            return
-        entry = {**about, **work.label(name, path, known), "files": list(work.save)}
-        if same and before["classes"] == entry["classes"]:
-            entry["files"] = [kind for kind in ENDINGS if kind in (*before["files"], *entry["files"])]
-        manifest.add(name, entry)
-        result.done += 1
-        result.sources[entry["classes_from"]] += 1
+        yield
     except AfaError as error:
         result.problems.append(str(error))
     except torch.OutOfMemoryError:
@@ -236,7 +288,7 @@ class _Work:
     def record(self) -> dict[str, Any]:
         """What decides how the files look."""
         own = {name: getattr(self.settings, name) for name in ("unknown", "threshold")}
-        sizes = {name: getattr(self.sizes, name) for name in ("long_side", "affinity_of")}
+        sizes = {name: getattr(self.sizes, name) for name in ("long_side", "affinity_of", "amp")}
         return {"kind": self.kind, **own, **sizes, "exif": self.data.exif, **asdict(self.how)}
 
     def path(self, what: str, name: str) -> Path:
@@ -250,15 +302,26 @@ class _Work:
         same = of_classifier if labels is None else not of_classifier and entry["classes"] == self._shown(labels)
         return same and all(self.path(what, name).is_file() for what in self.save)
 
-    def label(self, name: str, path: Path, known: Known) -> dict[str, Any]:
-        """Write the files; what the manifest says of them."""
-        save, how = self.save, self.how
+    def read(self, path: Path) -> Tensor:
+        """A photograph, float32 [1, 3, H, W], normalised, on the model's device."""
         with phase("reading"):
-            photo = read_photo(path, self.data.exif, self.data.max_pixels)
-            image = normalize(photo)[None].to(self.device)
+            return normalize(read_photo(path, self.data.exif, self.data.max_pixels))[None].to(self.device)
+
+    def look(self, opened: Sequence[_Opened]) -> Sequence[Evidence | None]:
+        """What the model says of each of several photographs; None of all where it is to be asked for one by one."""
+        if len(opened) > 1:
+            images, given = [one.image for one in opened], [one.known.labels for one in opened]
+            with phase("CAM"), suppress(torch.OutOfMemoryError):  # of one of them, which will be told when it is alone
+                return evidence_of_several(self.model, images, self.sizes, self.how, given, self.settings.threshold)
+        return [None] * len(opened)
+
+    def label(self, one: _Opened, seen: Evidence | None) -> dict[str, Any]:
+        """Write the files of a photograph of which the model said that, or is to be asked -> what the manifest says."""
+        save, how, name, image = self.save, self.how, one.name, one.image
         size = tuple(image.shape[2:])
-        with phase("CAM"):
-            seen = evidence(self.model, image, self.sizes, how, known.labels, self.settings.threshold)
+        if seen is None:
+            with phase("CAM"):
+                seen = evidence(self.model, image, self.sizes, how, one.known.labels, self.settings.threshold)
         walk = photograph_walk(size, seen, how) if "walks" in save else None
         label = confidence = None
         if "labels" in save or "confidence" in save:
@@ -281,7 +344,7 @@ class _Work:
         return {
             "size": list(size),
             "classes": self._shown(seen.cls_labels),
-            "classes_from": known.source or "classifier",
+            "classes_from": one.known.source or "classifier",
             "shares": {} if label is None else self._shares(label),
         }
 

@@ -29,12 +29,14 @@ class MultiScaleCAM(NamedTuple):
 
 class Known(NamedTuple):
     """What a pass of a model gave that :func:`multi_scale_cam` would otherwise make again; fields as those of
-    :class:`~afa_model.networks.afa.AFAResult`, None where it has no use for them."""
+    :class:`~afa_model.networks.afa.AFAResult`, None where it has no use for them; and ``mirrored_map``, the last map of
+    the mirror images, if they went through it too."""
 
     last_map: Tensor | None = None
     query: Tensor | None = None
     key: Tensor | None = None
     aux_map: Tensor | None = None
+    mirrored_map: Tensor | None = None
 
     @classmethod
     def of(cls, result: Any, scales: Sequence[float], affinity: bool, aux: bool) -> Known:
@@ -105,7 +107,7 @@ def multi_scale_cam(
 
     slots: of these images; only their channels are made -> cam [B, S, H, W].
 
-    known: of a pass of these very images in a state where :func:`same_in_eval_mode` holds; scale 1 then takes map,
+    known: of a pass of these very images in a state where :func:`same_in_eval_mode` holds; scale 1 then takes maps,
     queries and keys of it instead of making them again.
 
     aux: also give the CAM of the auxiliary classifier, which the model must have.
@@ -134,7 +136,10 @@ def _pair(model: nn.Module, x: Tensor, known: Known | None, decode: bool) -> tup
     if known is not None and known.last_map is not None:
         aux_cam = None if known.aux_map is None else F.conv2d(known.aux_map, model.aux_classifier.weight)
         cam = F.conv2d(known.last_map, model.classifier.weight)
-        return _Seen(cam, known.query, known.key, aux_cam), model.cam_and_attention(x.flip(3))
+        plain = _Seen(cam, known.query, known.key, aux_cam)
+        if known.mirrored_map is None:
+            return plain, model.cam_and_attention(x.flip(3))
+        return plain, _Seen(F.conv2d(known.mirrored_map, model.classifier.weight))
     both = model.cam_and_attention(torch.cat([x, x.flip(3)]), decode=decode)
     halves = [(None, None) if maps is None else maps.chunk(2) for maps in both]
     return tuple(_Seen(*(half[i] for half in halves)) for i in (0, 1))

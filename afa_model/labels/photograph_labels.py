@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..conventions import IGNORE, denormalize, halve, resize
 from ..runtime.phases import phase
-from .label_maps import Evidence
+from .evidence import Evidence
 from .large import is_large, large_label, large_walk
 from .pseudo_labels import cam_to_label, propagate, soft_label
 from .settings import LabelSettings

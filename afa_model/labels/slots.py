@@ -83,6 +83,19 @@ class ClassSlots:
         named = names.gather(1, torch.where(known, labels, 0).flatten(1)).view_as(labels)
         return torch.where(known, named, IGNORE)
 
+    def alone(self, image: int, maps: Tensor | None) -> tuple[ClassSlots, Tensor | None]:
+        """One image's slots as they would be without the others of the batch; and its maps, of [B, S, H, W], in them:
+        [1, S', H, W].
+        """
+        wanted = self.present[image].nonzero().flatten()
+        if not len(wanted):  # one slot at least
+            wanted = wanted.new_zeros(1)
+        slots = ClassSlots(self.classes[image, wanted][None], self.present[image, wanted][None], self.count)
+        if maps is None:
+            return slots, None
+        own = maps[image : image + 1]
+        return slots, own if len(wanted) == maps.shape[1] else own[:, wanted]
+
     def rows(self, images: list[int]) -> ClassSlots:
         """The slots of some images of the batch."""
         return ClassSlots(

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
+from ..labels.evidence import MapSettings
 from ..labels.kinds import title
-from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
 from .overlays import AFFINITY_COLORS, CAM_COLORS, cell_of, heat_overlay, label_overlay
 from .panels import Tile, affinity_tile, cam_tile, head_weights_figure

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.transforms import normalize
-from ..labels.label_maps import MapSettings, affinity_image, label_maps
+from ..labels.evidence import MapSettings, affinity_image
+from ..labels.label_maps import label_maps
 from ..labels.settings import LabelSettings
 from .attention import attention_of, attention_window, cells_of, check_cells, walked_cam
 from .overlays import thumbnail

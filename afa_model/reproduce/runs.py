@@ -24,7 +24,7 @@ Settings = TypeVar("Settings")
 
 # What a network does not depend on.
 _ASIDE = ("out", "resume", "device", "process_timeout", "log", "checkpoint", "data.num_workers", "data.check",
-          "eval.num_workers", "eval.progress")  # fmt: skip
+          "eval.num_workers", "eval.progress", "eval.batch", "eval.channels_last")  # fmt: skip
 
 
 @dataclass(frozen=True)

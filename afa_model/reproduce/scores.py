@@ -17,7 +17,8 @@ from ..data.datasets import EvaluationSet
 from ..errors import ConfigError
 from ..evaluation.evaluate import EvaluateSettings, evaluate
 from ..evaluation.scores import ScoreKeeper, Scores
-from ..labels.label_maps import MapSettings, cam_label, label_maps
+from ..labels.evidence import MapSettings
+from ..labels.label_maps import cam_label, label_maps
 from ..labels.settings import LabelSettings
 from ..runs.restore import load_model
 from ..runtime.processes import processes
@@ -64,7 +65,7 @@ def evaluation_of(config: Config, table: PaperTable) -> EvaluateSettings:
 def about(config: Config, table: PaperTable) -> dict[str, Any]:
     """All that decides the scores of a network in a table."""
     settings = asdict(evaluation_of(config, table))
-    for name in ("every", "num_workers", "progress"):
+    for name in ("every", "num_workers", "progress", "batch", "channels_last"):
         settings.pop(name)
     rows = {row.name: row.settings for row in table.rows} if table.refines else {}
     return {"split": split_of(config, table), "eval": settings, "labels": asdict(config.labels), "rows": rows}

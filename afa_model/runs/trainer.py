@@ -19,7 +19,7 @@ from ..evaluation.evaluate import evaluate
 from ..labels.kinds import kinds_of
 from ..runtime.collectives import agreeing, gather_from_all, same_as_first
 from ..runtime.machine import threads_beside
-from ..runtime.processes import Here, autocast, data_parallel, seed_everything, to_device
+from ..runtime.processes import Here, autocast, data_parallel, memory_format, seed_everything, to_device
 from ..training.acceleration import compiles, graphs
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
 from ..training.step import StepResult, TrainingStep
@@ -92,8 +92,7 @@ class Trainer:
         here = self.here
         if here.world_size > 1 and here.device.type == "cuda":  # torch has no synchronised batch norm on the CPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return model.to(here.device, memory_format=memory_format).train()
+        return model.to(here.device, memory_format=memory_format(self.config.channels_last)).train()
 
     def state(self) -> dict[str, Any]:
         """The contents of a checkpoint. Every process must call this."""
@@ -264,7 +263,8 @@ def _about_frozen(config: Config) -> list[str]:
 
 def _scoring(section: Mapping[str, Any]) -> dict[str, Any]:
     """What of a section's settings changes the scores of an evaluation."""
-    return {name: value for name, value in section.items() if name not in ("every", "num_workers", "progress")}
+    aside = ("every", "num_workers", "progress", "batch", "channels_last")
+    return {name: value for name, value in section.items() if name not in aside}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Any:

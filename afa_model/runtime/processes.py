@@ -160,8 +160,31 @@ def to_device(batch: Mapping[str, Any], device: torch.device, channels_last: boo
         for key, value in batch.items()
     }
     if channels_last:
-        moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+        moved["image"] = moved["image"].contiguous(memory_format=memory_format(channels_last))
     return moved
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """How images and the weights of convolutions lie in memory."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def laid_out(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """The weights of convolutions in channels_last inside, if that is asked for.
+
+    Afterwards they are in the memory in which they were: a CUDA graph that was captured with them reads them there.
+    """
+    before = []
+    for parameter in model.parameters() if channels_last else ():
+        if parameter.ndim == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
+            before.append((parameter, parameter.data))
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
 
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:

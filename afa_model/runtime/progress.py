@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from rich.console import Console
@@ -33,6 +34,14 @@ def in_threads(work: Callable[[Item], Outcome], items: Sequence[Item], title: st
     """``[work(item) for item in items]`` on several threads (decoders release the GIL), with a bar."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(work, items), title, len(items)))
+
+
+def several(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """``items`` in their order, ``count`` at a time; at the end what is left. Those to come are not asked for before.
+    """
+    left = iter(items)
+    while some := list(islice(left, count)):
+        yield some
 
 
 class _Rate(ProgressColumn):

@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 from ..errors import DataError
+from ..labels.evidence import MapSettings
 from ..labels.kinds import title
-from ..labels.label_maps import MapSettings
 from ..labels.settings import LabelSettings
 from ..pictures.overlays import AFFINITY_COLORS, heat_overlay, label_overlay
 from .clock import in_words

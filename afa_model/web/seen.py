@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..data.image_labels import multi_hot
 from ..data.transforms import normalize
-from ..labels.label_maps import Evidence, MapSettings, evidence, found_classes, label_maps
+from ..labels.evidence import Evidence, MapSettings, evidence, found_classes
+from ..labels.label_maps import label_maps
 from ..labels.photograph_labels import photograph_label
 from ..labels.settings import LabelSettings
 from ..labels.slots import ClassSlots

@@ -19,7 +19,7 @@ from afa_model.commands import evaluate, predict
 from afa_model.data.classes import VOC_CLASSES
 from afa_model.errors import TrainingError
 from afa_model.evaluation.scores import EvaluationResult
-from afa_model.labels.label_maps import MapSettings
+from afa_model.labels.evidence import MapSettings
 from afa_model.labels.settings import LabelSettings
 
 
@@ -216,11 +216,12 @@ def test_files_are_tried_before_the_work_and_written_before_all_else(trained, ro
 
 def test_a_protocol_asked_for_is_not_mixed_with_another(root, tmp_path, monkeypatch):
     """The run has rows of its own, and a protocol; neither is left in the one that is asked for."""
-    changes = {"schedule__max_iters": 1, "eval__protocol": "training", "eval__affinity_of": "plain"}
+    changes = {"schedule__max_iters": 1, "eval__protocol": "training", "eval__affinity_of": "plain", "eval__batch": 3}
     assert cli.main(["train", *tiny_args(root, tmp_path / "run", **changes)]) == 0
     seen = []
 
     def noted(model, dataset, settings, labels):
+        assert settings.batch == 3, "whichever protocol"
         seen.append((settings.by("test").maps(), settings.labels(labels).one_walk_score))
         raise TrainingError("seen")
 
@@ -230,12 +231,12 @@ def test_a_protocol_asked_for_is_not_mixed_with_another(root, tmp_path, monkeypa
         assert cli.main(["evaluate", "--checkpoint", str(tmp_path / "run"), *line]) == 1
 
     def noted_too(model, images, out, class_names, settings, how):
-        seen.append((settings.long_side, settings.flips, settings.affinity_of, how.one_walk_score))
+        seen.append((settings.long_side, settings.flips, settings.affinity_of, settings.batch, how.one_walk_score))
         raise TrainingError("seen")
 
     monkeypatch.setattr(predict, "predict", noted_too)
     assert cli.main(["predict", "photo.jpg", "--checkpoint", str(tmp_path / "run")]) == 1
-    assert seen.pop() == (64, False, "plain", (0.35,)), "as the run is evaluated"
+    assert seen.pop() == (64, False, "plain", 3, (0.35,)), "as the run is evaluated"
     assert seen == [
         (MapSettings(64, (1.0,), False, "plain"), (0.35,)),
         (MapSettings(0, (1.0,), False, "plain"), (0.35,)),

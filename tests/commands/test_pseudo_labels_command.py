@@ -26,7 +26,7 @@ from afa_model.errors import ConfigError, DataError
 from afa_model.evaluation import pseudo_labels as module
 from afa_model.evaluation.pseudo_labels import PseudoLabelSettings
 from afa_model.evaluation.scores import ScoreKeeper
-from afa_model.labels.label_maps import MapSettings, evidence
+from afa_model.labels.evidence import MapSettings, evidence
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from afa_model.data.datasets import DataSettings, EvaluationSet
 from afa_model.evaluation.evaluate import EvaluateSettings, evaluate
 from afa_model.evaluation.scores import EvaluationResult, ScoreKeeper, Scores, image_level_scores
 from afa_model.labels.crf import CrfSettings
+from afa_model.labels.evidence import MapSettings, found_classes
 from afa_model.labels.kinds import KINDS, kinds_of
-from afa_model.labels.label_maps import MapSettings, found_classes, label_maps
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 

@@ -23,7 +23,8 @@ from afa_model.errors import ConfigError, DataError
 from afa_model.evaluation import predict as predict_module
 from afa_model.evaluation.predict import PredictSettings, draw_head_weights, photos, predict
 from afa_model.labels.crf import CrfSettings
-from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.evidence import MapSettings
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 

@@ -13,8 +13,10 @@ from afa_model.conventions import resize
 from afa_model.data.transforms import normalize
 from afa_model.evaluation.evaluate import EvaluateSettings
 from afa_model.evaluation.scores import ScoreKeeper
+from afa_model.labels import evidence as looks
 from afa_model.labels import label_maps as module
-from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.evidence import MapSettings
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.pseudo_labels import propagate
 from afa_model.labels.settings import LabelSettings
 from afa_model.labels.slots import ClassSlots
@@ -52,9 +54,9 @@ def photographs(recorded) -> int:
 @pytest.fixture(scope="module")
 def outcomes(model, recorded) -> dict[str, list[torch.Tensor]]:
     """The label maps of all photographs by recorded name, and as "logits" those of the test protocol."""
-    outcomes, real = {name: [] for name in (*RECORDED, "logits", "maps")}, module._segment
+    outcomes, real = {name: [] for name in (*RECORDED, "logits", "maps")}, looks._segment
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_segment", lambda *a: outcomes["logits"].append(real(*a)) or outcomes["logits"][-1])
+        patch.setattr(looks, "_segment", lambda *a: outcomes["logits"].append(real(*a)) or outcomes["logits"][-1])
         for i in range(photographs(recorded)):
             image = normalize(torch.from_numpy(recorded[f"image_{i}"]).permute(2, 0, 1))
             present = torch.from_numpy(recorded[f"cls_labels_{i}"])
@@ -165,7 +167,7 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
     image = torch.zeros(1, 3, 16, 24)
     image[0, 0, :, :12], image[0, 1] = 8.0, 3.0
     model = Constant()
-    best, plain = module._segment(model, image, MapSettings(0, (0.5, 1.0)))
+    best, plain = looks._segment(model, image, MapSettings(0, (0.5, 1.0)))
     assert model.sizes == [(2, 3, 16, 24), (2, 3, 8, 12)], "scale 1 first: its grid is everyone's"
     assert best.shape == (1, 3, 4, 6) and plain.seg_logits.shape == (2, 3, 4, 6)
     # The mirrored copy's logits are mirrored back: here they agree with the others, so the mean is what both say.
@@ -179,9 +181,9 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
             scale = 5.0 if images.shape[2] < 16 else 0.0
             return SimpleNamespace(seg_logits=result.seg_logits * 0 + bias + scale, cls_logits=result.cls_logits)
 
-    best, _ = module._segment(Biased(), image, MapSettings(0, (1.0, 0.5)))
+    best, _ = looks._segment(Biased(), image, MapSettings(0, (1.0, 0.5)))
     assert torch.equal(best, torch.full((1, 3, 4, 6), 6.0)), "mean of 5 and 7, larger than that of 0 and 2"
-    best, _ = module._segment(Biased(), image, MapSettings(0, (1.0,), flips=False))
+    best, _ = looks._segment(Biased(), image, MapSettings(0, (1.0,), flips=False))
     assert torch.equal(best, torch.zeros(1, 3, 4, 6))
 
 
@@ -190,14 +192,14 @@ def test_a_pair_is_averaged_and_scales_are_maximised():
     [((167, 251), (340, 512)), ((500, 375), (512, 384)), ((512, 100), (512, 100)), ((999, 10), (512, 5))],
 )
 def test_sizes_are_rounded_down(size, want):
-    got = tuple(module._resize_long_side(torch.zeros(1, 3, *size), 512).shape[2:])
+    got = tuple(looks._resize_long_side(torch.zeros(1, 3, *size), 512).shape[2:])
     assert got == want
 
 
 def test_published_resizing_is_bilinear_without_antialiasing():
     """To the longer side by size, to another scale by its factor: the grid is then the factor's, not the size's."""
     image, seen = torch.rand(1, 3, 33, 50), []
-    got = module._resize_long_side(image, 40)
+    got = looks._resize_long_side(image, 40)
     assert torch.equal(got, torch.nn.functional.interpolate(image, (26, 40), mode="bilinear", align_corners=False))
 
     class Seeing(Constant):
@@ -205,10 +207,10 @@ def test_published_resizing_is_bilinear_without_antialiasing():
             seen.append(images)
             return super().forward(images)
 
-    module._segment(Seeing(), image, MapSettings(0, (1.0, 0.75), flips=False))
+    looks._segment(Seeing(), image, MapSettings(0, (1.0, 0.75), flips=False))
     want = torch.nn.functional.interpolate(image, scale_factor=0.75, mode="bilinear", align_corners=False)
     assert torch.equal(seen[0], image) and torch.equal(seen[1], want)
-    best, _ = module._segment(Constant(), image[:, :, :1], MapSettings(0, (1.0, 0.5)))
+    best, _ = looks._segment(Constant(), image[:, :, :1], MapSettings(0, (1.0, 0.5)))
     assert best.shape == (1, 3, 1, 13), "no scale makes nothing of a photograph"
 
 
@@ -223,9 +225,9 @@ def test_each_label_has_its_own_background_score():
 
 
 def test_a_class_is_found_above_a_half():
-    assert module.found_classes(torch.tensor([0.5, 0.51, 0.2])).tolist() == [0, 1, 0]
-    assert module.found_classes(torch.tensor([0.3, 0.5, 0.2])).tolist() == [0, 1, 0], "or the likeliest"
-    assert module.found_classes(torch.tensor([0.5, 0.5, 0.2])).tolist() == [1, 0, 0]
+    assert looks.found_classes(torch.tensor([0.5, 0.51, 0.2])).tolist() == [0, 1, 0]
+    assert looks.found_classes(torch.tensor([0.3, 0.5, 0.2])).tolist() == [0, 1, 0], "or the likeliest"
+    assert looks.found_classes(torch.tensor([0.5, 0.5, 0.2])).tolist() == [1, 0, 0]
 
 
 def test_the_dense_crf_sees_the_photographs_own_bytes(monkeypatch):

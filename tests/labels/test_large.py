@@ -13,8 +13,9 @@ from afa_model.data.transforms import normalize
 from afa_model.labels import label_maps as maps_module
 from afa_model.labels import large
 from afa_model.labels.crf import CrfSettings
+from afa_model.labels.evidence import MapSettings
 from afa_model.labels.kinds import CAM_KINDS, KINDS
-from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.labels.slots import ClassSlots
 

@@ -14,8 +14,9 @@ from afa_kernels import par
 from afa_model.conventions import IGNORE, denormalize
 from afa_model.data.transforms import normalize
 from afa_model.labels import large
+from afa_model.labels.evidence import MapSettings, evidence
 from afa_model.labels.kinds import KINDS
-from afa_model.labels.label_maps import MapSettings, evidence, label_maps
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.photograph_labels import photograph_label, photograph_walk
 from afa_model.labels.settings import LabelSettings
 from afa_model.training.step import StepSettings, TrainingStep

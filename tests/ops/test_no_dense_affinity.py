@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from afa_kernels import use_backend, window_to_dense
+from afa_model.labels.evidence import MapSettings
 from afa_model.labels.kinds import KINDS
-from afa_model.labels.label_maps import MapSettings, label_maps
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.training.step import StepSettings, TrainingStep

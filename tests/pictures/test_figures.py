@@ -14,7 +14,8 @@ from support.tiny_step import batch as batch_of
 
 from afa_model.data.classes import VOC_CLASSES
 from afa_model.data.transforms import normalize
-from afa_model.labels.label_maps import MapSettings, affinity_image, label_maps
+from afa_model.labels.evidence import MapSettings, affinity_image
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.settings import LabelSettings
 from afa_model.networks.afa import AFA
 from afa_model.networks.decoder import SegFormerHead

@@ -98,5 +98,7 @@ def test_the_folder_tells_networks_apart_by_what_they_depend_on(base, tmp_path):
         replace(config, eval=replace(config.eval, every=2)),  # which decides what the best checkpoint is
     ]
     assert len({identity(one) for one in [config, *other]}) == 5
+    scored = other[-1]
+    assert identity(replace(scored, eval=replace(scored.eval, batch=4, channels_last=True))) == identity(scored)
     assert run_of(base, {"labels.radius": 7}, 3).folder.name.startswith("radius-7-s3-")
     assert run_of(base, {}, 3).folder.name.startswith("default-s3-")

@@ -126,7 +126,9 @@ checkpoint.torch.save = save
 
 
 def test_a_run_evaluates_by_its_own_protocol(root, tmp_path, monkeypatch, capsys):
-    """"training" unless it says otherwise; the best score of another evaluation does not count at a resume."""
+    """"training" unless it says otherwise; the best score of another evaluation does not count at a resume, that of
+    one with other batches does.
+    """
     seen, real = [], trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda *a: seen.append(a[2].protocol) or real(*a))
     run(root, tmp_path / "run", eval__every=1, schedule__max_iters=1)
@@ -136,7 +138,7 @@ def test_a_run_evaluates_by_its_own_protocol(root, tmp_path, monkeypatch, capsys
     best = tmp_path / "run" / "best.pt"
     for protocol, better in ((None, False), ("test", True)):
         best.unlink(missing_ok=True)
-        changes = {"eval__protocol": protocol} if protocol else {}
+        changes = {"eval__protocol": protocol} if protocol else {"eval__batch": 2, "eval__channels_last": True}
         resume = tmp_path / "run" / "iter_00000001.pt"
         out = tmp_path / f"again {protocol}"
         run(root, out, eval__every=1, schedule__max_iters=2, schedule__warmup_iters=1, resume=resume, **changes)

@@ -17,7 +17,7 @@ from support.voc_factory import make_voc
 
 from afa_model.data.classes import VOC_CLASSES
 from afa_model.data.files import read_label, write_label
-from afa_model.labels.label_maps import MapSettings
+from afa_model.labels.evidence import MapSettings
 from afa_model.labels.settings import LabelSettings
 from afa_model.web.photographs import examples_in, masked_examples, photograph
 from afa_model.web.settings import ServeSettings

@@ -17,7 +17,8 @@ from afa_model.data.files import read_label
 from afa_model.data.transforms import normalize
 from afa_model.errors import DataError
 from afa_model.evaluation.refine import RefineSettings, refine_files
-from afa_model.labels.label_maps import MapSettings, evidence, label_maps
+from afa_model.labels.evidence import MapSettings, evidence
+from afa_model.labels.label_maps import label_maps
 from afa_model.labels.photograph_labels import photograph_label
 from afa_model.labels.settings import LabelSettings
 from afa_model.pictures.overlays import affinity_of_point
