@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
       clear_absent(args, tile, channels);
       // The other buffer may still be read, by blocks that are at the last images' last iteration.
       begin_masks(args, tile, present, found, buffer(turn), plane);
-      if (found > 0) source.template fill<Word, kHeld>(args, tile, weights, held, pixels);
+      if (found > 0) source.template fill<Word, kHeld>(args, tile, reader, weights, held, pixels);
     }
     for (turn += 2 * args.num_iter; turn >= 2; turn = (turn - 2) ^ 1) {
       const bool last = turn < 4;
@@ -144,9 +144,9 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
       auto copy = [&](int group) {
         const int begin = group * plan.channels, count = min(plan.channels, found - begin);
         const SharedArray<float> into = pixels + group % plan.stages * plan.channels * plan.rows * plan.pitch;
-        if (kHeld > 0 && count > 0) reader.template copy<1>(from + int64_t(begin) * plane, count, into);
+        if (kHeld > 0 && count > 0) reader.template copy<1>(from + int64_t(begin) * plane, args.row, plane, count, into);
         commit_copies();
-        if (count > 0) reader.template copy<(kHeld > 0 ? 0 : -1)>(from + int64_t(begin) * plane, count, into);
+        if (count > 0) reader.template copy<(kHeld > 0 ? 0 : -1)>(from + int64_t(begin) * plane, args.row, plane, count, into);
         commit_copies();
       };
       copy(0);
