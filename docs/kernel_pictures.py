@@ -308,8 +308,8 @@ def feature_affinity() -> str:
             ("registers", "36 sums: 4 pixels of a thread with 9 taps of one dy"),
             (
                 "shared memory",
-                "16 channels at a time of the tile and of the rows",
-                "and columns it reaches, as float32",
+                "8 channels at a time of the tile and of the rows",
+                "and columns it reaches; the next 8 are on their way",
             ),
             ("memory", "the tap and its mirror image: only one half", "of the window is summed"),
         ]

@@ -173,7 +173,7 @@ NUMBERS = {
     "bilateral/exact.cuh": ("kTile = 64", "kLeftOut = 1e-6f"),
     "path_affinity/path_affinity.cu": ("kPathW = 32, kPathRows = 8, kPathH = 2 * kPathRows",),
     "feature_affinity/feature_tiles.cuh": ("kTileRows = 4, kTileColumns = 32, kPixels = 4, kRun = 9",),
-    "feature_affinity/feature_affinity.cu": ("kChannels = 16",),
+    "feature_affinity/feature_affinity.cu": ("kChannels = 8",),
     "sinkhorn/sinkhorn.cu": ("kSinkhornPixels = 8, kSinkhornGroups = 32",),
 }
 
