@@ -78,7 +78,7 @@ def resident() -> str:
     ]
     parts += layers(
         [
-            ("registers", "where it helps, weights of 24 taps of 2 pixels a thread;", "the sums of up to 4 channels"),
+            ("registers", "where it helps, weights of 16 taps of 2 pixels a thread;", "the sums of up to 4 channels"),
             (
                 "shared memory",
                 "weights of the other taps, [taps][pixels], for all iterations;",

@@ -15,14 +15,18 @@ struct TensorWeights {
     for_own_pixels<kHeld>(args.plan.pixels(), held, [&](int p, HeldWeights<kHeld>& own) {
       const TilePixel pixel(args.plan, p);
       if (!pixel.inside(tile)) return;
-      const int64_t at = offset_of(weights, tile.b, 0, tile.y + pixel.y) + (tile.x + pixel.x) * weights.stride[3];
-      auto read = [&](int t) { return load_element(weights.data, weights.dtype, at + t * weights.stride[1]); };
+      int64_t at = offset_of(weights, tile.b, 0, tile.y + pixel.y) + (tile.x + pixel.x) * weights.stride[3];
+      auto next = [&] {
+        const float weight = load_element(weights.data, weights.dtype, at);
+        at += weights.stride[1];
+        return weight;
+      };
       WeightKeeper<Word, kHeld> keeper(to, &own, args.plan.pixels(), p);
       if constexpr (kHeld > 0) {
 #pragma unroll
-        for (int t = 0; t < kHeld; ++t) keeper.hold(t, read(t));
+        for (int t = 0; t < kHeld; ++t) keeper.hold(t, next());
       }
-      for (int t = kHeld; t < args.taps; ++t) keeper.keep(t, read(t));
+      for (int t = kHeld; t < args.taps; ++t) keeper.keep(t, next());
     });
   }
 };

@@ -137,7 +137,10 @@ __device__ inline void load_planes(const ResidentPlan& plan, const ImageTile& ti
   }
 }
 // Whether its rows can be copied 16 bytes at a time to their ends, by TileReader.
-inline bool copies_whole(const View<4>& image) { return image.dtype == DType::f32 && wide_rows(image) && image.size[3] % 4 == 0; }
+inline bool copies_whole(const View<4>& image) {
+  const bool small = image.stride[2] >= 0 && image.size[2] * image.stride[2] < INT32_MAX;
+  return image.dtype == DType::f32 && wide_rows(image) && image.size[3] % 4 == 0 && small;
+}
 // Planes 0 to `count` of image tile.b, with a halo whose border is that of the image, replicated.
 __device__ inline void load_tile(const ResidentPlan& plan, const ImageTile& tile, const View<4>& image, int count,
                                  SharedArray<float> pixels) {
@@ -161,7 +164,7 @@ class TileReader {
   }
   // Asks for copies of `count` planes from `from` on, so many floats to the next row and plane.
   template <int kNear>
-  __device__ __forceinline__ void copy(const float* from, int64_t row_stride, int64_t plane, int count, SharedArray<float> pixels) const {
+  __device__ __forceinline__ void copy(const float* from, int row_stride, int64_t plane, int count, SharedArray<float> pixels) const {
     const ResidentPlan& plan = args_.plan;
     const int top = tile_.y - plan.reach_y, left = tile_.x - plan.reach_x;
     visit<kNear>([&](int vector, int row) {

@@ -235,7 +235,8 @@ struct ParWeights {
                        HeldWeights<kHeld>& held, SharedArray<float> pixels) const {
     const ResidentPlan& plan = args.plan;
     if (whole) {
-      reader.copy<-1>(static_cast<const float*>(images.data) + tile.b * images.stride[0], images.stride[2], images.stride[1], kColours, pixels);
+      reader.copy<-1>(static_cast<const float*>(images.data) + tile.b * images.stride[0], int(images.stride[2]), images.stride[1], kColours,
+                      pixels);
       commit_copies();
       wait_copies<0>();
       reader.finish<-1>(kColours, pixels);
