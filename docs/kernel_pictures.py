@@ -78,7 +78,7 @@ def resident() -> str:
     ]
     parts += layers(
         [
-            ("registers", "where it helps, weights of 24 taps of 2 pixels a thread;", "the sums of up to 4 channels"),
+            ("registers", "where it helps, weights of 16 taps of 2 pixels a thread;", "the sums of up to 4 channels"),
             (
                 "shared memory",
                 "weights of the other taps, [taps][pixels], for all iterations;",
@@ -308,8 +308,8 @@ def feature_affinity() -> str:
             ("registers", "36 sums: 4 pixels of a thread with 9 taps of one dy"),
             (
                 "shared memory",
-                "16 channels at a time of the tile and of the rows",
-                "and columns it reaches, as float32",
+                "8 channels at a time of the tile and of the rows",
+                "and columns it reaches; the next 8 are on their way",
             ),
             ("memory", "the tap and its mirror image: only one half", "of the window is summed"),
         ]

@@ -1,7 +1,7 @@
 // Affinity and its loss on a GPU: the scores of pairs of tiles (affinity.cuh) and what becomes of them.
 //
 // Data flow of pair_kernel: a block sums the 64 x 64 scores of one pair of tiles, both orders at once (q_i k_j and k_i q_j), over all
-// heads, in registers; a chunk of channels of the four operands is in shared memory while the next is on its way to registers.
+// heads, in registers; steps of 64 bytes of channels of the four operands arrive in shared memory ahead of it (operands.cuh).
 // Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
 // float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
 // pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a fixed order by the block that comes

@@ -3,15 +3,16 @@
 // G comes from pair_kernel (affinity.cu), which computes the scores again: a sigmoid that has been rounded no longer tells its slope. It
 // lives in the workspace for the length of this pass alone. Then, since z = u v^T + bias,
 //   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G .
-// Data flow of product_kernel: a block owns a tile of 64 pixels and 64 channels of one head, of the queries' gradient or the keys'; it
-// walks over the tile's neighbours, whose G (mirrored for those above and to the left) and values pass through shared memory, and sums
-// in registers. The block that comes last adds up what all found for the head, in order: two launches, the first of which sets the
-// counter of the second to 0. A query or key that is no finite number counts
-// as 0 there, lest 0 times it reach pixels outside its window, or, where its label is ignored, any: the pairs that it does count in have
-// a G that is NaN, or 0 at the sigmoid's ends.
+// Data flow of product_kernel (products.cuh): a block owns a tile of 64 pixels and four items, 64 channels of one head of the queries'
+// gradient or the keys'; it walks over the tile's neighbours, whose G (mirrored for those above and to the left) and values arrive in
+// shared memory while the last ones are multiplied, and sums in registers. Gradients are written by way of shared memory, 16 bytes at a
+// time. The block that comes last adds up what all found for the head, in order: two launches, the first of which sets the counter of
+// the second to 0. A query or key that is no finite number counts as 0 there, lest 0 times it reach pixels outside its window, or, where
+// its label is ignored, any: the pairs that it does count in have a G that is NaN, or 0 at the sigmoid's ends. Since any such value
+// shows in the sums, the block looks at those, and only then does all over again with zeros in its place.
 // Floor: 4 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band.
 // Occupancy: product_kernel 256 x 2, map_product_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
-// Wide loads: product_kernel<__half, true>, product_kernel<__nv_bfloat16, true>, product_kernel<float, false>.
+// Wide loads: product_kernel<__half, true, true>, product_kernel<__nv_bfloat16, true, true>, product_kernel<float, false, true>.
 #include "affinity/products.cuh"
 #include "common/arena.h"
 
@@ -55,15 +56,15 @@ __device__ inline void finish_head(const HeadSums& head, SharedArray<int> scratc
 
 // kLines rows of one item's 64 sums in shared memory, `pitch` apart, to the gradient, by one warp; pixel_of(line) is the pixel of the
 // tile. Returns the thread's part of the head's dot product, of the queries alone.
-template <class T, int kLines, class PixelOf>
+template <class T, int kLines, bool kWide, class PixelOf>
 __device__ inline float write_rows(const ProductArgs& args, const Item& item, int64_t b, const TilePlace& place, SharedArray<float> rows,
                                    int pitch, float scale, PixelOf pixel_of) {
   constexpr int kVector = 16 / int(sizeof(T)), kParts = kItemChannels / kVector;
   const View<4>&query = args.query, &out = item.of_key ? args.grad_key : args.grad_query;
-  const int lane = threadIdx.x % 32, depth = int(query.size[3]);
+  const int lane = computed_here(int(threadIdx.x)) % 32, depth = int(query.size[3]);
   const float weight = weight_of(args.head, item.head);
   float dot = 0;
-  if (args.wide && args.wide_out[item.of_key]) {
+  if (kWide && args.wide_out[item.of_key]) {
 #pragma unroll 1
     for (int at = lane; at < kLines * kParts; at += 32) {
       const int line = at / kParts, part = at % kParts * kVector, i = pixel_of(line), c = item.channel + part;
@@ -109,12 +110,13 @@ __device__ inline float write_rows(const ProductArgs& args, const Item& item, in
 }
 
 // A thread's sums by way of shared memory, 16 rows of a warp at a time: those of sums 0..31, then those of 32..63.
-template <class T, bool kTensor>
+template <class T, bool kTensor, bool kWide>
 __device__ inline float write_sums(const ProductArgs& args, const Item& item, int64_t b, const TilePlace& place, SharedArray<float> rows,
                                    const float (&sums)[64], float scale) {
-  typedef Product<T, kTensor> Sums;
+  typedef Product<T, kTensor, kWide> Sums;
   constexpr int kPitch = kItemChannels + 8;
-  const int warp = threadIdx.x / 32;
+  const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
+  const int warp = thread / 32;
   const SharedArray<float> own = rows + warp * 16 * kPitch;
   float dot = 0;
 #pragma unroll
@@ -123,43 +125,47 @@ __device__ inline float write_sums(const ProductArgs& args, const Item& item, in
     __syncwarp();
 #pragma unroll
     for (int e = 32 * half; e < 32 * half + 32; e += 2)
-      *reinterpret_cast<float2*>(&own[Sums::row(e) % 16 * kPitch + Sums::column(e)]) = make_float2(sums[e], sums[e + 1]);
+      *reinterpret_cast<float2*>(&own[Sums::row(thread, e) % 16 * kPitch + Sums::column(thread, e)]) = make_float2(sums[e], sums[e + 1]);
     __syncwarp();
-    if (item.there) dot += write_rows<T, 16>(args, item, b, place, own, kPitch, scale, pixel_of);
+    if (item.there) dot += write_rows<T, 16, kWide>(args, item, b, place, own, kPitch, scale, pixel_of);
   }
   return dot;
 }
 
-template <class T, bool kTensor>
+template <class T, bool kTensor, bool kWide>
 __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ HeadSums found) {
-  typedef Product<T, kTensor> Sums;
+  typedef Product<T, kTensor, kWide> Sums;
   SharedArena arena;
   SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
   SharedArray<int> last = arena.take<int>(1);
+  SharedArray<ItemSource> items = arena.take<ItemSource>(kItems);
   SharedArena stages = arena;
   SharedArray<T> shared = arena.take<T>(Sums::kStages * Sums::kStage);
   SharedArray<float> rows = stages.take<float>(kStagedSums);
   const int tile = int(blockIdx.x), first = int(blockIdx.y) * kItems;
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
-    float sums[Sums::kSums] = {};
-    float unit = Sums::sum(args, b, tile, first, false, shared, sums);
-    bool odd = false;
-#pragma unroll
-    for (int e = 0; e < Sums::kSums; ++e) odd = odd || !is_finite(sums[e]);
-    // Rarely: all over again, without the queries and keys that are no finite numbers.
-    if (__syncthreads_or(odd)) {
+    if (threadIdx.x < kItems) items[threadIdx.x] = ItemSource(args, b, first + int(threadIdx.x));
+    float sums[Sums::kSums], unit;
+    // Rarely twice: all over again, without the queries and keys that are no finite numbers.
+#pragma unroll 1
+    for (int clean = 0; clean < 2; ++clean) {
 #pragma unroll
       for (int e = 0; e < Sums::kSums; ++e) sums[e] = 0;
-      unit = Sums::sum(args, b, tile, first, true, shared, sums);
-      __syncthreads();
+      unit = Sums::sum(args, b, tile, items, clean != 0, shared, sums);
+      bool odd = false;
+#pragma unroll
+      for (int e = 0; e < Sums::kSums; ++e) odd = odd || !is_finite(sums[e]);
+      if (!__syncthreads_or(odd)) break;
     }
-    const Item item(args, first + computed_here(int(threadIdx.x)) / kItemThreads);
-    float dot = write_sums<T, kTensor>(args, item, b, TilePlace(args.grid, computed_here(tile)), rows, sums, unit);
+    const int thread = computed_here(int(threadIdx.x));
+    const Item item(args, first + thread / kItemThreads);
+    float dot = write_sums<T, kTensor, kWide>(args, item, b, TilePlace(args.grid, computed_here(tile)), rows, sums, unit);
     for (int distance = 16; distance > 0; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = dot;
+    if (thread % 32 == 0) scratch[thread / 32] = dot;
     __syncthreads();
-    if (item.there && !item.of_key && threadIdx.x % kItemThreads == 0)
-      args.dots[(b * args.grid.tiles() + tile) * (args.items / args.sides) + item.share] = scratch[threadIdx.x / 32] + scratch[threadIdx.x / 32 + 1];
+    if (item.there && !item.of_key && thread % kItemThreads == 0)
+      args.dots[(b * args.grid.tiles() + tile) * (args.items / args.sides) + item.share] =
+          scratch[thread / 32] + scratch[thread / 32 + 1];
   }
   finish_head(found, last);
 }
@@ -246,14 +252,14 @@ int64_t affinity_from_maps_backward_cuda_workspace(const MapsArgs& args) {
 static int64_t finish_bytes() { return SharedArena::bytes<float>(kPairThreads / 32) + SharedArena::bytes<int>(1); }
 
 template <class T, bool kTensor>
-static Status launch_product(const ProductArgs& args, const HeadSums& found, void* stream) {
-  typedef Product<T, kTensor> Sums;
+static Status launch_product(const ProductArgs& args, const HeadSums& found, bool wide, void* stream) {
+  typedef Product<T, kTensor, true> Sums;
   const int64_t stages = SharedArena::bytes<T>(Sums::kStages * Sums::kStage), rows = SharedArena::bytes<float>(kStagedSums);
-  LaunchShape shape = args.grid.shape(finish_bytes() + (stages > rows ? stages : rows));
+  LaunchShape shape = args.grid.shape(finish_bytes() + SharedArena::bytes<ItemSource>(kItems) + (stages > rows ? stages : rows));
   const int64_t groups = blocks_for(args.items, kItems);
   if (groups > 65535) return Status::unsupported;
   shape.grid.y = unsigned(groups);
-  return launch(product_kernel<T, kTensor>, shape, stream, args, found);
+  return launch(wide ? product_kernel<T, kTensor, true> : product_kernel<T, kTensor, false>, shape, stream, args, found);
 }
 
 Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const DeviceGradients& out,
@@ -268,7 +274,7 @@ Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head
   product.buffers = pieces.buffers;
   product.query = args.query, product.key = args.key, product.grad_query = out.query, product.grad_key = out.key;
   product.write[0] = out.query.data != nullptr, product.write[1] = out.key.data != nullptr;
-  product.wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
+  const bool wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
   for (int side = 0; side < 2; ++side) {
     const View<4>& to = side ? out.key : out.query;
     product.wide_out[side] = to.data == nullptr || (to.dtype == args.query.dtype && whole_vectors(to));
@@ -281,9 +287,9 @@ Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head
   const HeadSums found = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
                           pieces.buffers.sums, product.grid.pairs(), pieces.buffers.counter, out.head};
   AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
-  if (!tensor) return launch_product<float, false>(product, found, stream);
-  if (args.query.dtype == DType::f16) return launch_product<__half, true>(product, found, stream);
-  return launch_product<__nv_bfloat16, true>(product, found, stream);
+  if (!tensor) return launch_product<float, false>(product, found, wide, stream);
+  if (args.query.dtype == DType::f16) return launch_product<__half, true>(product, found, wide, stream);
+  return launch_product<__nv_bfloat16, true>(product, found, wide, stream);
 }
 
 Status affinity_from_maps_backward_cuda(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes,

@@ -17,7 +17,7 @@ struct ProductArgs {
   PairBuffers buffers;
   View<4> query, key;
   View<4> grad_query, grad_key;
-  bool wide, wide_out[2];  // rows may be read, and written, 16 bytes at a time
+  bool wide_out[2];        // rows may be written 16 bytes at a time
   bool write[2];           // the queries' gradient, the keys'
   DeviceHead head;
   float* dots;             // [batch][tiles][heads][chunks]
@@ -31,6 +31,19 @@ struct Item {
   __device__ Item(const ProductArgs& args, int number) {
     share = number / args.sides, of_key = number % args.sides != 0, there = number < args.items;
     head = there ? share / args.chunks : 0, channel = share % args.chunks * kItemChannels;
+  }
+};
+
+// Where an item's values are: those of image b, at its first channel; `channels` is 0 if there is no such item.
+struct ItemSource {
+  const void* values;
+  int channels, of_key;
+  __device__ ItemSource(const ProductArgs& args, int64_t b, int number) {
+    const Item item(args, number);
+    const View<4>& view = item.of_key ? args.query : args.key;
+    channels = item.there ? min(int(view.size[3]) - item.channel, kItemChannels) : 0, of_key = item.of_key;
+    const int64_t at = b * view.stride[0] + item.head * view.stride[1] + item.channel * view.stride[3];
+    values = static_cast<const char*>(view.data) + at * (view.dtype == DType::f32 ? 4 : 2);
   }
 };
 
@@ -77,7 +90,7 @@ struct Neighbours {
 
 // kRows pixels of the four items' channels, [item][pixel][channel] in parts of 16 bytes, to shared memory. A thread brings the same
 // part of some pixels of each item.
-template <class T, int kRows>
+template <class T, int kRows, bool kWide>
 struct ValueReader {
   static constexpr int kVector = 16 / int(sizeof(T)), kParts = kItemChannels / kVector, kLines = kPairThreads / kParts;
   static constexpr int kOwn = kRows * kParts / kPairThreads, kItem = kRows * kItemChannels;
@@ -87,42 +100,62 @@ struct ValueReader {
   }
 
   const ProductArgs& args;
-  int64_t b;
-  int line = threadIdx.x / kParts, part = threadIdx.x % kParts, first;
-  __device__ ValueReader(const ProductArgs& product, int64_t image, int first_item) : args(product), b(image), first(first_item) {}
+  SharedArray<ItemSource> items;
+  __device__ ValueReader(const ProductArgs& product, SharedArray<ItemSource> sources) : args(product), items(sources) {}
 
+  // The pixel of the neighbour on that line.
+  __device__ __forceinline__ bool place(const Neighbours& of, int first_pixel, int line, int64_t* pixel) const {
+    const int own = first_pixel + line;
+    const int row = of.y * kTileSide + own / kTileSide, column = of.x * kTileSide + own % kTileSide;
+    *pixel = int64_t(row) * args.grid.width + column;
+    return row < args.grid.height && column < args.grid.width;
+  }
   __device__ __forceinline__ void ask(const Neighbours& of, int first_pixel, SharedArray<T> to) const {
+    if constexpr (!kWide) bring(of, first_pixel, to);
+    const int thread = computed_here(int(threadIdx.x)), first = thread / kParts, part = thread % kParts;
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      const int own = line + k * kLines, pixel = first_pixel + own;
-      const int row = of.y * kTileSide + pixel / kTileSide, column = of.x * kTileSide + pixel % kTileSide;
-      const bool present = row < args.grid.height && column < args.grid.width;
-      const int64_t n = present ? int64_t(row) * args.grid.width + column : 0;
-      const int64_t lines[2] = {n * args.key.stride[2], n * args.query.stride[2]};
-#pragma unroll
+    for (int k = 0; k < (kWide ? kOwn : 0); ++k) {
+      const int line = first + k * kLines;
+      int64_t pixel;
+      const bool present = place(of, first_pixel, line, &pixel);
+      const int64_t key = pixel * args.key.stride[2] + part * kVector, query = pixel * args.query.stride[2] + part * kVector;
+#pragma unroll(sizeof(T) == 2 ? kItems : 1)
       for (int i = 0; i < kItems; ++i) {
-        const Item item(args, first + i);
-        const View<4>& view = item.of_key ? args.query : args.key;
-        const int channel = item.channel + part * kVector;
-        const bool within = present && item.there && channel < int(view.size[3]);
-        const SharedArray<T> own_part = to + (i * kItem + at(own, part));
-        if (args.wide) {
-          const T* from = static_cast<const T*>(view.data) + (b * view.stride[0] + item.head * view.stride[1] + item.channel);
-          copy_async_16(own_part, from + (item.of_key ? lines[1] : lines[0]) + part * kVector, within ? 16 : 0);
-        } else {
-          const int64_t from = offset_of(view, b, item.head, n);
-#pragma unroll 1
-          for (int c = 0; c < kVector; ++c) own_part[c] = load_narrow<T>(view, from, present && item.there, channel + c);
-        }
+        const ItemSource& item = items[i];
+        const T* from = static_cast<const T*>(item.values) + (item.of_key ? query : key);
+        copy_async_16(to + (i * kItem + at(line, part)), from, present && part * kVector < item.channels ? 16 : 0);
       }
+    }
+  }
+  // The same for any rows, element by element.
+  __device__ __forceinline__ void bring(const Neighbours& of, int first_pixel, SharedArray<T> to) const {
+    const int thread = computed_here(int(threadIdx.x)), first = thread / kParts, part = thread % kParts;
+#pragma unroll 1
+    for (int number = 0; number < kOwn * kItems * kVector; ++number) {
+      const int line = first + number / (kItems * kVector) * kLines, i = number / kVector % kItems, c = number % kVector;
+      int64_t pixel;
+      const bool present = place(of, first_pixel, line, &pixel);
+      const ItemSource& item = items[i];
+      const View<4>& view = item.of_key ? args.query : args.key;
+      T value;
+      memset(&value, 0, sizeof value);
+      if (present && part * kVector + c < item.channels) {
+        const int64_t from = pixel * view.stride[2] + (part * kVector + c) * view.stride[3];
+        if constexpr (std::is_same<T, float>::value)
+          value = load_element(item.values, view.dtype, from);
+        else
+          value = static_cast<const T*>(item.values)[from];
+      }
+      to[i * kItem + at(line, part) + c] = value;
     }
   }
 
   // What the thread itself has brought, without what is no finite number.
   __device__ __forceinline__ void clean(SharedArray<T> to) const {
+    const int thread = computed_here(int(threadIdx.x)), first = thread / kParts, part = thread % kParts;
 #pragma unroll 1
     for (int i = 0; i < kItems * kOwn; ++i) {
-      uint4* own = reinterpret_cast<uint4*>(&to[i / kOwn * kItem + at(line + i % kOwn * kLines, part)]);
+      uint4* own = reinterpret_cast<uint4*>(&to[i / kOwn * kItem + at(first + i % kOwn * kLines, part)]);
       *own = finite_or_zero<T>(*own);
     }
   }
@@ -130,28 +163,28 @@ struct ValueReader {
 
 // ---- sums ------------------------------------------------------------------------------------------------------------------
 
-template <class T, bool kTensor>
+template <class T, bool kTensor, bool kWide>
 struct Product;
 
 // Without tensor cores, in float32. A stage has G as [pixel of the neighbour][pixel of the tile] and the values; a thread has 8 x 8
 // sums, rows and channels 4 in one piece.
-template <>
-struct Product<float, false> {
+template <bool kWide>
+struct Product<float, false, kWide> {
   static constexpr int kRows = 16, kPitch = kTilePixels + 4, kG = kRows * kPitch, kValues = kItems * kRows * kItemChannels;
   static constexpr int kStage = kG + kValues, kStages = 2, kSums = 64;
-  typedef ValueReader<float, kRows> Reader;
+  typedef ValueReader<float, kRows, kWide> Reader;
 
-  __device__ static int row(int e) { return e / 32 * 32 + ResultPlace<false>::own_row(threadIdx.x) * 4 + e / 8 % 4; }
-  __device__ static int column(int e) { return e / 4 % 2 * 32 + ResultPlace<false>::own_column(threadIdx.x) * 4 + e % 4; }
+  __device__ static int row(unsigned thread, int e) { return e / 32 * 32 + ResultPlace<false>::own_row(thread) * 4 + e / 8 % 4; }
+  __device__ static int column(unsigned thread, int e) { return e / 4 % 2 * 32 + ResultPlace<false>::own_column(thread) * 4 + e % 4; }
 
   static __device__ __forceinline__ float4 load_pair(const ProductArgs& args, const Neighbours& of, int first) {
     const float* pairs = static_cast<const float*>(args.buffers.values) + of.pair() * kPairScores;
-    const int thread = threadIdx.x;
+    const int thread = computed_here(int(threadIdx.x));
     const int at = of.mirrored() ? (first + thread / 16) * kTilePixels + thread % 16 * 4 : thread / 4 * kTilePixels + first + thread % 4 * 4;
     return __ldcg(reinterpret_cast<const float4*>(pairs + at));
   }
   static __device__ __forceinline__ void keep_pair(float4 four, bool mirrored, SharedArray<float> to) {
-    const int thread = threadIdx.x;
+    const int thread = computed_here(int(threadIdx.x));
     if (mirrored) {
       *reinterpret_cast<float4*>(&to[thread / 16 * kPitch + thread % 16 * 4]) = four;
     } else {
@@ -161,9 +194,10 @@ struct Product<float, false> {
   }
 
   static __device__ __forceinline__ void multiply(SharedArray<float> stage, float (&sums)[kSums]) {
-    const int left = 4 * ResultPlace<false>::own_row(threadIdx.x), right = 4 * ResultPlace<false>::own_column(threadIdx.x);
-    const SharedArray<float> values = stage + (kG + int(threadIdx.x) / kItemThreads * kRows * kItemChannels);
-#pragma unroll 4
+    const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
+    const int left = 4 * ResultPlace<false>::own_row(thread), right = 4 * ResultPlace<false>::own_column(thread);
+    const SharedArray<float> values = stage + (kG + int(thread) / kItemThreads * kRows * kItemChannels);
+#pragma unroll 2
     for (int j = 0; j < kRows; ++j) {
       float l[8], r[8];
 #pragma unroll
@@ -178,9 +212,9 @@ struct Product<float, false> {
     }
   }
 
-  static __device__ __forceinline__ float sum(const ProductArgs& args, int64_t b, int tile, int first, bool clean,
+  static __device__ __forceinline__ float sum(const ProductArgs& args, int64_t b, int tile, SharedArray<ItemSource> items, bool clean,
                                               SharedArray<float> shared, float (&sums)[kSums]) {
-    const Reader values(args, b, first);
+    const Reader values(args, items);
     Neighbours ahead(args.grid, b, tile);
     int ahead_row = 0;
     auto turn = [&] {
@@ -214,13 +248,13 @@ struct Product<float, false> {
 };
 
 // With tensor cores. A stage has G as it lies in memory and the values; a warp has 32 x 64 sums, fragments of 16 x 8.
-template <class T>
-struct Product<T, true> {
+template <class T, bool kWide>
+struct Product<T, true, kWide> {
   static constexpr int kG = kPairScores, kValues = kItems * kPairScores, kStage = kG + kValues, kStages = 2, kSums = 64;
-  typedef ValueReader<T, kTilePixels> Reader;
+  typedef ValueReader<T, kTilePixels, kWide> Reader;
 
-  __device__ static int row(int e) { return threadIdx.x / 32 % 2 * 32 + e / 32 * 16 + threadIdx.x % 32 / 4 + e % 4 / 2 * 8; }
-  __device__ static int column(int e) { return e / 4 % 8 * 8 + 2 * (threadIdx.x % 4) + e % 2; }
+  __device__ static int row(unsigned thread, int e) { return thread / 32 % 2 * 32 + e / 32 * 16 + thread % 32 / 4 + e % 4 / 2 * 8; }
+  __device__ static int column(unsigned thread, int e) { return e / 4 % 8 * 8 + 2 * (thread % 4) + e % 2; }
 
   static __device__ __forceinline__ void ask_pair(const ProductArgs& args, const Neighbours& of, SharedArray<T> to) {
     const T* pairs = static_cast<const T*>(args.buffers.values) + of.pair() * kPairScores;
@@ -254,10 +288,10 @@ struct Product<T, true> {
   }
 
   // Returns the unit of the sums.
-  static __device__ __forceinline__ float sum(const ProductArgs& args, int64_t b, int tile, int first, bool clean, SharedArray<T> shared,
+  static __device__ __forceinline__ float sum(const ProductArgs& args, int64_t b, int tile, SharedArray<ItemSource> items, bool clean, SharedArray<T> shared,
                                               float (&total)[kSums]) {
     constexpr bool kScaled = std::is_same<T, __half>::value;
-    const Reader values(args, b, first);
+    const Reader values(args, items);
     Neighbours ahead(args.grid, b, tile);
     float sums[2][8][4] = {}, unit = 1;
     auto ask = [&](SharedArray<T> to) {

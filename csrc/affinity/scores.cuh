@@ -20,8 +20,9 @@ struct SimtScores {
 
   // One step's products, q_i k_j or k_i q_j, of the thread's 8 x 8 pairs.
   __device__ static __forceinline__ void multiply(SharedArray<float> stage, float (&total)[8][8]) {
-    const int group = threadIdx.x / kGroupThreads, order = group / 2;
-    const int row = ResultPlace<false>::own_row(threadIdx.x), column = ResultPlace<false>::own_column(threadIdx.x);
+    const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
+    const int group = int(thread) / kGroupThreads, order = group / 2;
+    const int row = ResultPlace<false>::own_row(thread), column = ResultPlace<false>::own_column(thread);
     const SharedArray<float> left = stage + order * Layout::kOperand, right = stage + (3 - order) * Layout::kOperand;
 #pragma unroll 1
     for (int p = 0; p < 2; ++p) {

@@ -10,19 +10,23 @@ struct TensorWeights {
   static constexpr int kPlanes = 1;
   View<4> weights;
   template <class Word, int kHeld>
-  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
-                       SharedArray<float>) const {
-    for_own_pixels<kHeld>(args.plan.pixels(), [&](int p, int j) {
+  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, const TileReader&, SharedArray<Word> to,
+                       HeldWeights<kHeld>& held, SharedArray<float>) const {
+    for_own_pixels<kHeld>(args.plan.pixels(), held, [&](int p, HeldWeights<kHeld>& own) {
       const TilePixel pixel(args.plan, p);
       if (!pixel.inside(tile)) return;
-      const int64_t at = offset_of(weights, tile.b, 0, tile.y + pixel.y) + (tile.x + pixel.x) * weights.stride[3];
-      auto read = [&](int t) { return load_element(weights.data, weights.dtype, at + t * weights.stride[1]); };
-      WeightKeeper<Word, kHeld> keeper(to, &held, args.plan.pixels(), p, j);
+      int64_t at = offset_of(weights, tile.b, 0, tile.y + pixel.y) + (tile.x + pixel.x) * weights.stride[3];
+      auto next = [&] {
+        const float weight = load_element(weights.data, weights.dtype, at);
+        at += weights.stride[1];
+        return weight;
+      };
+      WeightKeeper<Word, kHeld> keeper(to, &own, args.plan.pixels(), p);
       if constexpr (kHeld > 0) {
 #pragma unroll
-        for (int t = 0; t < kHeld; ++t) keeper.hold(t, read(t));
+        for (int t = 0; t < kHeld; ++t) keeper.hold(t, next());
       }
-      for (int t = kHeld; t < args.taps; ++t) keeper.keep(t, read(t));
+      for (int t = kHeld; t < args.taps; ++t) keeper.keep(t, next());
     });
   }
 };

@@ -24,7 +24,7 @@ static double resident_cost(const DiffusionArgs& args, int planes, const DeviceL
   plan->rows = plan->tile_h + 2 * plan->reach_y;
   plan->images = int(std::min<int64_t>(batch, device.multiprocessors / tiles));
   const int64_t words = plan->pixels() * shared_taps / (plan->half ? 2 : 1);
-  const int64_t fixed = shared_array(4, words) + shared_array(4, channels + 1);
+  const int64_t fixed = shared_array(4, words) + shared_array(4, channels + 1) + shared_array(4, 2);
   const int64_t plane = int64_t(plan->rows) * plan->pitch, room = (device.shared_bytes - fixed - 16) / (4 * plane);
   if (room < std::max(planes, 1)) return INFINITY;
   const int64_t at_once = std::min<int64_t>(kResidentChannels, channels);

@@ -23,7 +23,7 @@ namespace afa {
 
 constexpr int kResidentTaps = 64;
 constexpr int kResidentChannels = 4;  // at once
-constexpr int kHeldTaps = 24, kHeldPixels = 2;  // weights in registers: taps of each pixel, pixels of each thread
+constexpr int kHeldTaps = 16, kHeldPixels = 2;  // weights in registers: taps of each pixel, pixels of each thread
 constexpr int resident_threads(int held) { return held > 0 ? 512 : 1024; }
 
 struct ResidentPlan {

@@ -1,7 +1,7 @@
 // Diffusion with the weights resident on chip: every iteration in one cooperative launch.
 //
 // Data flow: each block owns a tile of one image. Once, it writes its masks to a buffer, and a WeightSource computes the tile's weights,
-// which stay: in shared memory as [taps][pixels], the first 24 taps in registers where that helps (kHeld). Then, for each iteration and
+// which stay: in shared memory as [taps][pixels], the first 16 taps in registers where that helps (kHeld). Then, for each iteration and
 // each group of up to 4 channels, the block copies the masks of its tile with a halo as wide as the farthest tap from the buffer (in L2)
 // to shared memory, 16 bytes at a time and without waiting (cp.async): the part that the held taps reach first, so that they are summed
 // while the rest of the halo arrives, and the next group of channels while this one is summed. Each pixel sums weight * neighbour over
@@ -75,8 +75,8 @@ __device__ __forceinline__ void gather_tile(const ResidentArgs& args, const Imag
   const int count = plan.pixels();
   wait_copies<kHeld == 0 ? 2 : 3>();
   reader.finish<kHeld == 0 ? -1 : 1>(kChannels, pixels);
-  const int lane = threadIdx.x % 32, step = kPixels * int(blockDim.x);
-  for (int begin = threadIdx.x; kHeld > 0 ? begin == int(threadIdx.x) : begin - lane < count; begin += step) {
+  auto warps_first = [](int p) { return p & ~31; };
+  for (int begin = threadIdx.x; kHeld > 0 ? begin == int(threadIdx.x) : warps_first(begin) < count; begin += kPixels * int(blockDim.x)) {
     bool present[kPixels];
     SharedArray<Word> own[kPixels];
     TapSums<kChannels, kPixels> sums;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void gather_tile(const ResidentArgs& args, const Imag
 #pragma unroll
     for (int j = 0; j < kPixels; ++j) {
       const int p = begin + j * int(blockDim.x);
-      sums.pixels += p - lane < count;  // of the warp's
+      sums.pixels += warps_first(p) < count;
       present[j] = p < count && TilePixel(plan, p).inside(tile);
       const int taken = present[j] ? p : 0;  // pixel 0 for one that is not there: its sum is not written
       sums.from[j] = pixels + TilePixel(plan, taken).centre(plan), own[j] = weights + taken;
@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
   SharedArray<Word> weights = arena.take<Word>(int64_t((args.taps - kHeld) / kTapsPerWord<Word>) * plan.pixels());
   SharedArray<float> pixels = arena.take<float>(int64_t(plan.planes) * plan.rows * plan.pitch);
   SharedArray<int> present = arena.take<int>(channels + 1);
+  SharedArray<int> loop = arena.take<int>(2);  // channels that are present, the group that is summed: registers are short
 
   const int slot = int(blockIdx.z);
   ImageTile tile;
@@ -133,44 +134,47 @@ __global__ void __launch_bounds__(resident_threads(kHeld), 1)
       clear_absent(args, tile, channels);
       // The other buffer may still be read, by blocks that are at the last images' last iteration.
       begin_masks(args, tile, present, found, buffer(turn), plane);
-      if (found > 0) source.template fill<Word, kHeld>(args, tile, weights, held, pixels);
+      if (found > 0) source.template fill<Word, kHeld>(args, tile, reader, weights, held, pixels);
     }
+    if (threadIdx.x == 0) loop[0] = found;
     for (turn += 2 * args.num_iter; turn >= 2; turn = (turn - 2) ^ 1) {
       const bool last = turn < 4;
+      if (threadIdx.x == 0) loop[1] = 0;
       cooperative_groups::this_grid().sync();  // what the neighbours wrote is there
       const float* from = buffer(turn & 1);
       float* to = buffer(~turn & 1);
       // Two groups of copies for each group of channels, empty ones behind the last.
       auto copy = [&](int group) {
-        const int begin = group * plan.channels, count = min(plan.channels, found - begin);
+        const int begin = group * plan.channels, count = min(plan.channels, loop[0] - begin);
         const SharedArray<float> into = pixels + group % plan.stages * plan.channels * plan.rows * plan.pitch;
-        if (kHeld > 0 && count > 0) reader.template copy<1>(from + int64_t(begin) * plane, count, into);
+        if (kHeld > 0 && count > 0) reader.template copy<1>(from + int64_t(begin) * plane, args.row, plane, count, into);
         commit_copies();
-        if (count > 0) reader.template copy<(kHeld > 0 ? 0 : -1)>(from + int64_t(begin) * plane, count, into);
+        if (count > 0) reader.template copy<(kHeld > 0 ? 0 : -1)>(from + int64_t(begin) * plane, args.row, plane, count, into);
         commit_copies();
       };
       copy(0);
       if (plan.stages == 2) copy(1);
-      for (int group = 0; group * plan.channels < found; ++group) {
-        const int begin = group * plan.channels;
+      while (loop[1] * plan.channels < loop[0]) {
         if (plan.stages == 1) commit_copies(), commit_copies();
-        const SharedArray<float> masks = pixels + group % plan.stages * plan.channels * plan.rows * plan.pitch;
+        const SharedArray<float> masks = pixels + loop[1] % plan.stages * plan.channels * plan.rows * plan.pitch;
         auto write = [&](int c, int y, int x, float value) {
+          const int channel = loop[1] * plan.channels + c;
           if (last)
             store_element(args.out.data, args.out.dtype,
-                          offset_of(args.out, tile.b, present[begin + c], y) + x * args.out.stride[3], value);
+                          offset_of(args.out, tile.b, present[channel], y) + x * args.out.stride[3], value);
           else
-            __stcg(to + int64_t(begin + c) * plane + y * args.row + x, value);
+            __stcg(to + int64_t(channel) * plane + y * args.row + x, value);
         };
-        switch (min(plan.channels, found - begin)) {
+        switch (min(plan.channels, loop[0] - loop[1] * plan.channels)) {
           case 1: gather_tile<1>(args, tile, weights, held, reader, masks, write); break;
           case 2: gather_tile<2>(args, tile, weights, held, reader, masks, write); break;
           case 3: gather_tile<3>(args, tile, weights, held, reader, masks, write); break;
           default: gather_tile<4>(args, tile, weights, held, reader, masks, write);
         }
-        if ((group + 1) * plan.channels >= found) break;
         __syncthreads();  // the tile's last readers are done
-        copy(group + plan.stages);
+        if (threadIdx.x == 0) ++loop[1];
+        __syncthreads();
+        copy(loop[1] + plan.stages - 1);
       }
       wait_copies<0>();
       __syncthreads();

@@ -53,18 +53,26 @@ struct HeldWeights {
 template <>
 struct HeldWeights<0> {};
 
-// Calls visit(p, j) for every pixel p of the tile that is this thread's, j counting them. Unrolled where weights are held, so that
-// j is a constant there: registers have no run-time index.
+// Calls visit(p, own) for every pixel p of the tile that is this thread's. `own` takes the weights that are held in registers: they have
+// no run-time index, so a pixel's are moved to their place behind, by code that is there once and not for each pixel.
 template <int kHeld, class Visit>
-__device__ inline void for_own_pixels(int count, Visit visit) {
+__device__ inline void for_own_pixels(int count, HeldWeights<kHeld>& held, Visit visit) {
   if constexpr (kHeld > 0) {
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < kHeldPixels; ++j) {
       const int p = int(threadIdx.x + j * blockDim.x);
-      if (p < count) visit(p, j);
+      if (p >= count) break;
+      HeldWeights<kHeld> own = {};
+      visit(p, own);
+#pragma unroll
+      for (int to = 0; to < kHeldPixels; ++to)
+        if (j == to) {
+#pragma unroll
+          for (int t = 0; t < kHeld; ++t) held.of[to][t] = own.of[0][t];
+        }
     }
   } else {
-    for (int p = threadIdx.x; p < count; p += blockDim.x) visit(p, 0);
+    for (int p = threadIdx.x; p < count; p += blockDim.x) visit(p, held);
   }
 }
 
@@ -80,10 +88,10 @@ struct TilePixel {
 template <class Word, int kHeld>
 class WeightKeeper {
  public:
-  __device__ WeightKeeper(SharedArray<Word> weights, HeldWeights<kHeld>* held, int count, int p, int j)
-      : weights_(weights + p), held_(held), count_(count), j_(j) {}
-  __device__ void hold(int tap, float weight) { held_->of[j_][tap] = weight; }
-  __device__ float held(int tap) const { return held_->of[j_][tap]; }
+  __device__ WeightKeeper(SharedArray<Word> weights, HeldWeights<kHeld>* held, int count, int p)
+      : weights_(weights + p), held_(held), count_(count) {}
+  __device__ void hold(int tap, float weight) { held_->of[0][tap] = weight; }
+  __device__ float held(int tap) const { return held_->of[0][tap]; }
   // Taps ascending where a word has two.
   __device__ void keep(int tap, float weight) {
     if constexpr (kTapsPerWord<Word> == 1) {
@@ -98,7 +106,7 @@ class WeightKeeper {
  private:
   SharedArray<Word> weights_;
   HeldWeights<kHeld>* held_;
-  int count_, j_;
+  int count_;
   float even_ = 0.0f;
 };
 
@@ -107,7 +115,7 @@ class WeightKeeper {
 template <class Load>
 __device__ inline void load_planes(const ResidentPlan& plan, const ImageTile& tile, const View<4>& image, int count,
                                    SharedArray<float> pixels, Load load) {
-  constexpr int kRows = 4;  // loads in flight
+  constexpr int kRows = 8;  // loads in flight
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, lines = count * plan.rows;
   const int last_y = int(image.size[2]) - 1, last_x = int(image.size[3]) - 1, top = tile.y - plan.reach_y;
   const int64_t begin = tile.b * image.stride[0];
@@ -127,6 +135,11 @@ __device__ inline void load_planes(const ResidentPlan& plan, const ImageTile& ti
         if (first + k * warps < lines) pixels[(first + k * warps) * plan.pitch + column] = value[k];
     }
   }
+}
+// Whether its rows can be copied 16 bytes at a time to their ends, by TileReader.
+inline bool copies_whole(const View<4>& image) {
+  const bool small = image.stride[2] >= 0 && image.size[2] * image.stride[2] < INT32_MAX;
+  return image.dtype == DType::f32 && wide_rows(image) && image.size[3] % 4 == 0 && small;
 }
 // Planes 0 to `count` of image tile.b, with a halo whose border is that of the image, replicated.
 __device__ inline void load_tile(const ResidentPlan& plan, const ImageTile& tile, const View<4>& image, int count,
@@ -149,16 +162,16 @@ class TileReader {
     // All rows, where no whole row of threads is left. Both in one register: they are kept for the whole launch.
     first_ = (row >= args.plan.copy_rows ? args.plan.rows : row) << 16 | vector;
   }
-  // Asks for copies of `count` planes from `from` on.
+  // Asks for copies of `count` planes from `from` on, so many floats to the next row and plane.
   template <int kNear>
-  __device__ __forceinline__ void copy(const float* from, int count, SharedArray<float> pixels) const {
+  __device__ __forceinline__ void copy(const float* from, int row_stride, int64_t plane, int count, SharedArray<float> pixels) const {
     const ResidentPlan& plan = args_.plan;
-    const int top = tile_.y - plan.reach_y, left = tile_.x - plan.reach_x, plane = height() * args_.row;
+    const int top = tile_.y - plan.reach_y, left = tile_.x - plan.reach_x;
     visit<kNear>([&](int vector, int row) {
       const int x = left + 4 * vector, y = clamp_to(top + row, 0, height() - 1);
       if (x < 0 || x >= width()) return;
       const int valid = args_.zero_border && y != top + row ? 0 : 16;
-      const float* line = from + (y * args_.row + x);
+      const float* line = from + (y * row_stride + x);
       SharedArray<float> to = pixels + (row * plan.pitch + 4 * vector);
 #pragma unroll
       for (int c = 0; c < kResidentChannels; ++c) {

@@ -228,18 +228,27 @@ __global__ void __launch_bounds__(kWeightThreads, 2) par_weights_kernel(const __
 struct ParWeights {
   static constexpr int kPlanes = kColours;
   View<4> images;
+  bool whole;  // copies_whole
   ParTaps taps;
   template <class Word, int kHeld>
-  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, SharedArray<Word> to, HeldWeights<kHeld>& held,
-                       SharedArray<float> pixels) const {
+  __device__ void fill(const ResidentArgs& args, const ImageTile& tile, const TileReader& reader, SharedArray<Word> to,
+                       HeldWeights<kHeld>& held, SharedArray<float> pixels) const {
     const ResidentPlan& plan = args.plan;
-    load_tile(plan, tile, images, kColours, pixels);
-    __syncthreads();
-    for_own_pixels<kHeld>(plan.pixels(), [&](int p, int j) {
+    if (whole) {
+      reader.copy<-1>(static_cast<const float*>(images.data) + tile.b * images.stride[0], int(images.stride[2]), images.stride[1], kColours,
+                      pixels);
+      commit_copies();
+      wait_copies<0>();
+      reader.finish<-1>(kColours, pixels);
+    } else {
+      load_tile(plan, tile, images, kColours, pixels);
+      __syncthreads();
+    }
+    for_own_pixels<kHeld>(plan.pixels(), held, [&](int p, HeldWeights<kHeld>& own) {
       const TilePixel at(plan, p);
       if (!at.inside(tile)) return;
       const TileNeighbours pixel(pixels, at.centre(plan), plan.rows, plan.pitch);
-      pixel_weights<0, kHeld / 8, kTapsPerWord<Word> == 1>(taps, pixel, WeightKeeper<Word, kHeld>(to, &held, plan.pixels(), p, j));
+      pixel_weights<0, kHeld / 8, kTapsPerWord<Word> == 1>(taps, pixel, WeightKeeper<Word, kHeld>(to, &own, plan.pixels(), p));
     });
   }
 };
@@ -332,7 +341,7 @@ Status par_cuda(const ParArgs& args, const DiffusionArgs& given, bool half_weigh
   if (!as_wished(prepared.diffusion, prepared.choice, 1)) return Status::unsupported;
   if (bytes < prepared.workspace()) return Status::not_resident;
   if (prepared.choice.resident)
-    return launch_resident(prepared.diffusion, prepared.choice.plan, ParWeights{args.images, make_taps(args)}, workspace, stream);
+    return launch_resident(prepared.diffusion, prepared.choice.plan, ParWeights{args.images, copies_whole(args.images), make_taps(args)}, workspace, stream);
   prepared.diffusion.weights.data = workspace;
   if (given.num_iter > 0) AFA_TRY(launch_weights(args, prepared.diffusion.weights, stream));
   return stream_diffusion(prepared.diffusion, true, static_cast<char*>(workspace) + prepared.weight_bytes(), stream);

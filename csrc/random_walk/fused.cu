@@ -22,7 +22,9 @@ namespace afa {
 
 constexpr int kFusedTaps = 448, kFusedChannels = 3, kFusedBlocks = 3;  // the last: of a multiprocessor
 constexpr int kTileColumns = 8;                                        // of a block's tile
-constexpr int kStagedTogether = 20;                                    // rows that a warp brings to shared memory at a time
+// Rows that a warp brings to shared memory at a time, as far as registers go.
+template <bool kSeveralSteps>
+constexpr int kStagedTogether = kSeveralSteps ? 10 : 20;
 
 // What a block reaches: its tile and the window around it.
 struct Staged {
@@ -81,7 +83,7 @@ struct StepReader {
 
 // The channels [first, first + count) to `maps` [count][staged.rows][staged.columns], whose corner is at (top, left) of the image. Outside
 // the image nothing is read: 0 times it need not be 0. A warp has a channel.
-template <class Reader>
+template <int kTogether, class Reader>
 __device__ inline void stage(const WalkTaps& taps, const Staged& staged, const Reader& reader, int first, int count, int top, int left,
                              SharedArray<float> maps) {
   for (int c = int(threadIdx.y); c < count; c += kWalkGroups)
@@ -89,13 +91,13 @@ __device__ inline void stage(const WalkTaps& taps, const Staged& staged, const R
       const bool inside = unsigned(left + column) < unsigned(taps.width);
       const typename Reader::Element* from = reader.at(first + c, top, left + column);
       int place = c * staged.plane() + column;
-      for (int begin = 0; begin < staged.rows; begin += kStagedTogether) {
-        typename Reader::Element value[kStagedTogether] = {};
+      for (int begin = 0; begin < staged.rows; begin += kTogether) {
+        typename Reader::Element value[kTogether] = {};
 #pragma unroll
-        for (int k = 0; k < kStagedTogether; ++k, from += reader.row())
+        for (int k = 0; k < kTogether; ++k, from += reader.row())
           if (inside & (begin + k < staged.rows) & (unsigned(top + begin + k) < unsigned(taps.height))) value[k] = reader.read(from);
 #pragma unroll
-        for (int k = 0; k < kStagedTogether; ++k, place += staged.columns)
+        for (int k = 0; k < kTogether; ++k, place += staged.columns)
           if (begin + k < staged.rows) maps[place] = to_float(value[k]);
       }
     }
@@ -127,7 +129,7 @@ __device__ inline void add_rows(const WalkTaps& taps, const Staged& staged, Shar
 }
 
 // One step of the block's pixels; `write(c, value)` takes the results. The whole block calls this.
-template <int kPixels, class Reader, class Write>
+template <int kPixels, int kTogether, class Reader, class Write>
 __device__ inline void step_pixels(const FusedArgs& args, SharedArray<float> weights, SharedArray<float> sums, SharedArray<float> maps,
                                    bool present, int top, int left, int found, const Reader& reader, const Write& write) {
   const int warp = int(threadIdx.y), pixel = int(threadIdx.x) % kPixels, lane = int(threadIdx.x) / kPixels;
@@ -136,7 +138,7 @@ __device__ inline void step_pixels(const FusedArgs& args, SharedArray<float> wei
     const int slots = count > 4 * kFusedChannels ? 8 : count > 2 * kFusedChannels ? 4 : count > kFusedChannels ? 2 : 1;
     const int parts = kWalkGroups / slots, slot = warp % slots, part = warp / slots, plane = args.staged.plane();
     __syncthreads();  // the channels before, and their sums, may still be read
-    stage(args.taps, args.staged, reader, first, count, top, left, maps);
+    stage<kTogether>(args.taps, args.staged, reader, first, count, top, left, maps);
     __syncthreads();
     float sum[kFusedChannels] = {};
     if (slot + 2 * slots < count)
@@ -197,7 +199,8 @@ __global__ void __launch_bounds__(kWalkThreads, kFusedBlocks) walk_fused_kernel(
           __stcg(to + c * taps.pixels() + int64_t(y) * taps.width + x, value);
       };
       auto walk = [&](const auto& reader) {
-        step_pixels<kPixels>(args, weights, sums, staged, present, top - taps.reach_y, left - taps.reach_x, found, reader, write);
+        step_pixels<kPixels, kStagedTogether<kSeveralSteps>>(args, weights, sums, staged, present, top - taps.reach_y,
+                                                            left - taps.reach_x, found, reader, write);
       };
       if (kSeveralSteps && step > 0)
         walk(StepReader{args.buffers[~step & 1] + image, taps.pixels(), taps.width});
