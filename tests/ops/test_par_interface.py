@@ -47,6 +47,7 @@ def test_opcheck(rng, backend, request):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, *ONE_EMULATED], indirect=True)
 def test_compiles_without_a_graph_break(rng, backend):
+    torch._dynamo.reset()  # torch 2.11 confuses functions compiled by earlier tests with this one's
     images, masks = inputs(rng, 1, 2, 9, 10)
     masks.requires_grad_()
 

@@ -50,15 +50,20 @@ def has_cuda_source(operator: str) -> bool:
 
 
 @contextlib.contextmanager
-def running(backend: str, generator: torch.Generator):
-    """Calls with ``backend=None`` run there; emulated on a device of random size, so that every plan is met."""
+def running(backend: str, generator: torch.Generator, least: int = 1):
+    """Calls with ``backend=None`` run there; emulated on a device of random size, so that every plan is met.
+
+    ``least``: kilobytes of shared memory that every device has on which the kernels run as they do here.
+    """
     kind = next((kind for kind, name in EMULATED.items() if name == backend), None)
     if kind is None:
         with afa_kernels.use_backend(backend):
             yield
         return
     with emulated(build.load(kind), order=int(torch.randint(3, (), generator=generator))) as emulator:
-        processors, kilobytes = (int(torch.randint(1, limit, (), generator=generator)) for limit in (9, 228))
+        processors, kilobytes = (
+            int(torch.randint(low, limit, (), generator=generator)) for low, limit in ((1, 9), (least, 228))
+        )
         emulator.set_device(processors, kilobytes * 1024)
         yield
 
@@ -164,7 +169,7 @@ def agree(
     assert not (differs & ~overflow_on_one_side).any(), "finite where the reference is not, or the other way round"
     both = finite & got.isfinite()
     error = (got - want).abs()[both]
-    slack = torch.as_tensor(slack, dtype=torch.float64).expand(want.shape)[both].nan_to_num(math.inf, math.inf)
+    slack = torch.as_tensor(slack, dtype=torch.float64).cpu().expand(want.shape)[both].nan_to_num(math.inf, math.inf)
     allowed = (tolerance + rounding) * bound[both] + rounding * want.abs()[both] + smallest + 1e-30 + slack
     if not (error <= allowed).all():
         worst = (error / allowed).nan_to_num(math.inf).argmax()
