@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     told = "about how long to time each way of a case (%(default)s)"
     made.add_argument("--seconds", type=float, default=0.3, help=told)
     made.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    told = "on a GPU: which of %(default)s to time; compiling Triton's kernels takes longer than timing them"
+    made.add_argument("--backends", default=",".join(harness.OURS), metavar="NAME,...", help=told)
     made.add_argument("--compile", action="store_true", help="also time torch.compile of the reference")
     return made
 
@@ -41,6 +43,10 @@ def parsed(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> ar
         if options.threads < 1:
             made.error(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    names = options.backends.split(",")
+    if not set(names) <= {"native", "triton"}:
+        made.error(f"--backends: expected native, triton or both, got {options.backends}")
+    harness.OURS = tuple(names)
     options.operators = options.operators or list(tables.NAMES)
     return options
 

@@ -32,6 +32,7 @@ from .reports import Report, Row, as_table, write_json
 from .timing import CacheFlush, peak_memory, repeats_of, seconds_of, warm_up
 
 TF32_TOLERANCE = 1e-2  # TF32 keeps 10 of float32's 23 bits
+OURS = ("native", "triton")  # backends that are timed where there are any; command.parsed may leave some out
 GRAPH_BELOW = 1e-3  # seconds: what takes longer has hidden its launches behind its kernels
 
 
@@ -56,7 +57,7 @@ class Case:
 
 def kernels(operator: str, device: str) -> list[str]:
     """Backends of ours to time: native, and on a GPU Triton (its interpreter is there to prove kernels)."""
-    wanted = ("native", "triton") if device == "cuda" else ("native",)
+    wanted = OURS if device == "cuda" else ("native",)
     here = [row for row in backends() if (row.operator, row.device) == (operator, device)]
     return [row.backend for row in here if row.available and row.backend in wanted]
 

@@ -30,6 +30,8 @@ bool cuda_found_no_room() {
 constexpr int kMostDevices = 64;
 static std::atomic<bool> refused[kMostDevices];
 static std::atomic<int> compiled[kMostDevices];  // 0: not asked yet
+static std::mutex allowed_lock;
+static std::set<std::tuple<int, const void*, int>> allowed;  // kernels that may have a device's shared memory
 
 static int current_device() {
   int device = 0;
@@ -59,6 +61,8 @@ Status cooperative_refused() {
 void forget_devices() {
   for (auto& device : refused) device = false;
   for (auto& device : compiled) device = 0;
+  std::lock_guard<std::mutex> guard(allowed_lock);
+  allowed.clear();
 }
 
 int compiled_architecture() {
@@ -92,10 +96,8 @@ int cuda_runtime_version() {
 }
 
 Status allow_shared_memory(const void* kernel) {
-  static std::mutex lock;
-  static std::set<std::tuple<int, const void*, int>> allowed;
   const int most = device_limits().shared_bytes, device = current_device();
-  std::lock_guard<std::mutex> guard(lock);
+  std::lock_guard<std::mutex> guard(allowed_lock);
   if (allowed.count({device, kernel, most})) return Status::ok;
   Status status = cuda_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   cudaFuncAttributes attributes;  // what the kernel has besides may count too
