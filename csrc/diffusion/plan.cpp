@@ -16,15 +16,18 @@ static int64_t blocks_for(int64_t count, int64_t per_block) { return (count + pe
 // Bytes that an array takes of a block's shared memory, as cuda_common.cuh's SharedArena hands it out.
 static int64_t shared_array(int64_t element, int64_t count) { return round_up(count * element, 16); }
 
-// Completes a plan whose tile is chosen; its cost in shared-memory words that a block moves, or infinity if it does not fit.
-static double resident_cost(const DiffusionArgs& args, int planes, const DeviceLimits& device, ResidentPlan* plan) {
+constexpr double kSharedWords = 32;  // of 4 bytes, a cycle, from a multiprocessor's shared memory
+constexpr double kGroupUs = 1.45;    // of each group of channels: a round trip to L2 and the block's barriers
+constexpr double kBarrierUs = 0.57;  // of each iteration of the images that are walked through at once
+
+// Completes a plan whose tile is chosen; its cost, microseconds of an iteration, or infinity if it does not fit.
+static double resident_cost(const DiffusionArgs& args, int planes, const DeviceLimits& device, const PlanCosts& costs, ResidentPlan* plan) {
   const int64_t batch = args.masks.size[0], channels = args.masks.size[1], shared_taps = args.taps - plan->held;
   const int threads = resident_threads(plan->held), tiles = plan->tiles_x * plan->tiles_y;
   if (plan->held > 0 && (plan->half || shared_taps < 0 || plan->pixels() > kHeldPixels * threads)) return INFINITY;
   plan->rows = plan->tile_h + 2 * plan->reach_y;
   plan->images = int(std::min<int64_t>(batch, device.multiprocessors / tiles));
-  const int64_t words = plan->pixels() * shared_taps / (plan->half ? 2 : 1);
-  const int64_t fixed = shared_array(4, words) + shared_array(4, channels + 1) + shared_array(4, 2);
+  const int64_t fixed = shared_array(4, plan->pixels() * shared_taps / (plan->half ? 2 : 1)) + shared_array(4, channels + 1) + shared_array(4, 2);
   const int64_t plane = int64_t(plan->rows) * plan->pitch, room = (device.shared_bytes - fixed - 16) / (4 * plane);
   if (room < std::max(planes, 1)) return INFINITY;
   const int64_t at_once = std::min<int64_t>(kResidentChannels, channels);
@@ -36,15 +39,16 @@ static double resident_cost(const DiffusionArgs& args, int planes, const DeviceL
   plan->vectors = (plan->tile_w + 2 * plan->reach_x) / 4;
   plan->copy_lanes = std::min(plan->vectors, threads), plan->copy_rows = threads / plan->copy_lanes;
   plan->threads = threads;  // also where a tile has fewer pixels: they load its halo
-  // For each channel the halo comes from L2, at about four times the price; a grid barrier costs about a microsecond.
   const double groups = double(blocks_for(channels, plan->channels));
-  const double pixels = double(round_up(plan->pixels(), 32));
-  return double(blocks_for(batch, plan->images)) *
-         (pixels * (args.taps * channels + shared_taps * groups) + 4.0 * plane * channels + 50000.0);
+  const double words = double(round_up(plan->pixels(), 32)) * double(args.taps * channels + shared_taps * groups);
+  const double gather = words / (1e3 * costs.clock_ghz * kSharedWords);
+  const double halo = 4.0 * double(plane * channels) * costs.multiprocessors / (1e3 * costs.l2_gbs);
+  return double(blocks_for(batch, plan->images)) * (gather + halo + kGroupUs * groups + kBarrierUs);
 }
 
 // The cheapest plan in `best`, its cost; infinity if the masks do not fit.
-static double plan_resident(const DiffusionArgs& args, int planes, bool half, const DeviceLimits& device, ResidentPlan* best) {
+static double plan_resident(const DiffusionArgs& args, int planes, bool half, const DeviceLimits& device, const PlanCosts& costs,
+                            ResidentPlan* best) {
   const int64_t channels = args.masks.size[1], height = args.masks.size[2], width = args.masks.size[3];
   if (!device.cooperative || args.transpose || args.num_iter < 1) return INFINITY;
   if (args.taps > kResidentTaps || channels > 4096) return INFINITY;
@@ -69,7 +73,7 @@ static double plan_resident(const DiffusionArgs& args, int planes, bool half, co
     for (int64_t cuts = 1; cuts * plan.tiles_x <= device.multiprocessors && cuts <= height; ++cuts) {
       plan.tile_h = int(blocks_for(height, cuts)), plan.tiles_y = int(blocks_for(height, plan.tile_h));
       for (plan.held = 0; plan.held <= kHeldTaps; plan.held += kHeldTaps) {
-        const double cost = resident_cost(args, planes, device, &plan);
+        const double cost = resident_cost(args, planes, device, costs, &plan);
         if (cost < lowest) lowest = cost, *best = plan;
       }
     }
@@ -79,9 +83,8 @@ static double plan_resident(const DiffusionArgs& args, int planes, bool half, co
 
 // ---- streaming -------------------------------------------------------------------------------------------------------------
 
-constexpr double kClearly = 0.2;    // both are counted, within some 40 %
-constexpr double kStays = 0.8;      // of L2, what may be read again and again and still be there
-constexpr double kSharedWords = 32;  // of 4 bytes, a cycle, from a multiprocessor's shared memory
+constexpr double kClearly = 0.1;  // where both are as near as that, the one that takes no memory
+constexpr double kStays = 0.8;    // of L2, what may be read again and again and still be there
 
 static const PlanCosts& costs_of(const DeviceLimits& device) {
   const PlanCosts* best = kPlanCosts;
@@ -95,7 +98,7 @@ static double streaming_cost(const DiffusionArgs& args, bool half, bool makes, c
   const auto& size = args.masks.size;
   const double pixels = double(size[0] * size[2] * size[3]), channels = double(size[1]), taps = double(args.taps);
   const double weights = pixels * taps * (half ? 2 : 4), masks = pixels * channels * 8;
-  const double groups = std::ceil(channels / (half || channels <= 4 ? 4 : 7));
+  const double groups = std::ceil(channels / (channels <= 4 ? 4 : 7));
   const double share = double(device.multiprocessors) / costs.multiprocessors;  // of the bandwidths, 1000 bytes a microsecond
   const double rate = 1e3 * share * (weights + masks <= kStays * double(device.l2_bytes) ? costs.l2_gbs : costs.memory_gbs);
   const double gather = pixels * taps * channels / (1e3 * costs.clock_ghz * costs.gather_words * device.multiprocessors);
@@ -116,7 +119,7 @@ PlanChoice choose_plan(const DiffusionArgs& args, int planes, bool half, bool ma
   const PlanCosts& costs = costs_of(device);
   PlanChoice choice;
   choice.card = costs.card, choice.measured = costs.measured;
-  choice.resident_us = plan_resident(args, planes, half, device, &choice.plan) / (1e3 * costs.clock_ghz * kSharedWords);
+  choice.resident_us = plan_resident(args, planes, half, device, costs, &choice.plan);
   choice.streaming_us = streaming_cost(args, half, makes, device, costs);
   choice.fits = choice.resident_us < INFINITY;
   const bool clearly = choice.streaming_us < (1 - kClearly) * choice.resident_us;

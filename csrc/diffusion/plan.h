@@ -1,7 +1,8 @@
 // Which plan a diffusion takes on a GPU: weights resident on chip (resident.cuh) or streamed in every iteration (stream.cu).
 //
 // Both are costed, in microseconds an iteration of the whole batch, from the card's row in plan_table.h:
-//   resident   rounds of images * (shared-memory words of a block: weights, neighbours; its halo of pixels from L2; one grid barrier)
+//   resident   rounds of images * (shared-memory words of a block: weights, neighbours; its halo of pixels from L2; a round trip for
+//              each group of channels; one grid barrier)
 //   streaming  a launch, and the greater of: weights read once for each group of up to 7 channels (from L2 if they and the masks stay
 //              there, else from memory); taps * channels neighbours a pixel, through L1. PAR's weights are written once as well.
 // The halo grows with the reach of the taps and not with the tile, so resident tiles of 25 x 32 read 7.3 values a pixel and channel;

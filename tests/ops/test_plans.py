@@ -35,7 +35,7 @@ def test_the_cheaper_is_taken_and_streaming_only_if_clearly():
         for size in (*plans.SIZES, (1, 3, 64, 64), (4, 7, 100, 120), (1, 40, 96, 96)):
             plan = plans.par_plan(size, card=card)
             assert plan.streaming_us > 0 and plan.resident_us > 0
-            assert plan.name == ("streaming" if plan.streaming_us < 0.8 * plan.resident_us else "resident")
+            assert plan.name == ("streaming" if plan.streaming_us < 0.9 * plan.resident_us else "resident")
             seen.add((plan.name, plan.resident_us < math.inf, plan.streaming_us < plan.resident_us))
     assert ("streaming", True, True) in seen and ("resident", True, True) in seen and ("resident", True, False) in seen
 
@@ -45,11 +45,11 @@ def test_costs_follow_what_is_moved():
     h100 = plans.CARDS["H100"]
     one, two = (plans.par_plan((batch, 3, 320, 320)) for batch in (4, 8))
     assert one.resident_us * 2 == pytest.approx(two.resident_us), "images of this size are walked through one at a time"
-    launch = 2.0
+    launch = 4.0
     few, many = (plans.par_plan((1, channels, 320, 320)).streaming_us - launch for channels in (21, 42))
     assert many / few == pytest.approx(2, rel=0.15), "neighbours decide"
     small = plans.par_plan((2, 3, 256, 256), card=h100._replace(l2_bytes=1 << 20))
-    assert small.streaming_us > 1.3 * plans.par_plan((2, 3, 256, 256)).streaming_us, "weights that do not stay in L2"
+    assert small.streaming_us > 1.1 * plans.par_plan((2, 3, 256, 256)).streaming_us, "weights that do not stay in L2"
     half = plans.par_plan((1, 3, 1024, 2048), half_weights=True)
     assert half.streaming_us < 0.7 * plans.par_plan((1, 3, 1024, 2048)).streaming_us
     assert plans.par_plan((1, 3, 400, 400)).resident_us == math.inf
@@ -64,7 +64,7 @@ def test_costs_follow_what_is_moved():
 def test_an_unknown_card_takes_the_row_below_it():
     newer = plans.CARDS["H100"]._replace(architecture=120)
     assert plans.par_plan((1, 3, 160, 160), card=newer) == plans.par_plan((1, 3, 160, 160))
-    with pytest.raises(ValueError, match="card must be one of H100, A100, RTX 4090, T4, or a Card, got 'V100'"):
+    with pytest.raises(ValueError, match="card must be one of H200, H100, A100, RTX 4090, T4, or a Card, got 'V100'"):
         plans.par_plan((1, 3, 160, 160), card="V100")
 
 
@@ -80,7 +80,8 @@ def test_the_table_of_the_page_is_what_is_chosen():
             assert ("does not fit" in cell) == (plan.resident_us == math.inf)
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert "<!-- plans -->" in page and "counted, not measured" in page
-    assert not any(plans.par_plan(size, card=card).measured for size in plans.SIZES for card in plans.CARDS)
+    for card in plans.CARDS:  # an H100's row is that of an H200
+        assert all(plans.par_plan(size, card=card).measured == card.startswith("H") for size in plans.SIZES)
 
 
 # --- what AFA_PLAN says -----------------------------------------------------------------------------------------------

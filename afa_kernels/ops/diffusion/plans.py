@@ -31,6 +31,7 @@ class Card(NamedTuple):
 
 # From NVIDIA's data sheets and its table of compute capabilities.
 CARDS = {
+    "H200": Card(132, 227 << 10, 60 << 20, 90),
     "H100": Card(132, 227 << 10, 50 << 20, 90),
     "A100": Card(108, 163 << 10, 40 << 20, 80),
     "RTX 4090": Card(128, 99 << 10, 72 << 20, 89),
