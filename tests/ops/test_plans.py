@@ -19,8 +19,8 @@ needs_native = pytest.mark.skipif("native" not in available("par"), reason="no n
 def test_what_fits_on_which_card():
     """The bounds of residence follow from shared memory and multiprocessors: 352 x 352 on an H100."""
     fits = {card: [size for size in range(32, 480, 32) if resident(size, card) < math.inf] for card in plans.CARDS}
-    assert max(fits["H100"]) == 352
-    assert max(fits["H100"]) > max(fits["A100"]) > max(fits["RTX 4090"]) > max(fits["T4"]) >= 64
+    assert max(fits["H100"]) == max(fits["H200"]) == 352
+    assert max(fits["H100"]) > max(fits["A100"]) > max(fits["RTX 4090"]) > max(fits["T4"]) >= 32
     assert all(sizes == list(range(32, max(sizes) + 1, 32)) for sizes in fits.values())
 
 
@@ -51,7 +51,7 @@ def test_costs_follow_what_is_moved():
     small = plans.par_plan((2, 3, 256, 256), card=h100._replace(l2_bytes=1 << 20))
     assert small.streaming_us > 1.1 * plans.par_plan((2, 3, 256, 256)).streaming_us, "weights that do not stay in L2"
     half = plans.par_plan((1, 3, 1024, 2048), half_weights=True)
-    assert half.streaming_us < 0.7 * plans.par_plan((1, 3, 1024, 2048)).streaming_us
+    assert half.streaming_us < 0.8 * plans.par_plan((1, 3, 1024, 2048)).streaming_us
     assert plans.par_plan((1, 3, 400, 400)).resident_us == math.inf
     assert plans.par_plan((1, 3, 400, 400), half_weights=True).resident_us < math.inf
     slice_of_it = plans.par_plan((1, 3, 1024, 2048), card=h100._replace(multiprocessors=66))
