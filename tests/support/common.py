@@ -39,4 +39,4 @@ def cut_off(backend: str | None) -> float:
 
     Triton's exact filter goes through them on a GPU, compiled; here and everywhere else it is 1.
     """
-    return 4.0 if backend == "triton" and DEVICE == "cuda" else 1.0
+    return 10.0 if backend == "triton" and DEVICE == "cuda" else 1.0
