@@ -100,9 +100,11 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
                 theirs = "-" if alone else _short(base["median_ms"]) + f" ({base['provider']})" * other
                 numbers = [theirs, f"{_short(ours['median_ms'])} ({ours['provider']})"]
                 numbers += ["-" if alone else f"{ours['speedup']:.1f}x"]
-                numbers += [_short(ours["floor_ms"]), f"{100 * ours['of_floor']:.0f} %"]
-                numbers += [f"{'-' if alone else _megabytes(base['peak_mb'])} / {_megabytes(ours['peak_mb'])}"]
                 graph = ours.get("graph_ms")
+                # The floor is the device's: without the host's part where that is known.
+                share = ours["floor_ms"] / graph if graph else ours["of_floor"]
+                numbers += [_short(ours["floor_ms"]), f"{100 * share:.0f} %"]
+                numbers += [f"{'-' if alone else _megabytes(base['peak_mb'])} / {_megabytes(ours['peak_mb'])}"]
                 numbers += [_short(graph) if graph is not None else ""] * graphs
                 lines.append(f"| {report['operator']} | {case} | " + " | ".join(numbers) + " |")
         lines.append("")

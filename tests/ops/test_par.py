@@ -104,7 +104,7 @@ def test_what_photographs_have_and_noise_has_not(rng, backend, operator, name):
     images, masks = scene(name, rng, 2, 27, 41).to(DEVICE), torch.rand(2, 3, 27, 41, generator=rng).to(DEVICE)
     weights = pamr_weights if operator is pamr else par_weights
     slow = backend == "triton" and DEVICE == "cpu"
-    # Of two greys a deviation can be anything from 0 to a rounding, which PyTorch's sums on a GPU round in another order.
+    # Of two greys a deviation can be 0 or a rounding, and PyTorch on a GPU sums in another order.
     allowed = 10 if name == "two greys" and DEVICE == "cuda" else 1
     for dilations in ((2, 1),) if slow else (SIX, (1,), (2, 1)):
         want = weights(images, dilations, backend="reference")

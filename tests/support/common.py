@@ -35,8 +35,8 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def cut_off(backend: str | None) -> float:
-    """How much more a sum of positive numbers may err where tensor cores add it up: they cut off what they should round.
+    """How much more a sum of positive numbers may err where tensor cores add it up: they cut off, and do not round.
 
-    Triton's exact filter goes through them on a GPU, compiled; here and everywhere else it is 1.
+    Triton's exact filter goes through them on a GPU, compiled: 6.6e-6 was seen on an H200. Elsewhere it is 1.
     """
     return 10.0 if backend == "triton" and DEVICE == "cuda" else 1.0
