@@ -7,7 +7,7 @@
 // sinkhorn_write_kernel and sinkhorn_gradient_kernel write the window: a thread has a pixel and a tap, and the factors come from L1.
 // Floor: the window read 2 * num_iter + 1 times and written once; a window of a few MB comes from L2 but for the first time. Bound: the
 // latency of loads and of launches; on devices with few units for double, a conversion and a multiply-add in double for every product.
-// Occupancy: sinkhorn_sum_kernel 256 x 2, sinkhorn_write_kernel 128 x 8, sinkhorn_gradient_kernel 128 x 6 (threads x blocks a
+// Occupancy: sinkhorn_sum_kernel 256 x 2, sinkhorn_write_kernel 128 x 8, sinkhorn_gradient_kernel 128 x 5 (threads x blocks a
 // multiprocessor, by registers).
 #include "common/cuda_common.cuh"
 #include "sinkhorn/sinkhorn.h"
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kSinkhornWriters, 8) sinkhorn_write_kernel(con
   });
 }
 
-__global__ void __launch_bounds__(kSinkhornWriters, 6) sinkhorn_gradient_kernel(const __grid_constant__ SinkhornWriteArgs args) {
+__global__ void __launch_bounds__(kSinkhornWriters, 5) sinkhorn_gradient_kernel(const __grid_constant__ SinkhornWriteArgs args) {
   write_sinkhorn(args, [&args](int64_t b, int dy, int dx, int y, int x, int64_t own, int64_t near) {
     const SinkhornTaps& taps = args.taps;
     const float g = load_element(args.from.data, args.from.dtype, taps.at(args.from, b, dy, dx, y, x));

@@ -22,7 +22,6 @@ pytestmark = [without_limit]
 
 POSITIVE = [value for value in EXTREMES if not value < 0]
 LIMIT = torch.finfo(torch.float32).max / 16
-TENSOR_CORES = 99  # kilobytes of shared memory that a block has at least on devices with them
 
 
 def gradients(call, leaves: list[torch.Tensor], grad: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -141,7 +140,7 @@ class Attention:
 
 def check_affinity(backend: str, draw: Draw, inputs: Attention, call) -> None:
     """Output and gradients; what is NaN or overflows has no gradient that must agree."""
-    with running(backend, draw.generator, TENSOR_CORES):
+    with running(backend, draw.generator):
         got, got_grads = gradients(call, inputs.tensors, inputs.grad)
     with afa_kernels.use_backend("reference"):
         want, want_grads = gradients(call, inputs.tensors, inputs.grad)
@@ -194,7 +193,7 @@ def test_attention_affinity_loss(backend, data):
         loss.backward()
         return loss.detach(), [int(count) for count in counts], [leaf.grad for leaf in leaves]
 
-    with running(backend, draw.generator, TENSOR_CORES):
+    with running(backend, draw.generator):
         got, got_counts, got_grads = run()
     with afa_kernels.use_backend("reference"):
         want, want_counts, want_grads = run()
@@ -229,7 +228,7 @@ def test_affinity_loss(backend, data):
         loss.backward(grad)
         return loss.detach(), [int(count) for count in counts], leaf.grad
 
-    with running(backend, draw.generator, TENSOR_CORES):
+    with running(backend, draw.generator):
         got, got_counts, got_grad = run()
     with afa_kernels.use_backend("reference"):
         want, want_counts, want_grad = run()

@@ -50,20 +50,15 @@ def has_cuda_source(operator: str) -> bool:
 
 
 @contextlib.contextmanager
-def running(backend: str, generator: torch.Generator, least: int = 1):
-    """Calls with ``backend=None`` run there; emulated on a device of random size, so that every plan is met.
-
-    ``least``: kilobytes of shared memory that every device has on which the kernels run as they do here.
-    """
+def running(backend: str, generator: torch.Generator):
+    """Calls with ``backend=None`` run there; emulated on a device of random size, so that every plan is met."""
     kind = next((kind for kind, name in EMULATED.items() if name == backend), None)
     if kind is None:
         with afa_kernels.use_backend(backend):
             yield
         return
     with emulated(build.load(kind), order=int(torch.randint(3, (), generator=generator))) as emulator:
-        processors, kilobytes = (
-            int(torch.randint(low, limit, (), generator=generator)) for low, limit in ((1, 9), (least, 228))
-        )
+        processors, kilobytes = (int(torch.randint(1, limit, (), generator=generator)) for limit in (9, 228))
         emulator.set_device(processors, kilobytes * 1024)
         yield
 

@@ -22,6 +22,8 @@ namespace emulator {
 
 constexpr int64_t kStackBytes = 128 * 1024;
 constexpr int64_t kRedZone = 256;
+// Of a block, on the smallest device with tensor cores. What is told of a device may be less, for the choice of a plan alone.
+constexpr int kLeastShared = 99 * 1024;
 constexpr unsigned char kRedByte = 0xA7;
 
 thread_local Thread* current = nullptr;
@@ -374,7 +376,7 @@ void allow_shared(const void* function, int bytes) {
 static int64_t shared_limit(const void* function) {
   std::lock_guard<std::mutex> guard(allowed_lock);
   auto found = allowed.find(function);
-  return found == allowed.end() ? 48 * 1024 : std::max(found->second, 48 * 1024);
+  return found == allowed.end() ? 48 * 1024 : std::max(found->second, kLeastShared);
 }
 
 bool run(const Launch& launch) {
@@ -384,7 +386,7 @@ bool run(const Launch& launch) {
     error = "a grid dimension is 0 or too large";
   else if (threads == 0 || threads > 1024 || launch.block.z > 64)
     error = "a block of " + std::to_string(threads) + " threads";
-  else if (launch.shared_bytes > settings().shared_bytes && launch.shared_bytes > 48 * 1024)
+  else if (launch.shared_bytes > std::max(settings().shared_bytes, kLeastShared))
     error = "more shared memory than the device has";
   else if (launch.shared_bytes > shared_limit(launch.function))
     error = std::to_string(launch.shared_bytes) + " bytes of shared memory, more than was asked for";
