@@ -32,8 +32,9 @@ class DeviceGuard {
 
 // What kernels may use is decided where they are compiled, not by the device they run on: the driver also compiles PTX of 7.5 for a
 // 9.0, without what the sources leave out below 8.0. This is the architecture of the code that the current device runs, 75 for 7.5;
-// 0 if it has none. Everything that the sources make depend on __CUDA_ARCH__ must ask here: today tensor_cores.cuh,
-// and nothing else (shared memory, multiprocessors and cooperative launches are the device's and the driver's to say).
+// 0 if it has none. What the sources leave out by __CUDA_ARCH__ must be asked for here: today tensor_cores.cuh, and nothing else
+// (async_copy.cuh does the same another way; shared memory, multiprocessors and cooperative launches are the device's and the driver's
+// to say).
 int compiled_architecture();
 
 // Whether a device can run this module's kernels: the runtime's error code and word why not, or 0 and "". Launches nothing.

@@ -67,13 +67,14 @@ static double plan_resident(const DiffusionArgs& args, int planes, bool half, co
   for (plan.tile_w = 16; plan.tile_w <= 128 && plan.tile_w < 2 * width + 32; plan.tile_w *= 2) {
     plan.tile_shift = plan.tile_w == 16 ? 4 : plan.tile_shift + 1;
     plan.tiles_x = int(blocks_for(width, plan.tile_w));
-    plan.pitch = plan.tile_w + 2 * plan.reach_x;
-    // Two rows of 16 pixels make a warp: their banks must not meet.
-    if (plan.tile_w == 16) plan.pitch += (48 - plan.pitch % 32) % 32;
+    // Two rows of 16 pixels make a warp: their banks must not meet, unless there is no room for that.
+    const int narrow = plan.tile_w + 2 * plan.reach_x, apart = plan.tile_w == 16 ? narrow + (48 - narrow % 32) % 32 : narrow;
     for (int64_t cuts = 1; cuts * plan.tiles_x <= device.multiprocessors && cuts <= height; ++cuts) {
       plan.tile_h = int(blocks_for(height, cuts)), plan.tiles_y = int(blocks_for(height, plan.tile_h));
       for (plan.held = 0; plan.held <= kHeldTaps; plan.held += kHeldTaps) {
-        const double cost = resident_cost(args, planes, device, costs, &plan);
+        plan.pitch = apart;
+        double cost = resident_cost(args, planes, device, costs, &plan);
+        if (cost == INFINITY && narrow < apart) plan.pitch = narrow, cost = 2 * resident_cost(args, planes, device, costs, &plan);
         if (cost < lowest) lowest = cost, *best = plan;
       }
     }

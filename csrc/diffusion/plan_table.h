@@ -20,7 +20,7 @@ struct PlanCosts {
   bool measured;
 };
 
-// Those of 9.0 were fitted to an H200's times (benchmarks/results/plans-cuda.txt): resident within 8 %, streaming within 25 % from
+// Those of 9.0 were fitted to an H200's times (benchmarks/results/plans-cuda.txt): resident within 6 %, streaming within 30 % from
 // 2x3x256x256 up. The others are data sheets' numbers times the shares that it reached of its own: of L2 0.56, of memory 0.6.
 constexpr PlanCosts kPlanCosts[] = {
     {75, "T4", 40, 1.5, 620, 190, 9.5, 4.0, false},

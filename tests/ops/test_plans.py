@@ -20,7 +20,7 @@ def test_what_fits_on_which_card():
     """The bounds of residence follow from shared memory and multiprocessors: 352 x 352 on an H100."""
     fits = {card: [size for size in range(32, 480, 32) if resident(size, card) < math.inf] for card in plans.CARDS}
     assert max(fits["H100"]) == max(fits["H200"]) == 352
-    assert max(fits["H100"]) > max(fits["A100"]) > max(fits["RTX 4090"]) > max(fits["T4"]) >= 32
+    assert max(fits["H100"]) > max(fits["A100"]) > max(fits["RTX 4090"]) > max(fits["T4"]) >= 64
     assert all(sizes == list(range(32, max(sizes) + 1, 32)) for sizes in fits.values())
 
 

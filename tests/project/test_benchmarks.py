@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.common import ROOT, available, relative_error
 
+from afa_kernels.bench import command
 from afa_kernels.ops.affinity import native as affinity_native
 
 pytest_plugins = ["support.benchmark_modules"]  # the fixture bench
@@ -34,6 +36,20 @@ def test_smallest_cases_run_and_make_a_report(bench, table, tmp_path, monkeypatc
     assert path.with_suffix(".csv").stat().st_size and path.with_suffix(".png").stat().st_size
     (line,) = (line for line in bench.reports.markdown([content]).splitlines() if line.startswith(f"| {table}"))
     assert cases[0].name in line
+
+
+def test_backends_that_are_not_wanted_are_not_timed(bench, monkeypatch, capsys):
+    def row(backend: str) -> SimpleNamespace:
+        return SimpleNamespace(operator="par", device="cuda", backend=backend, available=True)
+
+    monkeypatch.setattr(bench.harness, "backends", lambda: [row("reference"), row("native"), row("triton")])
+    monkeypatch.setattr(bench.harness, "OURS", bench.harness.OURS)  # back to what it was behind this
+    for asked, timed in (([], ["native", "triton"]), (["--backends", "native"], ["native"]), ([], ["native", "triton"])):
+        command.parsed(command.parser(), ["par", *asked])
+        assert bench.harness.kernels("par", "cuda") == timed
+    with pytest.raises(SystemExit):
+        command.parsed(command.parser(), ["par", "--backends", "naive"])
+    assert "--backends: expected native, triton or both, got naive" in capsys.readouterr().err
 
 
 def test_the_bilateral_filters_cases_run(bench, tmp_path, monkeypatch):
