@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=0.3, help=told)
     made.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     told = "on a GPU: which of %(default)s to time; compiling Triton's kernels takes longer than timing them"
-    made.add_argument("--backends", default=",".join(harness.OURS), metavar="NAME,...", help=told)
+    made.add_argument("--backends", default="native,triton", metavar="NAME,...", help=told)
     made.add_argument("--compile", action="store_true", help="also time torch.compile of the reference")
     return made
 
