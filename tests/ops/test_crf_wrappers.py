@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from support.common import DEVICE, relative_error
 import afa_kernels
 import afa_kernels.compat.crf as copies
 import afa_kernels.compat.pydensecrf.densecrf as dcrf
-from afa_kernels import DenseCRF, crf_inference, crf_inference_label, dense_crf
+from afa_kernels import (
+    DenseCRF,
+    DenseEnergyLoss,
+    bilateral_filter,
+    crf_inference,
+    crf_inference_label,
+    dense_crf,
+)
 from afa_kernels.compat.pydensecrf.utils import unary_from_labels, unary_from_softmax
 
 H, W, C = 8, 12, 4  # a number of pixels by fours, as pydensecrf takes them
@@ -174,3 +182,37 @@ def test_probabilities_below_the_least_count_as_it(photos):
     small = np.where(zeros == 0, np.float32(1e-5), zeros)
     assert np.array_equal(crf_inference(images, zeros, 2), crf_inference(images, small, 2))
     assert math.isfinite(crf_inference(images, zeros, 2).sum())
+
+
+def _of_images(name, images):
+    """What takes images and a deviation of grey levels, called."""
+    probs, labels = torch.full((1, C, H, W), 1 / C), torch.zeros(1, H, W, dtype=torch.long)
+    calls = {
+        "filter": lambda: bilateral_filter(images, probs, 1, 5),
+        "crf": lambda: dense_crf(images, probs, 1),
+        "probabilities": lambda: crf_inference(images[0], probs[0], 1),
+        "labels": lambda: crf_inference_label(images[0], labels[0], 1, C),
+        "energy": lambda: DenseEnergyLoss()(images, probs, torch.ones(1, H, W), labels[:, None]),
+    }
+    return calls[name]()
+
+
+@pytest.mark.parametrize("name", ["filter", "crf", "probabilities", "labels", "energy"])
+def test_floats_of_another_range_draw_a_warning(rng, name):
+    images = 0.1 + 0.9 * torch.rand(1, 3, H, W, generator=rng)
+    with pytest.warns(UserWarning, match=r"must be in 0\.\.255, .* these are in 0\.1\d*\.\.(0\.9\d*|1)"):
+        _of_images(name, images)
+    with pytest.warns(UserWarning, match=r"must be in 0\.\.255, .* these are in -1\.\d*\.\.(1\.\d*|2)"):
+        _of_images(name, 4 * images - 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for right in (255 * images, (2 * images).ceil().byte(), 0 * images, 1.02 * images / images.max()):
+            _of_images(name, right)
+
+
+def test_a_deviation_below_one_is_of_images_in_0_to_1(rng):
+    images, values = torch.rand(1, 3, H, W, generator=rng), torch.ones(1, 1, H, W)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bilateral_filter(images, values, 0.99, 5)
+        bilateral_filter(images, values, None, 5)

@@ -10,6 +10,8 @@ lattice's blurs along its axes in reverse order.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,21 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise ValueError(f"{name} must not require a gradient, there is none with respect to them: detach them")
 
 
+def warn_unless_grey_levels(images: Tensor, sigma_rgb: float | None, name: str = "images") -> None:
+    """Where the images are floats of another range than 0..255 and sigma_rgb is one of grey levels: no colour is then
+    told from another, and the result looks plausible. Looked at on a CPU only, for a GPU would have to be waited for.
+    """
+    if sigma_rgb is None or sigma_rgb < 1 or images.device.type != "cpu" or not images.is_floating_point():
+        return
+    traced = torch.compiler.is_compiling() or type(images) not in (Tensor, torch.nn.Parameter)
+    if traced or torch._C._are_functorch_transforms_active():
+        return
+    lowest, highest = (bound.item() for bound in torch.aminmax(images.detach()))
+    if lowest < 0 or 0 < highest <= 1:
+        expected = f"{name} must be in 0..255, as sigma_rgb = {sigma_rgb:g} grey levels is"
+        warnings.warn(f"{expected}; these are in {lowest:.3g}..{highest:.3g}", UserWarning, stacklevel=3)
+
+
 def lattice_sigmas(shape: torch.Size, sigma_rgb: float | None, sigma_xy: float) -> tuple[float | None, float]:
     """Sigmas of which the lattice can number the multiples: smaller ones are made so large, which no pixel notices.
 
@@ -69,7 +86,7 @@ def bilateral_filter(
 
     Args:
         images: [B, 3, H, W] in 0..255; uint8, or float32, float16 or bfloat16 (float64 in the reference path). No
-            gradient reaches them.
+            gradient reaches them. On a CPU floats of another range draw a warning, unless sigma_rgb is below 1.
         values: [B, K, H, W], any range; floats likewise.
         sigma_rgb: standard deviation in grey levels, positive; None for a Gaussian of place alone.
         sigma_xy: standard deviation in pixels, positive.
@@ -98,6 +115,7 @@ def bilateral_filter(
     check_tensor(values, "values", ("B", "K", "H", "W"), FLOATS, **shape)
     check_same_device(images, "images", values=values)
     sigma_rgb = None if sigma_rgb is None else check_float(sigma_rgb, "sigma_rgb", positive=True)
+    warn_unless_grey_levels(images, sigma_rgb)
     sigma_xy = check_float(sigma_xy, "sigma_xy", positive=True)
     if check_method(method) == "lattice":
         sigma_rgb, sigma_xy = lattice_sigmas(images.shape, sigma_rgb, sigma_xy)

@@ -20,7 +20,7 @@ from ...core.implementations import implementation
 from ...core.registration import operator
 from ...core.self_check import Draw, Sample
 from . import reference
-from .functional import check_images, check_method, lattice_sigmas
+from .functional import check_images, check_method, lattice_sigmas, warn_unless_grey_levels
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 LEAST_PROBABILITY = 1e-5
@@ -102,7 +102,8 @@ def dense_crf(
     """Refine class probabilities by a dense CRF (Krähenbühl and Koltun 2011; defaults as published for VOC by DeepLab).
 
     Args:
-        images: [B, 3, H, W] in 0..255; uint8, or float32, float16 or bfloat16 (float64 in the reference path).
+        images: [B, 3, H, W] in 0..255; uint8, or float32, float16 or bfloat16 (float64 in the reference path). On a CPU
+            floats of another range draw a warning, unless bi_rgb_std is below 1.
         probs: [B, C, H, W] in 0..1; floats likewise. Those below 1e-5 count as 1e-5. Gradients reach them.
         num_iter: iterations of mean field, at least 0.
         pos_w, pos_xy_std: weight of the Gaussian of place, and its standard deviation in pixels.
@@ -137,6 +138,7 @@ def dense_crf(
     check_same_device(images, "images", probs=probs)
     num_iter = check_int(num_iter, "num_iter", 0)
     kernels = check_kernels(pos_w, pos_xy_std, bi_w, bi_xy_std, bi_rgb_std)
+    warn_unless_grey_levels(images, bi_rgb_std)
     if compat is not None:
         check_tensor(compat, "compat", ("C", "C"), FLOATS, C=probs.shape[1])
         check_same_device(images, "images", compat=compat)

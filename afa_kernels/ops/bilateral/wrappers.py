@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.checks import FLOATS, INTEGERS, check_float, check_int
-from .functional import check_method
+from .functional import check_method, warn_unless_grey_levels
 from .mean_field import check_kernels, crf_of_energies, dense_crf
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def crf_inference_label(
     energies = torch.full((len(classes), n_labels, *classes.shape[1:]), wrong, device=classes.device)
     energies.scatter_(1, classes[:, None], right)
     kernels = [(3.0, 3.0, 0.0), (10.0, 50.0, 5.0)]
+    warn_unless_grey_levels(pixels, 5.0, "img")
     with torch.no_grad():
         refined = crf_of_energies(pixels.float(), energies, t, kernels, "symmetric").argmax(1)
     return _like(refined.view(labels.shape), labels)
