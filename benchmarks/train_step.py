@@ -25,7 +25,7 @@ from afa_model.conventions import MEAN, STD
 from afa_model.networks.afa import AFA
 from afa_model.runs.memory import keep_freed_memory
 from afa_model.runtime.phases import PhaseTimer
-from afa_model.runtime.processes import autocast
+from afa_model.runtime.precision import autocast
 from afa_model.training.losses import LossSettings
 from afa_model.training.schedule import build_optimizer
 from afa_model.training.step import StepSettings, TrainingStep

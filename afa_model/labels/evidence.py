@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..conventions import require, resize
 from ..runtime.notices import notice
-from ..runtime.processes import autocast, laid_out, memory_format
+from ..runtime.precision import autocast
+from ..runtime.processes import laid_out, memory_format
 from .cams import Known, at_scale, evaluating, multi_scale_cam
 from .settings import LabelSettings
 from .slots import ClassSlots

@@ -16,7 +16,8 @@ from ..config import Config
 from ..data.order import death_told
 from ..errors import CheckpointError
 from ..runtime.collectives import agreeing, gather_from_all
-from ..runtime.processes import Here, autocast, processes
+from ..runtime.precision import autocast
+from ..runtime.processes import Here, processes
 from ..training.step import StepResult
 from . import checkpoint
 from .folder import RunFolder

@@ -19,7 +19,8 @@ from ..evaluation.evaluate import evaluate
 from ..labels.kinds import kinds_of
 from ..runtime.collectives import agreeing, gather_from_all, same_as_first
 from ..runtime.machine import threads_beside
-from ..runtime.processes import Here, autocast, data_parallel, memory_format, seed_everything, to_device
+from ..runtime.precision import autocast
+from ..runtime.processes import Here, data_parallel, memory_format, seed_everything, to_device
 from ..training.acceleration import compiles, graphs
 from ..training.schedule import build_optimizer, learning_rate, set_learning_rate
 from ..training.step import StepResult, TrainingStep

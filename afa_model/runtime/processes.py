@@ -187,15 +187,6 @@ def laid_out(model: nn.Module, channels_last: bool) -> Iterator[None]:
             parameter.data = data
 
 
-def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 autocast as ``amp`` says: ``auto`` (on a GPU that computes in bfloat16), ``bf16``, ``off``."""
-    if amp == "auto":
-        enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        enabled = amp == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
 def data_parallel(step: nn.Module, here: Here) -> nn.Module:
     """Average the gradients of ``step`` over the processes; a lone process gets ``step`` itself.
 
