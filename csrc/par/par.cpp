@@ -1,8 +1,9 @@
 // PAR and PAMR weights on the CPU; their diffusion is diffusion/diffusion.cpp's.
 //
 // Data flow: the image goes to float32 rows with replicated margins once; then, for each pixel row, two vectors of pixels at a time
-// copy their neighbours, which lie across cache lines, to a table of whole vectors, and walk that: mean, squared deviation, kappa with
-// its maximum, exponential with its sum. Two vectors, for each of these is a chain of sums. Deviations are taken from the
+// copy each colour's neighbours, which lie across cache lines, to a table of whole vectors, with their mean on the way, and walk that:
+// squared deviation; then all colours' tables at once: kappa with its maximum; exponential with its sum. Two vectors, for each of these
+// is a chain of sums. Deviations are taken from the
 // first neighbour and then from the mean, so a constant neighbourhood has a standard deviation of exactly 0, as the formula's
 // 1e-8 expects. A stretch in which a square overflows (pixels beyond 1e18) is done once more with shrunken pixels.
 // Floor: 8*D exponentials and 3 * 8*D loads across lines per pixel. Bound: arithmetic, about 30 operations per weight.
@@ -27,7 +28,7 @@ struct ParRows {
   int64_t taps, height, width, colours, margin, image_row;
   float centres, count;     // values a deviation is taken of: PAMR has the centre among them, once for each dilation
   float* image;             // [H][colours][margin + row + margin]
-  float* neighbours;        // of each thread: [taps][kStretch]
+  float* tables;            // of each thread: [colours][taps + 2][kStretch], see Colour
   const float** tap;        // of each thread: [taps], what a tap reads for column 0 of the row at hand
   int64_t bytes;
 
@@ -41,10 +42,12 @@ struct ParRows {
     image_row = margin + round_up(width, kWeightBlock) + margin;
     Arena arena(memory);
     image = arena.take<float>(height * colours * image_row);
-    neighbours = arena.take<float>(threads * taps * kWeightBlock);  // as many for every instruction set
+    tables = arena.take<float>(threads * most_table_floats());
     tap = arena.take<const float*>(threads * taps);
     bytes = arena.used;
   }
+  int64_t table_floats() const { return (taps + 2) * kStretch; }
+  int64_t most_table_floats() const { return colours * (taps + 2) * kWeightBlock; }  // as many for every instruction set
   // Row y of colour c, at column 0; rows and columns outside are their nearest pixel.
   const float* at(int64_t y, int64_t c) const {
     return image + (std::clamp(y, int64_t(0), height - 1) * colours + c) * image_row + margin;
@@ -61,94 +64,129 @@ static void prepare_row(const void* context, int64_t b, int64_t y) {
   }
 }
 
-// Squared deviations of the neighbours [taps][kStretch], and of PAMR's centres, from their mean, summed. Shrunk: of pixels times
-// kShrink, whose squares overflow for no float.
-constexpr float kShrink = 0x1p-80f;
-template <bool kShrunk>
-static inline void squares_of(const ParRows& rows, const float* neighbours, const vfloat* centre, vfloat* squares) {
-  auto shrunk = [](vfloat pixels) { return kShrunk ? pixels * kShrink : pixels; };
-  auto neighbour = [&](int64_t t, int v) { return shrunk(load(neighbours + t * kStretch + v * kLanes)); };
-  vfloat origin[kVectors], away[kVectors], mean[kVectors];
+// What a colour of a stretch of pixels comes to. In a thread's table its neighbours lie as whole vectors, [taps][kStretch], then the
+// pixels themselves and, once known, 1 / (the divisor of their differences).
+struct Colour {
+  float* table;
+  int64_t taps;
+  float* neighbour(int64_t t, int v) const { return table + t * kStretch + v * kLanes; }
+  float* centre(int v) const { return neighbour(taps, v); }
+  float* inverse(int v) const { return neighbour(taps + 1, v); }
+};
+
+// Copies the neighbours, and sums up how far they, and PAMR's centres, are from the first one.
+static inline void copy_and_sum(const ParRows& rows, const float* const* tap, int64_t from, const Colour& to, vfloat* sum) {
+  vfloat origin[kVectors];
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
-    origin[v] = neighbour(0, v), away[v] = shrunk(centre[v]) - origin[v];
-    mean[v] = away[v] * rows.centres;
-  }
-  for (int64_t t = 0; t < rows.taps; ++t)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) mean[v] += neighbour(t, v) - origin[v];
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
-    mean[v] = mean[v] / rows.count;
-    squares[v] = (away[v] - mean[v]) * (away[v] - mean[v]) * rows.centres;
+    origin[v] = load(tap[0] + from + v * kLanes);
+    sum[v] = (load(to.centre(v)) - origin[v]) * rows.centres;
   }
   for (int64_t t = 0; t < rows.taps; ++t)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const vfloat deviation = neighbour(t, v) - origin[v] - mean[v];
+      const vfloat pixels = load(tap[t] + from + v * kLanes);
+      store(to.neighbour(t, v), pixels);
+      sum[v] += pixels - origin[v];
+    }
+}
+
+// Squared deviations of the neighbours, and of PAMR's centres, from their mean, summed. Shrunk: of pixels times kShrink, whose
+// squares overflow for no float.
+constexpr float kShrink = 0x1p-80f;
+template <bool kShrunk>
+static inline void squares_of(const ParRows& rows, const Colour& of, const vfloat* sum, vfloat* squares) {
+  auto shrunk = [](vfloat pixels) { return kShrunk ? pixels * kShrink : pixels; };
+  vfloat origin[kVectors], mean[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    origin[v] = shrunk(load(of.neighbour(0, v)));
+    const vfloat away = shrunk(load(of.centre(v))) - origin[v];
+    mean[v] = kShrunk ? away * rows.centres : sum[v];
+    squares[v] = away;
+  }
+  for (int64_t t = 0; kShrunk && t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) mean[v] += shrunk(load(of.neighbour(t, v))) - origin[v];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    mean[v] = mean[v] / rows.count;
+    squares[v] = (squares[v] - mean[v]) * (squares[v] - mean[v]) * rows.centres;
+  }
+  for (int64_t t = 0; t < rows.taps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const vfloat deviation = shrunk(load(of.neighbour(t, v))) - origin[v] - mean[v];
       squares[v] += deviation * deviation;
     }
 }
 
-// 1 / (the divisor of one colour's differences). `finite` stays 0 unless squares overflow, which kWide mends.
+// `finite` stays 0 unless squares overflow, which kWide mends.
 template <bool kWide>
-static inline void inverse_divisor(const ParRows& rows, const float* neighbours, const vfloat* centre, vfloat* inverse,
-                                   vfloat* finite) {
+static inline void inverse_divisor(const ParRows& rows, const Colour& of, const vfloat* sum, vfloat* finite) {
   const bool pamr = rows.args.variant == ParVariant::pamr;
-  vfloat squares[kVectors], shrunk[kVectors];
-  squares_of<false>(rows, neighbours, centre, squares);
-  if constexpr (kWide) squares_of<true>(rows, neighbours, centre, shrunk);
+  vfloat squares[kVectors], small[kVectors];
+  squares_of<false>(rows, of, sum, squares);
+  if constexpr (kWide) squares_of<true>(rows, of, sum, small);
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     vfloat sigma = root_of(squares[v] / (rows.count - 1.0f));
     if constexpr (kWide) {
-      const vfloat wide = root_of(shrunk[v] / (rows.count - 1.0f)) * (1.0f / kShrink);
+      const vfloat wide = root_of(small[v] / (rows.count - 1.0f)) * (1.0f / kShrink);
       sigma = squares[v] * 0.0f == 0.0f ? sigma : wide;
     } else {
       *finite += squares[v] * 0.0f;
     }
-    inverse[v] = pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : 1.0f / ((sigma + 1e-8f) * rows.args.w1);
+    store(of.inverse(v), pamr ? 1.0f / (sigma * 0.1f + 1e-8f) : 1.0f / ((sigma + 1e-8f) * rows.args.w1));
   }
 }
 
-// kappa of columns [x, x + kStretch), [taps][block].
-template <bool kWide>
-static inline void kappas(const ParRows& rows, int64_t y, int64_t x, int64_t block, const float* const* tap, float* neighbours,
-                          float* kappa, vfloat* finite) {
+// kappa of the tables' pixels, [taps][block], and the highest of each pixel.
+static inline void sum_colours(const ParRows& rows, int64_t colours, int64_t block, const float* tables, float* kappa, vfloat* highest) {
   const vfloat share = splat(-1.0f / float(rows.colours));
   const bool pamr = rows.args.variant == ParVariant::pamr;
-  for (int64_t c = 0; c < rows.colours; ++c) {
-    const int64_t from = c * rows.image_row + x;
-    for (int64_t t = 0; t < rows.taps; ++t)
+  const int64_t table = rows.table_floats(), centre = rows.taps * kStretch, inverse = centre + kStretch;
+  for (int64_t t = 0; t < rows.taps; ++t)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) store(neighbours + t * kStretch + v * kLanes, load(tap[t] + from + v * kLanes));
-    vfloat centre[kVectors], scale[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) centre[v] = load(rows.at(y, c) + x + v * kLanes);
-    inverse_divisor<kWide>(rows, neighbours, centre, scale, finite);
-    for (int64_t t = 0; t < rows.taps; ++t)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const vfloat distance = (load(neighbours + t * kStretch + v * kLanes) - centre[v]) * scale[v];
+    for (int v = 0; v < kVectors; ++v) {
+      vfloat total = {};
+#pragma GCC unroll 3
+      for (int64_t c = 0; c < colours; ++c) {
+        const float* own = tables + c * table + v * kLanes;
+        const vfloat distance = (load(own + t * kStretch) - load(own + centre)) * load(own + inverse);
         // Where a colour's sigma is 0 its kappa is about 1e15, the same for all taps: rounded before the others join it, or what
         // they change in the last place, 6e7, would decide between the taps.
         const vfloat part = rounded((pamr ? abs_of(distance) : distance * distance) * share);
-        float* to = kappa + t * block + v * kLanes;
-        store(to, c == 0 ? part : load(to) + part);
+        total = c == 0 ? part : total + part;
       }
+      highest[v] = t == 0 ? total : max_of(highest[v], total);
+      store(kappa + t * block + v * kLanes, total);
+    }
+}
+
+// kappa of columns [x, x + kStretch), [taps][block], and the highest of each.
+template <bool kWide>
+static inline void kappas(const ParRows& rows, int64_t y, int64_t x, int64_t block, const float* const* tap, float* tables,
+                          float* kappa, vfloat* highest, vfloat* finite) {
+  for (int64_t c = 0; c < rows.colours; ++c) {
+    const Colour colour = {tables + c * rows.table_floats(), rows.taps};
+    vfloat sum[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(colour.centre(v), load(rows.at(y, c) + x + v * kLanes));
+    copy_and_sum(rows, tap, c * rows.image_row + x, colour, sum);
+    inverse_divisor<kWide>(rows, colour, sum, finite);
   }
+  if (rows.colours == 3)
+    sum_colours(rows, 3, block, tables, kappa, highest);
+  else
+    sum_colours(rows, rows.colours, block, tables, kappa, highest);
 }
 
 // In place of kappa: its softmax and the position term.
-static inline void softmax(const ParRows& rows, int64_t block, float* weights) {
+static inline void softmax(const ParRows& rows, int64_t block, const vfloat* highest, float* weights) {
   auto at = [&](int64_t t, int v) { return weights + t * block + v * kLanes; };
-  vfloat highest[kVectors], sum[kVectors], inverse[kVectors];
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) highest[v] = load(at(0, v)), sum[v] = vfloat{};
+  vfloat sum[kVectors] = {}, inverse[kVectors];
   // The maximum is one of the stored values, rounded; it is taken off them as they are stored, never off a product.
-  for (int64_t t = 1; t < rows.taps; ++t)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) highest[v] = max_of(highest[v], load(at(t, v)));
   for (int64_t t = 0; t < rows.taps; ++t)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
@@ -164,14 +202,14 @@ static inline void softmax(const ParRows& rows, int64_t block, float* weights) {
 }
 
 // One block of columns from `left` on: [taps][block].
-static void fill_block(const ParRows& rows, int64_t y, int64_t left, int64_t block, const float* const* tap, float* neighbours,
+static void fill_block(const ParRows& rows, int64_t y, int64_t left, int64_t block, const float* const* tap, float* tables,
                        float* weights) {
   const int64_t inside = std::min(block, rows.width - left);  // columns
   for (int64_t i = 0; i < inside; i += kStretch) {
-    vfloat finite = {};
-    kappas<false>(rows, y, left + i, block, tap, neighbours, weights + i, &finite);
-    if (!(sum_of(finite) == 0.0f)) kappas<true>(rows, y, left + i, block, tap, neighbours, weights + i, &finite);
-    softmax(rows, block, weights + i);
+    vfloat finite = {}, highest[kVectors];
+    kappas<false>(rows, y, left + i, block, tap, tables, weights + i, highest, &finite);
+    if (!(sum_of(finite) == 0.0f)) kappas<true>(rows, y, left + i, block, tap, tables, weights + i, highest, &finite);
+    softmax(rows, block, highest, weights + i);
   }
   for (int64_t t = 0; t < rows.taps; ++t) std::fill(weights + t * block + inside, weights + (t + 1) * block, 0.0f);
 }
@@ -179,11 +217,11 @@ static void fill_block(const ParRows& rows, int64_t y, int64_t left, int64_t blo
 static void fill_row(const void* context, int64_t, int64_t y, int64_t x, int64_t columns, int64_t block, float* weights) {
   const ParRows& rows = *static_cast<const ParRows*>(context);
   const float** tap = rows.tap + thread_number() * rows.taps;
-  float* neighbours = rows.neighbours + thread_number() * rows.taps * kWeightBlock;
+  float* tables = rows.tables + thread_number() * rows.most_table_floats();
   for (int64_t t = 0; t < rows.taps; ++t)
     tap[t] = rows.at(y + rows.offsets[2 * t], 0) + std::clamp<int64_t>(rows.offsets[2 * t + 1], -rows.width, rows.width);
   for (int64_t left = x; left < x + columns; left += block, weights += rows.taps * block)
-    fill_block(rows, y, left, block, tap, neighbours, weights);
+    fill_block(rows, y, left, block, tap, tables, weights);
 }
 
 int64_t par_bytes(const ParArgs& args, int threads) { return ParRows(args, nullptr, nullptr, nullptr, threads).bytes; }
