@@ -4,13 +4,16 @@
 // heads, in registers; steps of 64 bytes of channels of the four operands arrive in shared memory ahead of it (operands.cuh).
 // Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
 // float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
-// pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a fixed order by the block that comes
-// last, in the same launch: the same bits every run. Labels are read as the caller has them, checked and made -1 where ignored on their
-// way to shared memory, and the head's weights are read in their own type: the loss is one launch and a memset of its counter.
+// pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a
+// fixed order by the block that comes last, in the same launch: the same bits every run. A loss whose gradient will be asked for also
+// keeps the sigmoid's derivatives, from which its backward goes on (kept.cu). Labels are read as the caller has them, checked and made
+// -1 where ignored on their way to shared memory, and the head's weights are read in their own type: the loss is one launch and a memset
+// of its counter.
 // Floor: 2 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band. Bytes: queries and keys,
 // each tile read (reach + 1) * (2 reach + 1) times, from L2.
 // Occupancy: pair_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 // Wide loads: pair_kernel<SimtScores, *>, pair_kernel<TensorScores<__half>, *>, pair_kernel<TensorScores<__nv_bfloat16>, *>.
+#include "affinity/gradients.cuh"
 #include "affinity/scores.cuh"
 
 namespace afa {
@@ -89,39 +92,19 @@ __device__ inline void keep_share(const PairArgs& args, int64_t pair, bool mirro
                                   __int_as_float(weight * (counts >> 16)));
 }
 
-// G of one pair to memory, where kTensor has its numbers. In float16 divided by a power of two, so that the largest is 1 to 2:
-// gradients of a mean over many pairs lie below its range, but not below bfloat16's.
-template <class T, bool kTensor>
-__device__ inline void keep_gradients(const PairBuffers& buffers, int64_t pair, bool mirrored, const float (&values)[16], unsigned thread,
-                                      SharedArray<float> scratch) {
-  constexpr bool kScaled = std::is_same<T, __half>::value;
-  float sum = 0, largest = 0;
-#pragma unroll
-  for (int e = 0; e < 16; ++e) sum += values[e], largest = fmaxf(largest, fabsf(values[e]));
-  sum = block_sum(sum, scratch);
-  float inverse = 1;
-  if (kScaled) {
-    largest = block_max(largest, scratch);
-    // Not below 2^-60, so that one pair's sums may be put into the units of another's.
-    const unsigned power = min(max(__float_as_uint(largest) & 0x7f800000u, 0x21800000u), 0x7e800000u);
-    inverse = __uint_as_float(0x7f000000u - power);
-    if (threadIdx.x == 0) buffers.scale[pair] = __uint_as_float(power);
-  }
-  T* out = static_cast<T*>(buffers.values) + pair * kPairScores;
-#pragma unroll
-  for (int e = 0; e < 16; e += 2) {
-    const int at = ResultPlace<kTensor>::row(thread, e) * kTilePixels + ResultPlace<kTensor>::column(thread, e);
-    if constexpr (sizeof(T) == 4) {
-      out[at] = values[e];
-      out[ResultPlace<kTensor>::row(thread, e + 1) * kTilePixels + ResultPlace<kTensor>::column(thread, e + 1)] = values[e + 1];
-    } else {
-      const T two[2] = {from_float<T>(values[e] * inverse), from_float<T>(values[e + 1] * inverse)};
-      unsigned packed;
-      memcpy(&packed, two, 4);
-      *reinterpret_cast<unsigned*>(&out[at]) = packed;
-    }
-  }
-  if (threadIdx.x == 0) buffers.sums[pair] = mirrored ? 2 * sum : sum;
+// The derivatives that a loss keeps of one pair of tiles, of scores where kTensor has them.
+template <bool kTensor>
+__device__ inline void keep_derivatives(const PairArgs& args, int64_t pair, const float (&values)[16], unsigned thread) {
+  const int64_t first = pair * kPairScores;
+  if (kTensor || args.query.dtype != DType::f32)
+    store_results<__half, kTensor>(static_cast<__half*>(args.kept) + first, values, kKeptScale, thread);
+  else
+    store_results<float, kTensor>(static_cast<float*>(args.kept) + first, values, 1, thread);
+}
+// And of a pair that there is not, beyond the grid's edge: the tensor has a place for it.
+__device__ inline void keep_nothing(const PairArgs& args, int64_t pair) {
+  const int pieces = kPairScores * (args.query.dtype == DType::f32 ? 4 : 2) / 16;
+  for (int at = threadIdx.x; at < pieces; at += kPairThreads) static_cast<uint4*>(args.kept)[pair * pieces + at] = make_uint4(0, 0, 0, 0);
 }
 
 // The type of G, which tensor cores multiply next. A window's gradient may be of any size, so that path keeps it in float.
@@ -180,18 +163,21 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
     for (int e = 0; e < 16; ++e) {
       const ScoreLabels at = score_labels<kTensor>(args, place, other_place, labels, thread, e);
       const float z = scores[e] + bias, decay = __expf(-fabsf(z)), inverse = reciprocal(1.0f + decay), rest = decay * inverse;
+      const float derivative = rest * inverse;
       if (kGoal == Goal::loss) {
         same += at.same ? (z >= 0 ? rest : inverse) : 0.0f;
         different += at.different ? (z >= 0 ? inverse : rest) : 0.0f;
         same_count += at.same, different_count += at.different;
+        values[e] = at.same ? -derivative : at.different ? derivative : 0.0f;
       } else {
-        const float slope = 2.0f * (at.same ? slopes.same : slopes.different) * rest * inverse;
+        const float slope = 2.0f * (at.same ? slopes.same : slopes.different) * derivative;
         values[e] = at.same || at.different ? slope : 0.0f;
       }
     }
-    if constexpr (kGoal == Goal::loss)
+    if constexpr (kGoal == Goal::loss) {
+      if (args.kept) keep_derivatives<kTensor>(args, pair, values, thread);
       keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch);
-    else
+    } else
       keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, thread, scratch);
   }
 }
@@ -209,6 +195,7 @@ __device__ inline void walk_pairs(const PairArgs& args) {
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
     const int64_t pair = args.grid.pair(b, tile, neighbour);
     if (other < 0) {
+      if (kGoal == Goal::loss && args.kept) keep_nothing(args, pair);
       if (kGoal == Goal::loss && threadIdx.x == 0) args.shares[pair] = make_float4(0, 0, __int_as_float(0), __int_as_float(0));
       if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && threadIdx.x == 0) args.buffers.sums[pair] = 0;
       continue;
@@ -310,11 +297,12 @@ int64_t attention_cuda_workspace(const AttentionArgs& args) {
 }
 
 Status attention_affinity_loss_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceLabels& labels,
-                                    const PairResults& results, void* workspace, int device, void* stream) {
+                                    const PairResults& results, const View<4>& kept, void* workspace, int device, void* stream) {
   AFA_TRY(fits(args));
+  if (kept.data && !can_keep(args, kept)) return Status::bad_argument;
   DeviceGuard guard(device);
   PairArgs pairs = pair_args(args, head, have_tensor_cores());
-  pairs.labels = labels, pairs.results = results;
+  pairs.labels = labels, pairs.results = results, pairs.kept = kept.data;
   pairs.counter = static_cast<unsigned*>(workspace);
   pairs.shares = reinterpret_cast<float4*>(static_cast<char*>(workspace) + 64);
   AFA_TRY(cuda_failed(cudaMemsetAsync(workspace, 0, 64, static_cast<cudaStream_t>(stream))));

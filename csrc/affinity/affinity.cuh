@@ -191,8 +191,11 @@ struct PairBuffers {
   unsigned* counter = nullptr;  // set to 0, for the kernel that comes next
 };
 
-// From the loss, in the operands' type if buffers.tensor; or from a window's gradient, always in float.
+// From the loss, in the operands' type if buffers.tensor; or from a window's gradient, always in float. By way of the scores.
 Status pair_gradients(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
 Status pair_gradients(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
+// The same from the loss and slopes.kept; whether a tensor is one that a loss keeps its derivatives in.
+Status kept_gradients(const AttentionArgs& args, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
+bool can_keep(const AttentionArgs& args, const View<4>& kept);
 
 }  // namespace afa

@@ -94,6 +94,7 @@ struct DeviceSlopes {  // dL/dA is -grad / (2 pos_count) for pairs with the same
   DeviceLabels labels;
   const float* grad = nullptr;
   const int64_t *pos_count = nullptr, *neg_count = nullptr;
+  View<4> kept;         // what the loss has kept; null data: the scores are computed again
   View<4> grad_window;  // used if the labels' data is null
 };
 struct DeviceGradients {
@@ -101,10 +102,12 @@ struct DeviceGradients {
   DeviceHead head;
 };
 
+// A loss may keep what its backward needs of the scores: [B, pairs of tiles, 64, 64], the sigmoid's derivatives, negative where labels
+// agree, 0 where a pair does not count; for float32 queries in float32, else in float16 times 2^17. Null data: nothing is kept.
 int64_t attention_cuda_workspace(const AttentionArgs& args);
 Status window_affinity_cuda(const AttentionArgs& args, const DeviceHead& head, const View<4>& out, int device, void* stream);
 Status attention_affinity_loss_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceLabels& labels, const PairResults& results,
-                                    void* workspace, int device, void* stream);
+                                    const View<4>& kept, void* workspace, int device, void* stream);
 int64_t attention_backward_cuda_workspace(const AttentionArgs& args, int device);
 Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const DeviceGradients& out,
                                void* workspace, int device, void* stream);

@@ -1,7 +1,8 @@
 // Affinity on a GPU, backward: G, the gradients of the scores of every pair of tiles, times queries and keys.
 //
-// G comes from pair_kernel (affinity.cu), which computes the scores again: a sigmoid that has been rounded no longer tells its slope. It
-// lives in the workspace for the length of this pass alone. Then, since z = u v^T + bias,
+// G comes from kept_gradient_kernel (kept.cu), of the derivatives that the fused loss has kept; or from pair_kernel (affinity.cu), which
+// computes the scores again: a sigmoid that has been rounded no longer tells its slope. It lives in the workspace for the length of this
+// pass alone. Then, since z = u v^T + bias,
 //   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G .
 // Data flow of product_kernel (products.cuh): a block owns a tile of 64 pixels and four items, 64 channels of one head of the queries'
 // gradient or the keys'; it walks over the tile's neighbours, whose G (mirrored for those above and to the left) and values arrive in
@@ -286,7 +287,8 @@ Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head
   product.items = int(items);
   const HeadSums found = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
                           pieces.buffers.sums, product.grid.pairs(), pieces.buffers.counter, out.head};
-  AFA_TRY(pair_gradients(args, head, slopes, pieces.buffers, stream));
+  AFA_TRY(slopes.kept.data ? kept_gradients(args, slopes, pieces.buffers, stream)
+                           : pair_gradients(args, head, slopes, pieces.buffers, stream));
   if (!tensor) return launch_product<float, false>(product, found, wide, stream);
   if (args.query.dtype == DType::f16) return launch_product<__half, true>(product, found, wide, stream);
   return launch_product<__nv_bfloat16, true>(product, found, wide, stream);

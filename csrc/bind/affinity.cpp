@@ -164,9 +164,9 @@ static PairResults results_at(const Addresses& at) {
   return results;
 }
 // Addresses of the loss's gradient, pos_count and neg_count.
-static DeviceSlopes slopes_at(const DeviceLabels& labels, const Addresses& at) {
+static DeviceSlopes slopes_at(const DeviceLabels& labels, const Addresses& at, const View<4>& kept = View<4>()) {
   DeviceSlopes slopes;
-  slopes.labels = labels, slopes.grad = pointer<float>(at[0]);
+  slopes.labels = labels, slopes.kept = kept, slopes.grad = pointer<float>(at[0]);
   slopes.pos_count = pointer<int64_t>(at[1]), slopes.neg_count = pointer<int64_t>(at[2]);
   return slopes;
 }
@@ -189,11 +189,11 @@ static void bind_attention_cuda(py::module_& module) {
                "window_affinity_cuda");
   });
   module.def("attention_affinity_loss_cuda",
-             [](V query, V key, W weight, W bias, const Grid& grid, L labels, int64_t ignore, const Addresses& results,
+             [](V query, V key, W weight, W bias, const Grid& grid, L labels, int64_t ignore, const Addresses& results, V kept,
                 uint64_t workspace, int device, uint64_t stream) {
                py::gil_scoped_release release;
                check_cuda(attention_affinity_loss_cuda(device_args(query, key, grid), {weight, bias}, labels_at(labels, ignore),
-                                                       results_at(results), pointer<void>(workspace), device,
+                                                       results_at(results), kept, pointer<void>(workspace), device,
                                                        pointer<void>(stream)),
                           "attention_affinity_loss_cuda");
              });
@@ -210,11 +210,11 @@ static void bind_attention_cuda(py::module_& module) {
                           "window_affinity_backward_cuda");
              });
   module.def("attention_affinity_loss_backward_cuda",
-             [](V query, V key, W weight, W bias, const Grid& grid, L labels, int64_t ignore, const Addresses& slopes, V grad_query,
-                V grad_key, W grad_weight, W grad_bias, uint64_t workspace, int device, uint64_t stream) {
+             [](V query, V key, W weight, W bias, const Grid& grid, L labels, int64_t ignore, const Addresses& slopes, V kept,
+                V grad_query, V grad_key, W grad_weight, W grad_bias, uint64_t workspace, int device, uint64_t stream) {
                py::gil_scoped_release release;
                check_cuda(attention_backward_cuda(device_args(query, key, grid), {weight, bias},
-                                                  slopes_at(labels_at(labels, ignore), slopes),
+                                                  slopes_at(labels_at(labels, ignore), slopes, kept),
                                                   {grad_query, grad_key, {grad_weight, grad_bias}}, pointer<void>(workspace),
                                                   device, pointer<void>(stream)),
                           "attention_affinity_loss_backward_cuda");

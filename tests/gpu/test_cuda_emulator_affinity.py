@@ -43,6 +43,7 @@ def everything(dtype: torch.dtype, depth: int = 16) -> list[torch.Tensor]:
     results = [
         window,
         attention_affinity_loss(query, key, *head, labels, radius)[0],
+        attention_affinity_loss(query, key, *head, labels, radius, recompute=True)[0],
         affinity_loss(window, labels, radius)[0],
         affinity_from_maps(maps, *head, height, width, radius),
         random_walk(window, cams, radius, num_steps=2),

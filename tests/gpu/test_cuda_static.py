@@ -102,6 +102,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         "diffuse_adjoint",
         "par_weights_kernel",
         "pair_kernel",
+        "kept_gradient_kernel",
         "product_kernel",
         "window_loss_kernel",
         "walk_weights_kernel",

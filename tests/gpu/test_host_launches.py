@@ -42,11 +42,13 @@ def test_a_loss_is_one_launch_and_its_backward_two(emulator, label, head):
     labels = labels.to(label)
     with emulated(emulator):
         losses = []
-        assert counted(emulator, lambda: losses.append(attention_affinity_loss(*leaves, labels, 3)[0])) == (1, 1)
-        assert counted(emulator, lambda: torch.autograd.grad(losses[0], leaves)) == (2, 0)
+        for recompute in (True, False):  # the second launch is the product; the first makes what it needs, either way
+            call = partial(attention_affinity_loss, *leaves, labels, 3, recompute=recompute)
+            assert counted(emulator, lambda call=call: losses.append(call()[0])) == (1, 1)
+            assert counted(emulator, lambda: torch.autograd.grad(losses.pop(), leaves)) == (2, 0)
         window = torch.rand(2, 49, 9, 11, requires_grad=True)
         assert counted(emulator, lambda: losses.append(affinity_loss(window, labels, 3)[0])) == (1, 1)
-        assert counted(emulator, lambda: torch.autograd.grad(losses[1], window)) == (1, 0)
+        assert counted(emulator, lambda: torch.autograd.grad(losses[0], window)) == (1, 0)
         maps = torch.rand(2, 3, 99, 99, requires_grad=True)
         dense = affinity_from_maps(maps, *leaves[2:], 9, 11, 3)
         assert counted(emulator, lambda: dense.sum().backward()) == (2, 0)
@@ -140,7 +142,8 @@ def test_the_benchmark_counts_and_times_without_a_gpu(emulator, monkeypatch, tmp
     counts = {name: (row["launches"], row["memsets"]) for name, row in rows.items()}
     assert counts["par"] == counts["random_walk"] == (1, 0) and counts["loss"] == (1, 1)
     assert counts["loss + backward"] == (3, 1) and counts["nothing, by the dispatcher"] == (0, 0)
-    assert rows["loss"]["operators"] == 4  # the three results and the scratch memory
+    # The three results, the scratch memory, and what is kept, or that nothing is.
+    assert rows["loss"]["operators"] == 5
     assert all(row["us"] >= row["least_us"] > 0 for row in rows.values())
     assert "stub" in result["launcher"] and "no measurement of a GPU" in bench.title(result)
     (line,) = [line for line in importlib.import_module("on_gpu_report").host(result) if line.startswith("| par |")]

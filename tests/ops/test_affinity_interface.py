@@ -162,15 +162,18 @@ def test_operators_are_registered_right(rng, backend_name):
     counts = torch.tensor(7, device=DEVICE), torch.tensor(9, device=DEVICE)
     still = [leaf.detach() for leaf in leaves]
     operators = torch.ops.afa
+    # Without what the loss keeps, and with it, where there is any.
+    kept = [operators.attention_affinity_loss(*still, labels, 1, -1, keep, backend_name)[3] for keep in (False, True)]
+    slopes = [(grad_loss, *counts, derivatives) for derivatives in kept]
     cases = [
         (operators.window_affinity, (*leaves, 3, 4, 1)),
         (operators.affinity_from_maps, (maps, *head, 3, 4, 1)),
         (operators.affinity_loss, (window, labels, 1, -1)),
-        (operators.attention_affinity_loss, (*leaves, labels, 1, -1)),
+        *((operators.attention_affinity_loss, (*leaves, labels, 1, -1, keep)) for keep in (False, True)),
         (operators.window_affinity_backward, (*still, grad, 1, [True, False])),
         (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, 1, [True])),
         (operators.affinity_loss_backward, (window.detach(), labels, grad_loss, *counts, 1, -1)),
-        (operators.attention_affinity_loss_backward, (*still, labels, grad_loss, *counts, 1, -1, [True, True])),
+        *((operators.attention_affinity_loss_backward, (*still, labels, *slope, 1, -1, [True, True])) for slope in slopes),
     ]
     for operator, inputs in cases:
         torch.library.opcheck(operator.default, (*inputs, backend_name))

@@ -43,6 +43,7 @@ def affinities(tokens: Tensor, weight: Tensor, window: Tensor, labels: Tensor, c
     assert_type(afa_kernels.affinity_from_maps(tokens, weight, weight, 20, 20, 8), Tensor)
     assert_type(afa_kernels.affinity_loss(window, labels, 8, ignore_index=255), three)
     assert_type(afa_kernels.attention_affinity_loss(tokens, tokens, weight, weight, labels, 8), three)
+    assert_type(afa_kernels.attention_affinity_loss(tokens, tokens, weight, weight, labels, 8, recompute=True), three)
     assert_type(afa_kernels.window_to_dense(window, 8), Tensor)
     assert_type(afa_kernels.dense_to_window(window, 20, 20, 8), Tensor)
     assert_type(afa_kernels.random_walk(window, cams, 8, power=2, num_steps=2), Tensor)

@@ -3,7 +3,8 @@
     L = 1/2 sum_{y=1} (1 - A) / (N+ + 1) + 1/2 sum_{y=0} A / (N- + 1)        (AFA, Eq. 6)
 
 y_ij says whether the labels of i and j agree; it is missing where either is ignored, and outside the window.
-Either over a window that exists, or fused with `window_affinity`, which then never does.
+Either over a window that exists, or fused with `window_affinity`, which then never does: for the backward the kernels
+keep dA/dz of each pair that was met, or nothing, and then compute the scores a second time.
 """
 
 from __future__ import annotations
@@ -117,13 +118,19 @@ def attention_affinity_loss(
     radius: int,
     ignore_index: int = 255,
     *,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`affinity_loss` of `window_affinity`, fused: no affinity is kept, the backward computes it again.
+    """`affinity_loss` of `window_affinity`, fused: there is no affinity in memory, and no score map.
 
     Args:
         query, key, head_weight, head_bias, radius: as in `window_affinity`; N = h * w.
         labels, ignore_index: as in `affinity_loss`.
+        recompute: whether the backward computes the scores a second time. By default the native CUDA kernels keep
+            from the forward to the backward what it needs of them, where a gradient may be asked for: the derivatives
+            dA/dz of the pairs that were met, 8 KB for each pair of tiles of 8 x 8 pixels, and 16 KB with float32
+            queries. At a radius of up to 8 a tile is in 5 pairs: 5.2 MB for 8 grids of 32 x 32 in half precision.
+            Those who want that memory pass True. All other kernels, and the reference, do as they do either way.
         backend: as in `window_affinity`.
 
     Returns:
@@ -151,13 +158,18 @@ def attention_affinity_loss(
     check_same_device(query, "query", labels=labels)
     head_weight, head_bias = check_head(head_weight, head_bias, query, "query")
     ignore_index = _check_ignore_index(ignore_index)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be True or False, got {recompute!r}")
     chosen = backends.choose("attention_affinity_loss", backend, query, key, learned=(head_weight, head_bias))
     labels, ignored = _labels_for(chosen, query, labels, ignore_index)
     inputs = query, key, head_weight, head_bias, labels, radius
     if chosen == "reference":
         with no_autocast(query.device):
             return reference.attention_affinity_loss(*inputs)
-    return _attention_affinity_loss(*inputs, ignored, chosen)
+    learns = query.requires_grad or key.requires_grad or head_weight.requires_grad or head_bias.requires_grad
+    keep = not recompute and learns and torch.is_grad_enabled()
+    loss, pos_count, neg_count, _ = _attention_affinity_loss(*inputs, ignored, keep, chosen)
+    return loss, pos_count, neg_count
 
 
 # --- forward ----------------------------------------------------------------------------------------------
@@ -189,15 +201,22 @@ def _attention_affinity_loss(
     labels: Tensor,
     radius: int,
     ignore_index: int,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the counts, and what the backward needs of the scores; that is empty if it is not to be kept, or if the
+    backend keeps nothing.
+    """
     kernels = implementation(__package__, backend)
-    return kernels.attention_affinity_loss(query, key, head_weight, head_bias, labels, radius, ignore_index)
+    kept = kernels.empty_derivatives(query, labels, radius, keep)
+    inputs = query, key, head_weight, head_bias, labels, radius, ignore_index
+    return *kernels.attention_affinity_loss(*inputs, kept), kept
 
 
 @_attention_affinity_loss.register_fake
-def _(query, key, head_weight, head_bias, labels, radius, ignore_index, backend):
-    return _fake_loss(query)
+def _(query, key, head_weight, head_bias, labels, radius, ignore_index, keep, backend):
+    kept = implementation(__package__, backend).empty_derivatives(query, labels, radius, keep)
+    return *_fake_loss(query), kept
 
 
 # --- backward ---------------------------------------------------------------------------------------------
@@ -246,34 +265,43 @@ def _attention_affinity_loss_gradients(
     grad: Tensor,
     pos_count: Tensor,
     neg_count: Tensor,
+    kept: Tensor,
     radius: int,
     ignore_index: int,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, ignore_index, wanted
+    inputs = query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, kept, radius, ignore_index, wanted
     return implementation(__package__, backend).attention_affinity_loss_backward(*inputs)
 
 
 @_attention_affinity_loss_gradients.register_fake
-def _(query, key, head_weight, head_bias, labels, grad, pos_count, neg_count, radius, ignore_index, wanted, backend):
+def _(query, key, head_weight, head_bias, labels, grad, pos, neg, kept, radius, ignore_index, wanted, backend):
     return fake_gradients(wanted, query, key, head_weight, head_bias)
+
+
+def _save_attention_loss(ctx, inputs, output):
+    *tensors, radius, ignore_index, _, backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = radius, ignore_index, backend
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
 
 
 def _attention_affinity_loss_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 8
-    *inputs, pos_count, neg_count = ctx.saved_tensors
+        return (None,) * 9
+    *inputs, pos_count, neg_count, kept = ctx.saved_tensors
     *options, backend = ctx.options
     wanted = list(ctx.needs_input_grad[:2])
-    grads = _attention_affinity_loss_gradients(*inputs, grad, pos_count, neg_count, *options, wanted, backend)
-    return gradients(ctx, grads, 8)
+    grads = _attention_affinity_loss_gradients(*inputs, grad, pos_count, neg_count, kept, *options, wanted, backend)
+    return gradients(ctx, grads, 9)
 
 
 # --- registration -----------------------------------------------------------------------------------------
 
 _affinity_loss.register_autograd(_affinity_loss_backward, setup_context=_save_loss)
-_attention_affinity_loss.register_autograd(_attention_affinity_loss_backward, setup_context=_save_loss)
+_attention_affinity_loss.register_autograd(_attention_affinity_loss_backward, setup_context=_save_attention_loss)
 
 
 def _labels(draw: Draw) -> Tensor:
@@ -291,7 +319,10 @@ def _loss_samples(draw: Draw) -> list[Sample]:
 def _attention_samples(draw: Draw) -> list[Sample]:
     tensors, head = sample_attention(draw)
     options = {**head, "labels": _labels(draw), "radius": 4}
-    return [Sample(attention_affinity_loss, tensors, options, (*tensors, *HEAD))]
+    return [
+        Sample(attention_affinity_loss, tensors, {**options, "recompute": recompute}, (*tensors, *HEAD))
+        for recompute in (False, True)
+    ]
 
 
 backends.register("affinity_loss", _loss_samples)

@@ -8,7 +8,8 @@ from torch import Tensor
 from ...core import native_module
 from ...core.native_module import integer_view, native, view, workspace
 
-UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a gradient nobody asked for
+UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a tensor nobody asked for
+TILE = 8  # the side of the tiles of pixels that a GPU pairs
 
 
 def _head(head_weight: Tensor, head_bias: Tensor) -> list[float]:
@@ -78,6 +79,22 @@ def window_affinity(
     return out
 
 
+def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
+    """Where a loss on a GPU keeps what its backward needs: [B, pairs of tiles, 64, 64], see csrc/affinity/affinity.h."""
+    if not keep or not native_module.on_cuda(query):
+        return query.new_empty(0)
+    batch, height, width = labels.shape
+    tiles = -(-height // TILE) * -(-width // TILE)
+    reach = -(-min(radius, max(height, width)) // TILE)  # in tiles
+    neighbours = ((2 * reach + 1) ** 2 + 1) // 2  # below and to the right, and the tile itself
+    dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
+    return query.new_empty(batch, tiles * neighbours, TILE**2, TILE**2, dtype=dtype)
+
+
+def _kept_view(kept: Tensor) -> tuple:
+    return view(kept) if kept.dim() == 4 else UNWANTED
+
+
 def attention_affinity_loss(
     query: Tensor,
     key: Tensor,
@@ -86,14 +103,17 @@ def attention_affinity_loss(
     labels: Tensor,
     radius: int,
     ignore_index: int,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes into ``kept`` if it is not empty."""
     grid = (*labels.shape[1:], radius)
     if native_module.on_cuda(query):
         device, tensors = query.device, (view(query), view(key))
         weight, bias = _device_head(head_weight, head_bias)
         scratch = workspace(native.attention_cuda_workspace(*tensors, grid), device)
         results, addresses = _results(query)
-        options = integer_view(labels), ignore_index, addresses, scratch.data_ptr(), *native_module.cuda_stream(device)
+        options = integer_view(labels), ignore_index, addresses, _kept_view(kept), scratch.data_ptr()
+        options = *options, *native_module.cuda_stream(device)
         native.attention_affinity_loss_cuda(*tensors, view(weight), view(bias), grid, *options)
         return results
     common = view(query), view(key), _head(head_weight, head_bias), grid
@@ -155,6 +175,7 @@ def attention_affinity_loss_backward(
     grad: Tensor,
     pos_count: Tensor,
     neg_count: Tensor,
+    kept: Tensor,
     radius: int,
     ignore_index: int,
     wanted: list[bool],
@@ -162,7 +183,7 @@ def attention_affinity_loss_backward(
     grad = grad.float()
     if native_module.on_cuda(query):
         addresses = grad.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr()
-        source = integer_view(labels), ignore_index, addresses
+        source = integer_view(labels), ignore_index, addresses, _kept_view(kept)
     else:
         source = labels.data_ptr(), *_slopes(grad, pos_count, neg_count)
     inputs = query, key, head_weight, head_bias, (*labels.shape[1:], radius), source, wanted

@@ -107,10 +107,16 @@ def _loss(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss.float(), pos_count.clone(), neg_count.clone()
 
 
+def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
+    """Nothing is kept: the backward computes the scores again."""
+    return query.new_empty(0)
+
+
 @on_device
 def attention_affinity_loss(
-    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, radius: int, ignore_index: int,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grid = _Grid(query.shape[0], labels.shape[1], labels.shape[2], radius, query.device)
     partial, counts = grid.sums(2), grid.sums(2, torch.int32)
     head = _head(head_weight, head_bias)
@@ -159,7 +165,7 @@ def _products(
 @on_device
 def attention_affinity_loss_backward(
     query: Tensor, key: Tensor, head_weight: Tensor, head_bias: Tensor, labels: Tensor, grad: Tensor,
-    pos_count: Tensor, neg_count: Tensor, radius: int, ignore_index: int, wanted: list[bool],
+    pos_count: Tensor, neg_count: Tensor, kept: Tensor, radius: int, ignore_index: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grid = _Grid(query.shape[0], labels.shape[1], labels.shape[2], radius, query.device)
     pairs, partial = grid.pair_gradients(), grid.sums(2)

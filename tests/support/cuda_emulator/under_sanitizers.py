@@ -82,12 +82,17 @@ def run_affinity(native, grid: tuple, kind: str, depth: int) -> None:
     common = view(query), view(key)
     native.window_affinity_cuda(*common, *head, grid, view(window), 0, 0)
     scratch = scratch_of(native.attention_cuda_workspace(*common, grid))
-    options = *labels, addresses, scratch.ctypes.data, 0, 0
-    native.attention_affinity_loss_cuda(*common, *head, grid, *options)
+    tiles, reach = -(-height // 8) * -(-width // 8), -(-min(radius, max(height, width)) // 8)
+    derivatives = np.empty((2, tiles * (((2 * reach + 1) ** 2 + 1) // 2), 64, 64), "float32" if kind == "float32" else "float16")
+    kept, nothing = view(derivatives), (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))
+    for place in (nothing, kept):
+        options = *labels, addresses, place, scratch.ctypes.data, 0, 0
+        native.attention_affinity_loss_cuda(*common, *head, grid, *options)
     scratch = scratch_of(native.attention_backward_cuda_workspace(*common, grid, 0))
     gradients = view(grad_query), view(grad_key), *grad_head, scratch.ctypes.data, 0, 0
     for name, source in (
-        ("attention_affinity_loss", (*labels, slopes)),
+        ("attention_affinity_loss", (*labels, slopes, nothing)),
+        ("attention_affinity_loss", (*labels, slopes, kept)),
         ("window_affinity", (view(grad_window),)),
     ):
         getattr(native, f"{name}_backward_cuda")(*common, *head, grid, *source, *gradients)

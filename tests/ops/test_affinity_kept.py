@@ -1,0 +1,270 @@
+"""What the fused affinity loss keeps for its backward on a GPU, against scores that are computed again."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.affinity_cases import random_case
+from support.common import DEVICE, available, relative_error
+from support.cuda_emulator import build
+from support.cuda_emulator.operators import emulated
+from support.running import EMULATED, running
+from torch.utils.checkpoint import checkpoint
+
+from afa_kernels import attention_affinity_loss
+from afa_kernels.ops.affinity import native as calls
+
+KEEPING = EMULATED if DEVICE == "cpu" else ["native"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF = DTYPES[1:]
+# Of results that are rounded to the dtype, sums of factors that are: at most a few units in the last place.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+pytestmark = pytest.mark.skipif(not KEEPING, reason="no C++ compiler to build the emulator with")
+
+
+@pytest.fixture(params=KEEPING)
+def keeping(request):
+    """The CUDA kernels are at work: of those that fuse products into sums, or not, or of a GPU."""
+    with running(request.param):
+        yield
+
+
+def gradients(leaves, labels, radius, upstream=1.0, **options):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    loss = attention_affinity_loss(*leaves, labels, radius, **options)[0]
+    return torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream))
+
+
+def reference(leaves, labels, radius, upstream=1.0):
+    wide = [leaf.detach().double() for leaf in leaves]
+    return gradients(wide, labels, radius, upstream, backend="reference")
+
+
+def kept_of(leaves, labels, radius, keep=True):
+    with torch.no_grad():
+        return torch.ops.afa.attention_affinity_loss(*leaves, labels, radius, 255, keep, "native")[3]
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("height, width, radius", [(9, 10, 4), (33, 7, 8), (1, 1, 3)])
+def test_gradients_are_those_of_scores_computed_again(rng, keeping, dtype, height, width, radius):
+    """Several images, ignored labels, tiles beyond the grid's edge, and a loss that is one of a sum."""
+    leaves, labels = random_case(rng, heads=2, height=height, width=width, depth=8, dtype=dtype)
+    got = gradients(leaves, labels, radius, -3.7)
+    again = gradients(leaves, labels, radius, -3.7, recompute=True)
+    wanted = reference(leaves, labels, radius, -3.7)
+    for mine, other, theirs in zip(got, again, wanted):
+        assert mine.dtype == dtype and float(theirs.norm()) > 0
+        assert relative_error(mine, theirs) < 2 * TOLERANCES[dtype]
+        assert relative_error(mine, other) < 2 * TOLERANCES[dtype]
+    if dtype == torch.float32:  # nothing is rounded on the way; the bias's sum alone has another order
+        assert all(torch.equal(mine, other) for mine, other in zip(got[:3], again[:3]))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator's device")
+@pytest.mark.parametrize("dtype", HALF)
+def test_without_tensor_cores(rng, dtype):
+    """Half precision by multiply-adds: what is kept is of the same type, and G float32."""
+    leaves, labels = random_case(rng, height=9, width=11, depth=16, dtype=dtype)
+    with emulated(build.load()) as emulator:
+        emulator.set_device(compiled=75)
+        assert kept_of(leaves, labels, 3).dtype == torch.float16
+        got, again = (gradients(leaves, labels, 3, recompute=how) for how in (False, True))
+    for mine, other, theirs in zip(got, again, reference(leaves, labels, 3)):
+        assert relative_error(mine, theirs) < TOLERANCES[dtype]
+        assert relative_error(mine, other) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size, error", [(15.0, 2.0**-11), (20.0, 2.0**-11), (25.0, 0.02)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sure_scores_keep_their_gradients(rng, keeping, dtype, size, error, sign):
+    """Where the sigmoid's derivative is 3e-7, 2e-9 and 1e-11, float16 would have the first alone; there is one class, so
+    that nothing cancels.
+    """
+    (query, key, weight, _), labels = random_case(rng, batch=1, heads=1, height=4, width=9, dtype=dtype)
+    leaves = [0.01 * query.abs(), key.abs(), weight.abs().float(), torch.full((1,), sign * size, device=DEVICE)]
+    labels[labels != 255] = 3
+    upstream = 2.0 ** round(size * math.log2(math.e))
+    for mine, theirs in zip(gradients(leaves, labels, 2, upstream), reference(leaves, labels, 2, upstream)):
+        allowed = 1e-5 if dtype == torch.float32 else error
+        assert relative_error(mine, theirs) < allowed + (0 if mine.dtype == torch.float32 else TOLERANCES[dtype])
+        assert torch.equal(mine == 0, theirs == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_counts_where_all_labels_are_ignored(rng, keeping, dtype):
+    leaves, labels = random_case(rng, heads=1, height=3, width=10, dtype=dtype)
+    nothing = torch.full_like(labels, 255)
+    assert torch.equal(kept_of(leaves, nothing, 2), torch.zeros_like(kept_of(leaves, nothing, 2)))
+    for upstream in (1.0, math.inf):
+        for gradient in gradients(leaves, nothing, 2, upstream):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which, value", [(0, math.nan), (1, math.inf), (0, -math.inf)])
+def test_what_is_no_number_shows_where_it_does_of_scores_computed_again(rng, keeping, dtype, which, value):
+    leaves, labels = random_case(rng, heads=1, height=4, width=10, dtype=dtype)
+    labels[labels == 255] = 1
+    with torch.no_grad():
+        leaves[which][1, 0, 34, 2] = value
+    for ignored in (False, True):
+        labels[1, 3, 4] = 255 if ignored else 1
+        got, again = gradients(leaves, labels, 2), gradients(leaves, labels, 2, recompute=True)
+        assert any(gradient.isnan().any() for gradient in again) == (not ignored and math.isnan(value))
+        for mine, other in zip(got, again):
+            assert torch.equal(mine.isnan(), other.isnan()) and torch.equal(mine.isinf(), other.isinf())
+            assert relative_error(mine[mine.isfinite()], other[other.isfinite()]) < 2 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("upstream", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_upstream_gradient_that_is_no_number(rng, keeping, dtype, upstream):
+    """As a loss scale that is too large makes it: it must be seen, or the step would be taken."""
+    leaves, labels = random_case(rng, batch=1, heads=1, height=4, width=10, dtype=dtype)
+    got = gradients(leaves, labels, 2, upstream)
+    again = gradients(leaves, labels, 2, upstream, recompute=True)
+    for mine, other in zip(got, again):
+        assert torch.equal(mine.isfinite(), other.isfinite())
+        assert bool(mine.isfinite().all()) == (upstream == 0)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, keeping, dtype):
+    """Row by row of the tile, column by column of its neighbour, in both precisions of their own unit."""
+    (query, key, weight, bias), labels = random_case(rng, batch=1, height=8, width=16, depth=4, dtype=dtype)
+    kept = kept_of((query, key, weight, bias), labels, 3)[0].double()
+    maps = torch.einsum("hid,hjd->hij", query[0].double(), key[0].double())
+    z = torch.einsum("hij,h->ij", maps + maps.transpose(1, 2), weight.double()) + bias.double()
+    rows, columns = torch.arange(8, device=DEVICE)[:, None], torch.arange(16, device=DEVICE)
+    numbers = (16 * rows + columns).unflatten(1, (2, 8)).permute(1, 0, 2).reshape(2, 64)  # pixels of either tile
+    classes, y, x = labels[0].flatten(), (rows + 0 * columns).flatten(), (columns + 0 * rows).flatten()
+    near = ((y[:, None] - y).abs() <= 3) & ((x[:, None] - x).abs() <= 3)
+    counts = near & (classes[:, None] != 255) & (classes != 255)
+    wanted = torch.sigmoid(z) * torch.sigmoid(-z) * torch.where(classes[:, None] == classes, -1, 1)
+    wanted = torch.where(counts, wanted, 0) * (1 if dtype == torch.float32 else 2.0**17)
+    # The left tile with itself, then with that to its right; and the right one with itself. Of 2 x 5 places.
+    for place, tile, other in ((0, 0, 0), (1, 0, 1), (5, 1, 1)):
+        found = wanted[numbers[tile]][:, numbers[other]]
+        assert torch.equal(kept[place] == 0, found == 0)
+        assert torch.equal(kept[place] < 0, found < 0)
+        assert relative_error(kept[place], found) < (1e-5 if dtype == torch.float32 else 2.0**-11)
+    for place in (2, 3, 4, 6, 7, 8, 9):  # neighbours beyond the edge: written all the same
+        assert torch.equal(kept[place], torch.zeros_like(kept[place]))
+
+
+def test_the_memory_is_what_the_documents_say(keeping):
+    labels = torch.zeros(8, 32, 32, dtype=torch.int64, device=DEVICE)
+    for dtype, size in ((torch.float32, 16384), (torch.float16, 8192), (torch.bfloat16, 8192)):
+        query = torch.empty(8, 1, 1024, 1, device=DEVICE, dtype=dtype)
+        kept = calls.empty_derivatives(query, labels, 8, True)
+        assert kept.nbytes == 8 * 16 * 5 * size
+        if dtype != torch.float32:
+            assert round(kept.nbytes / 1e6, 1) == 5.2 and "5.2 MB" in attention_affinity_loss.__doc__
+        assert calls.empty_derivatives(query, labels, 1000, True).nbytes == 8 * 16 * 41 * size
+        assert calls.empty_derivatives(query, labels, 8, False).nbytes == 0
+
+
+def test_nothing_is_kept_that_no_backward_will_ask_for(rng, keeping, monkeypatch):
+    leaves, labels = random_case(rng, height=4, width=5)
+    places, original = [], calls.empty_derivatives
+    monkeypatch.setattr(calls, "empty_derivatives", lambda *inputs: places.append(original(*inputs)) or places[-1])
+
+    def kept(tensors, **options):
+        result = attention_affinity_loss(*tensors, labels, 2, **options)
+        assert len(result) == 3
+        return places.pop().numel() > 0
+
+    quiet = [leaf.detach() for leaf in leaves]
+    assert kept(leaves) and not kept(leaves, recompute=True) and not kept(quiet)
+    for learned in range(4):
+        assert kept([leaf.detach().requires_grad_(at == learned) for at, leaf in enumerate(leaves)])
+    with torch.no_grad():
+        assert not kept(leaves)
+    with torch.inference_mode():
+        assert not kept(leaves)
+
+
+def test_the_backward_computes_no_scores(rng, keeping):
+    """The bias's gradient is a sum of what was kept; of scores computed again it would follow the tensors' numbers."""
+    leaves, labels = random_case(rng, height=4, width=5)
+    for recompute in (False, True):
+        loss = attention_affinity_loss(*leaves, labels, 2, recompute=recompute)[0]
+        (wanted,) = torch.autograd.grad(loss, leaves[3:], retain_graph=True)
+        leaves[3].data += 5  # past autograd, which would refuse
+        (got,) = torch.autograd.grad(loss, leaves[3:])
+        leaves[3].data -= 5
+        assert torch.equal(got, wanted) != recompute
+
+
+# --- as PyTorch asks for it -------------------------------------------------------------------------------------------
+
+
+def test_a_graph_is_gone_through_twice(rng, keeping):
+    leaves, labels = random_case(rng, height=9, width=10)
+    loss, *counts = attention_affinity_loss(*leaves, labels, 3)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, leaves)
+    assert all(torch.equal(2 * mine, theirs) for mine, theirs in zip(first, second))
+    assert not any(count.requires_grad for count in counts)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(rng, keeping, reentrant):
+    leaves, labels = random_case(rng, batch=1, heads=1, height=3, width=10, dtype=torch.bfloat16)
+    wanted = gradients(leaves, labels, 3)
+    loss = checkpoint(lambda *x: attention_affinity_loss(*x, labels, 3)[0], *leaves, use_reentrant=reentrant)
+    loss.backward()
+    assert all(torch.equal(leaf.grad, theirs) for leaf, theirs in zip(leaves, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiled_in_one_graph(rng, keeping, dtype):
+    leaves, labels = random_case(rng, batch=1, heads=1, height=3, width=10, dtype=dtype)
+    for recompute in (False, True):
+        step = torch.compile(
+            lambda *x, how=recompute: attention_affinity_loss(*x, labels, 3, recompute=how)[0],
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        wanted = gradients(leaves, labels, 3, recompute=recompute)
+        got = torch.autograd.grad(step(*leaves), leaves)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted))
+
+
+def test_derivatives_of_another_call_are_refused(rng, keeping):
+    leaves, labels = random_case(rng, height=9, width=10)
+    still = [leaf.detach() for leaf in leaves]
+    counts = torch.tensor(7, device=DEVICE), torch.tensor(9, device=DEVICE)
+    good = kept_of(leaves, labels, 3)
+    for wrong in (good.half(), good[:1], good[:, :-1].contiguous(), good.mT):
+        with pytest.raises(RuntimeError, match="sizes or strides contradict each other"):
+            torch.ops.afa.attention_affinity_loss_backward(
+                *still, labels, torch.ones((), device=DEVICE), *counts, wrong, 3, 255, [True, True], "native"
+            )
+
+
+@pytest.mark.parametrize("value", [1, None, "no"])
+def test_recompute_is_true_or_false(rng, value):
+    leaves, labels = random_case(rng, height=4, width=5)
+    with pytest.raises(TypeError, match="^recompute must be True or False"):
+        attention_affinity_loss(*leaves, labels, 2, recompute=value)
+
+
+@pytest.mark.parametrize("name", [name for name in available("attention_affinity_loss") if name not in KEEPING])
+def test_backends_that_keep_nothing_take_it_too(rng, name):
+    leaves, labels = random_case(rng, batch=1, height=4, width=5)
+    got, again = (gradients(leaves, labels, 2, backend=name, recompute=how) for how in (False, True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, again))
