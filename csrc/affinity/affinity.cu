@@ -94,19 +94,13 @@ __device__ inline void keep_share(const PairArgs& args, int64_t pair, bool mirro
 
 // The derivatives that a loss keeps of one pair of tiles, of scores where kTensor has them.
 template <bool kTensor>
-__device__ inline void keep_derivatives(const PairArgs& args, int64_t pair, const float (&values)[16], unsigned thread) {
-  const int64_t first = pair * kPairScores;
+__device__ inline void keep_derivatives(const PairArgs& args, int64_t met_pair, const float (&values)[16], unsigned thread) {
+  const int64_t first = met_pair * kPairScores;
   if (kTensor || args.query.dtype != DType::f32)
     store_results<__half, kTensor>(static_cast<__half*>(args.kept) + first, values, kKeptScale, thread);
   else
     store_results<float, kTensor>(static_cast<float*>(args.kept) + first, values, 1, thread);
 }
-// And of a pair that there is not, beyond the grid's edge: the tensor has a place for it.
-__device__ inline void keep_nothing(const PairArgs& args, int64_t pair) {
-  const int pieces = kPairScores * (args.query.dtype == DType::f32 ? 4 : 2) / 16;
-  for (int at = threadIdx.x; at < pieces; at += kPairThreads) static_cast<uint4*>(args.kept)[pair * pieces + at] = make_uint4(0, 0, 0, 0);
-}
-
 // The type of G, which tensor cores multiply next. A window's gradient may be of any size, so that path keeps it in float.
 template <class Scores, Goal kGoal>
 struct GradientType {
@@ -175,7 +169,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
       }
     }
     if constexpr (kGoal == Goal::loss) {
-      if (args.kept) keep_derivatives<kTensor>(args, pair, values, thread);
+      if (args.kept) keep_derivatives<kTensor>(args, args.grid.met_pair(b, tile, computed_here(int(blockIdx.y))), values, thread);
       keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch);
     } else
       keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, thread, scratch);
@@ -195,7 +189,6 @@ __device__ inline void walk_pairs(const PairArgs& args) {
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
     const int64_t pair = args.grid.pair(b, tile, neighbour);
     if (other < 0) {
-      if (kGoal == Goal::loss && args.kept) keep_nothing(args, pair);
       if (kGoal == Goal::loss && threadIdx.x == 0) args.shares[pair] = make_float4(0, 0, __int_as_float(0), __int_as_float(0));
       if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && threadIdx.x == 0) args.buffers.sums[pair] = 0;
       continue;

@@ -34,6 +34,25 @@ struct PairGrid {
   __host__ __device__ int64_t pixels() const { return int64_t(height) * width; }
   int64_t pairs() const { return batch * tiles() * neighbours; }
   __device__ int64_t pair(int64_t b, int64_t tile, int neighbour) const { return (b * tiles() + tile) * neighbours + neighbour; }
+  // The same without the places of neighbours that there are not, beyond the grid's edge: how many pairs stand before a tile's first in
+  // an image, how many there are in all, and the number of one. A tile at column x has min(reach, tiles_x - 1 - x) neighbours to its
+  // right, and in each row below those, itself and min(reach, x).
+  __host__ __device__ int64_t capped(int64_t count) const {  // sum of min(reach, i) over i < count
+    const int64_t rising = count < reach + 1 ? count : reach + 1;
+    return rising * (rising - 1) / 2 + (count - rising) * reach;
+  }
+  __host__ __device__ int64_t met_before(int64_t y, int64_t x) const {
+    const int64_t right = capped(tiles_x), below = capped(tiles_y) - capped(tiles_y - y);
+    const int64_t here = right - capped(tiles_x - x), rows = tiles_y - 1 - y < reach ? tiles_y - 1 - y : reach;
+    return y * (tiles_x + right) + below * (tiles_x + 2 * right) + x + here + rows * (x + here + capped(x));
+  }
+  __host__ __device__ int64_t met() const { return met_before(tiles_y, 0); }
+  __device__ int64_t met_pair(int64_t b, int64_t tile, int neighbour) const {
+    const int y = int(tile) / tiles_x, x = int(tile) % tiles_x, side = 2 * reach + 1;
+    const int left = min(reach, x), right = min(reach, tiles_x - 1 - x), dy = (neighbour + reach) / side;
+    const int own = dy == 0 ? neighbour : 1 + right + (dy - 1) * (left + 1 + right) + (neighbour + reach) % side - reach + left;
+    return b * met() + met_before(y, x) + own;
+  }
   // Grid dimensions that fit; the batch is walked over.
   bool launchable() const { return tiles() <= 0x7fffffff && neighbours <= 65535; }
   LaunchShape shape(int64_t shared_bytes) const {

@@ -10,9 +10,6 @@ namespace afa {
 // of 25 is still a number of its range. A power of two, so that nothing is rounded by it.
 constexpr float kKeptScale = 1 << 17;
 
-inline int64_t pair_bytes(DType dtype) { return kPairScores * element_bytes(dtype); }
-inline DType kept_type(const View<4>& query) { return query.dtype == DType::f32 ? DType::f32 : DType::f16; }
-
 // 16 numbers of a pair times `factor` to [64][64], from where kTensor has a thread's.
 template <class T, bool kTensor>
 __device__ inline void store_results(T* out, const float (&values)[16], float factor, unsigned thread) {

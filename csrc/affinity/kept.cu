@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kPairThreads, 4) kept_gradient_kernel(const __
       if (threadIdx.x == 0) args.buffers.sums[pair] = 0;
       continue;
     }
-    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const Kept*>(args.kept) + pair * kPairScores) + threadIdx.x;
+    const Kept* kept = static_cast<const Kept*>(args.kept) + args.grid.met_pair(b, tile, neighbour) * kPairScores;
+    const uint4* from = reinterpret_cast<const uint4*>(kept) + threadIdx.x;
     uint4 words[kPieces];
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) words[k] = __ldg(from + k * kPairThreads);
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(kPairThreads, 4) kept_gradient_kernel(const __
 
 bool can_keep(const AttentionArgs& args, const View<4>& kept) {
   const PairGrid grid(args.query.size[0], args.height, args.width, args.radius);
-  return kept.dtype == kept_type(args.query) && contiguous_bytes(kept) == grid.pairs() * pair_bytes(kept.dtype) && wide_rows(kept);
+  const DType dtype = args.query.dtype == DType::f32 ? DType::f32 : DType::f16;
+  return kept.dtype == dtype && contiguous_bytes(kept) == grid.batch * grid.met() * kPairScores * element_bytes(dtype) && wide_rows(kept);
 }
 
 template <class Kept, class T>

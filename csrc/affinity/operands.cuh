@@ -20,7 +20,7 @@ struct PairArgs {
   DeviceLabels labels;
   View<4> window;        // Goal::window; its gradient for Goal::window_gradient
   PairResults results;   // Goal::loss
-  void* kept;            // [pairs][64][64], the derivatives that it keeps; or null
+  void* kept;            // [pairs met][64][64], the derivatives that it keeps; or null
   float4* shares;        // [pairs]: sums over same and different, counts as bits
   unsigned* counter;
   DeviceSlopes slopes;   // Goal::gradient

@@ -164,6 +164,7 @@ def test_operators_are_registered_right(rng, backend_name):
     operators = torch.ops.afa
     # Without what the loss keeps, and with it, where there is any.
     kept = [operators.attention_affinity_loss(*still, labels, 1, -1, keep, backend_name)[3] for keep in (False, True)]
+    fused_backward = operators.attention_affinity_loss_backward
     slopes = [(grad_loss, *counts, derivatives) for derivatives in kept]
     cases = [
         (operators.window_affinity, (*leaves, 3, 4, 1)),
@@ -173,7 +174,7 @@ def test_operators_are_registered_right(rng, backend_name):
         (operators.window_affinity_backward, (*still, grad, 1, [True, False])),
         (operators.affinity_from_maps_backward, (maps.detach(), *still[2:], grad, 1, [True])),
         (operators.affinity_loss_backward, (window.detach(), labels, grad_loss, *counts, 1, -1)),
-        *((operators.attention_affinity_loss_backward, (*still, labels, *slope, 1, -1, [True, True])) for slope in slopes),
+        *((fused_backward, (*still, labels, *slope, 1, -1, [True, True])) for slope in slopes),
     ]
     for operator, inputs in cases:
         torch.library.opcheck(operator.default, (*inputs, backend_name))

@@ -85,8 +85,8 @@ def test_without_tensor_cores(rng, dtype):
 @pytest.mark.parametrize("size, error", [(15.0, 2.0**-11), (20.0, 2.0**-11), (25.0, 0.02)])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_sure_scores_keep_their_gradients(rng, keeping, dtype, size, error, sign):
-    """Where the sigmoid's derivative is 3e-7, 2e-9 and 1e-11, float16 would have the first alone; there is one class, so
-    that nothing cancels.
+    """Where the sigmoid's derivative is 3e-7, 2e-9 and 1e-11, of which float16 as it is has the first alone. Of one
+    class, so that nothing cancels.
     """
     (query, key, weight, _), labels = random_case(rng, batch=1, heads=1, height=4, width=9, dtype=dtype)
     leaves = [0.01 * query.abs(), key.abs(), weight.abs().float(), torch.full((1,), sign * size, device=DEVICE)]
@@ -139,28 +139,52 @@ def test_an_upstream_gradient_that_is_no_number(rng, keeping, dtype, upstream):
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, keeping, dtype):
-    """Row by row of the tile, column by column of its neighbour, in both precisions of their own unit."""
-    (query, key, weight, bias), labels = random_case(rng, batch=1, height=8, width=16, depth=4, dtype=dtype)
-    kept = kept_of((query, key, weight, bias), labels, 3)[0].double()
-    maps = torch.einsum("hid,hjd->hij", query[0].double(), key[0].double())
-    z = torch.einsum("hij,h->ij", maps + maps.transpose(1, 2), weight.double()) + bias.double()
-    rows, columns = torch.arange(8, device=DEVICE)[:, None], torch.arange(16, device=DEVICE)
-    numbers = (16 * rows + columns).unflatten(1, (2, 8)).permute(1, 0, 2).reshape(2, 64)  # pixels of either tile
-    classes, y, x = labels[0].flatten(), (rows + 0 * columns).flatten(), (columns + 0 * rows).flatten()
-    near = ((y[:, None] - y).abs() <= 3) & ((x[:, None] - x).abs() <= 3)
-    counts = near & (classes[:, None] != 255) & (classes != 255)
-    wanted = torch.sigmoid(z) * torch.sigmoid(-z) * torch.where(classes[:, None] == classes, -1, 1)
-    wanted = torch.where(counts, wanted, 0) * (1 if dtype == torch.float32 else 2.0**17)
-    # The left tile with itself, then with that to its right; and the right one with itself. Of 2 x 5 places.
-    for place, tile, other in ((0, 0, 0), (1, 0, 1), (5, 1, 1)):
-        found = wanted[numbers[tile]][:, numbers[other]]
-        assert torch.equal(kept[place] == 0, found == 0)
-        assert torch.equal(kept[place] < 0, found < 0)
-        assert relative_error(kept[place], found) < (1e-5 if dtype == torch.float32 else 2.0**-11)
-    for place in (2, 3, 4, 6, 7, 8, 9):  # neighbours beyond the edge: written all the same
-        assert torch.equal(kept[place], torch.zeros_like(kept[place]))
+def pairs_of_tiles(rows: int, columns: int, reach: int):
+    """The tiles' numbers, row by row: each with itself, those to its right, and those below on both sides."""
+    for y in range(rows):
+        for x in range(columns):
+            for dy in range(reach + 1):
+                for dx in range(-reach if dy else 0, reach + 1):
+                    if y + dy < rows and 0 <= x + dx < columns:
+                        yield y * columns + x, (y + dy) * columns + x + dx
+
+
+@pytest.mark.parametrize(
+    "height, width, radius, dtype",
+    [
+        (8, 16, 3, torch.bfloat16),
+        (9, 10, 4, torch.float16),
+        (17, 25, 9, torch.float32),
+        (1, 40, 17, torch.float32),
+        (30, 5, 8, torch.float16),
+        (7, 7, 30, torch.bfloat16),
+    ],
+)
+def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, keeping, height, width, radius, dtype):
+    """Pixel by pixel of a tile and of its neighbour; 0 beyond the grid's edge, and nowhere what memory held before."""
+    (query, key, weight, bias), labels = random_case(rng, heads=1, height=height, width=width, depth=3, dtype=dtype)
+    rows, columns = -(-height // 8), -(-width // 8)
+    classes = torch.full((2, 8 * rows, 8 * columns), 255, device=DEVICE)
+    classes[:, :height, :width] = labels
+    z = torch.zeros(2, (8 * rows * 8 * columns), (8 * rows * 8 * columns), dtype=torch.float64, device=DEVICE)
+    y, x = (part.flatten() for part in torch.meshgrid(*map(torch.arange, classes.shape[1:]), indexing="ij"))
+    inside = ((y < height) & (x < width)).nonzero()[:, 0].to(DEVICE)
+    maps = query[:, 0].double() @ key[:, 0].double().mT
+    z[:, inside[:, None], inside] = (weight.double() * (maps + maps.mT) + bias.double()).detach()
+    classes, y, x = classes.flatten(1), y.to(DEVICE), x.to(DEVICE)
+    counts = (classes[:, :, None] != 255) & (classes[:, None] != 255)
+    counts &= ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
+    signs = torch.where(classes[:, :, None] == classes[:, None], -1, 1)
+    wanted = torch.where(counts, torch.sigmoid(z) * torch.sigmoid(-z) * signs, 0)
+    tiles = (y // 8 * columns + x // 8).sort(stable=True).indices.view(-1, 64)  # the pixels of each
+    unit, error = (1, 1e-5) if dtype == torch.float32 else (2.0**-17, 2.0**-11)
+    kept = kept_of((query, key, weight, bias), labels, radius).double() * unit
+    places = list(pairs_of_tiles(rows, columns, -(-min(radius, max(height, width)) // 8)))
+    assert kept.shape == (2, len(places), 64, 64)
+    for at, (tile, other) in enumerate(places):
+        found = wanted[:, tiles[tile][:, None], tiles[other]]
+        assert torch.equal(kept[:, at].sign(), found.sign())
+        assert found.norm() == 0 or relative_error(kept[:, at], found) < error
 
 
 def test_the_memory_is_what_the_documents_say(keeping):
@@ -168,10 +192,9 @@ def test_the_memory_is_what_the_documents_say(keeping):
     for dtype, size in ((torch.float32, 16384), (torch.float16, 8192), (torch.bfloat16, 8192)):
         query = torch.empty(8, 1, 1024, 1, device=DEVICE, dtype=dtype)
         kept = calls.empty_derivatives(query, labels, 8, True)
-        assert kept.nbytes == 8 * 16 * 5 * size
-        if dtype != torch.float32:
-            assert round(kept.nbytes / 1e6, 1) == 5.2 and "5.2 MB" in attention_affinity_loss.__doc__
-        assert calls.empty_derivatives(query, labels, 1000, True).nbytes == 8 * 16 * 41 * size
+        assert kept.nbytes == 8 * 58 * size
+        assert f"{kept.nbytes / 1e6:.1f} MB" in attention_affinity_loss.__doc__
+        assert calls.empty_derivatives(query, labels, 1000, True).nbytes == 8 * 136 * size  # all pairs of 16 tiles
         assert calls.empty_derivatives(query, labels, 8, False).nbytes == 0
 
 
@@ -259,7 +282,7 @@ def test_derivatives_of_another_call_are_refused(rng, keeping):
 @pytest.mark.parametrize("value", [1, None, "no"])
 def test_recompute_is_true_or_false(rng, value):
     leaves, labels = random_case(rng, height=4, width=5)
-    with pytest.raises(TypeError, match="^recompute must be True or False"):
+    with pytest.raises(TypeError, match=r"^recompute must be True or False"):
         attention_affinity_loss(*leaves, labels, 2, recompute=value)
 
 

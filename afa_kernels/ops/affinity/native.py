@@ -80,15 +80,22 @@ def window_affinity(
 
 
 def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
-    """Where a loss on a GPU keeps what its backward needs: [B, pairs of tiles, 64, 64], see csrc/affinity/affinity.h."""
+    """Where a loss on a GPU keeps what its backward needs, [B, pairs of tiles, 64, 64]: see csrc/affinity/affinity.h."""
     if not keep or not native_module.on_cuda(query):
         return query.new_empty(0)
     batch, height, width = labels.shape
-    tiles = -(-height // TILE) * -(-width // TILE)
+    rows, columns = -(-height // TILE), -(-width // TILE)
     reach = -(-min(radius, max(height, width)) // TILE)  # in tiles
-    neighbours = ((2 * reach + 1) ** 2 + 1) // 2  # below and to the right, and the tile itself
+
+    def neighbours(count: int) -> int:  # pairs of two of so many tiles side by side
+        rising = min(count, reach + 1)
+        return rising * (rising - 1) // 2 + (count - rising) * reach
+
+    # A tile meets itself, those to its right, and below those on both sides.
+    right, below = neighbours(columns), neighbours(rows)
+    pairs = rows * (columns + right) + below * (columns + 2 * right)
     dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
-    return query.new_empty(batch, tiles * neighbours, TILE**2, TILE**2, dtype=dtype)
+    return query.new_empty(batch, pairs, TILE**2, TILE**2, dtype=dtype)
 
 
 def _kept_view(kept: Tensor) -> tuple:
