@@ -5,7 +5,7 @@ A backend of an operator is a module beside its functional.py: ``native.py`` for
 
 - It has the functions that the front calls, under the same names and with the same arguments as in the other backend
   (those of operators that are registered for native alone, native.py has): each a kernel of the operator, forward or
-  backward. What only the module itself calls begins with an underscore.
+  backward, or the memory that one of them writes into. What only the module itself calls begins with an underscore.
 - Arguments are checked: shapes, dtypes and devices are what the public function promises, numbers are plain Python
   ones, sequences are lists, defaults are filled in. Tensors may have any strides and must not be written to. float64
   does not come here, and neither do tensors that the predicate of `core.backends` has turned away.

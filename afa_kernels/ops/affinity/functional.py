@@ -212,7 +212,8 @@ def _(maps, head_weight, head_bias, height, width, radius, backend):
 
 # --- backward ---------------------------------------------------------------------------------------------
 # One operator for each, so that compiled graphs hold a single node. Gradients nobody wants come back empty. The scores
-# are computed again: a window that was rounded to half precision, where it is 1, no longer tells its slope.
+# are computed again: a window that was rounded to half precision, where it is 1, no longer tells its slope. (The fused
+# loss of `losses` has no window, and may keep the slopes themselves.)
 
 
 def fake_gradients(wanted: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -80,7 +80,7 @@ def window_affinity(
 
 
 def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
-    """Where a loss on a GPU keeps what its backward needs, [B, pairs of tiles, 64, 64]: see csrc/affinity/affinity.h."""
+    """What a loss on a GPU writes for its backward, [B, pairs of tiles, 64, 64]: see csrc/affinity/affinity.h."""
     if not keep or not native_module.on_cuda(query):
         return query.new_empty(0)
     batch, height, width = labels.shape
