@@ -2,8 +2,9 @@
 //
 // Data flow, one image at a time: queries and keys go to channel-major rows of float32 (Channels), weights folded in; then, for
 // each pair of image rows, tiles of up to 8 queries x 3 vectors of keys sum their products in registers, chunk of channels after
-// chunk, and are finished while in L1: sigmoid, then either both mirrored taps of the window, or the pair's share of the loss. Loss
-// sums are taken row by row in a fixed order: the same bits for any number of threads.
+// chunk, and are finished while in L1: sigmoid, then either both mirrored taps of the window, or the pair's share of the loss, and with
+// it the sigmoid's derivative if a backward will want it. Loss sums are taken row by row in a fixed order: the same bits for any number
+// of threads.
 // Floor: N * (2r+1)^2 * heads * d fused multiply-adds. Bound: arithmetic; a tile also computes what lies beside its band, which at
 // r = 8 makes up to 1.7 times as many.
 #include "affinity/band.h"
@@ -33,22 +34,38 @@ static inline int64_t count_of(vint masks) {
   return count;
 }
 
-// Adds the tile's pairs, both orders of each, to the sums of its rows.
-static void add_pairs(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, float bias, PairSums* sums) {
+// Query i's derivatives, which lie where its scores did.
+static void keep_derivatives(const BandTile& tile, const Tiling& tiling, int64_t i, const Derivatives& to) {
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    const Line at = tiling.line(tile, i, parity);
+    if (at.begin >= at.end) continue;
+    float* row = to.row(at.y, at.x, at.key_y - at.y) - at.x;
+    for (int64_t k = at.begin; k < at.end; ++k) row[k] = at.scores[2 * k];
+  }
+}
+
+// Adds the tile's pairs, both orders of each, to the sums of its rows, and keeps their derivatives if asked.
+static void add_pairs(const BandTile& tile, const Tiling& tiling, const LaneLabels& labels, float bias, PairSums* sums,
+                      const Derivatives* kept) {
   vfloat same = {}, different = {};
   vint same_count = {}, different_count = {};
   for (int64_t i = 0; i < 2 * tile.columns; ++i) {
-    const float* scores = tile.scores + i * tile.stride;
-    labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
-      // A of pairs with different labels, and, for those with the same one, 1 - A: that of the score with its sign changed.
-      const vint term = (vint)Sigmoids((vfloat)((vint)(load(scores + lane) + bias) ^ (is_same & INT32_MIN))).value;
-      same += (vfloat)(term & is_same), different += (vfloat)(term & is_different);
-      same_count += is_same, different_count += is_different;
-    });
-    if (tile.below == 0 && labels.values[tile.y * labels.row + 2 * tile.x + i] >= 0) {  // a pixel's pair with itself comes once
+    if (labels.values[tile.y * labels.row + 2 * tile.x + i] < 0) continue;
+    float* scores = tile.scores + i * tile.stride;
+    if (tile.below == 0) {  // a pixel's pair with itself comes once
       sums->same -= Sigmoids(splat(scores[2 * (tile.x - tile.first) + i]) + bias).negated[0];
       sums->same_count -= 1;
     }
+    labelled_lanes(tile, tiling, labels, i, [&](int64_t lane, vint is_same, vint is_different) {
+      // A of pairs with different labels, and, for those with the same one, 1 - A: that of the score with its sign changed.
+      const vint sign = is_same & INT32_MIN;
+      const Sigmoids of((vfloat)((vint)(load(scores + lane) + bias) ^ sign));
+      const vint term = (vint)of.value;
+      same += (vfloat)(term & is_same), different += (vfloat)(term & is_different);
+      same_count += is_same, different_count += is_different;
+      if (kept) store(scores + lane, (vfloat)(((vint)of.slope & (is_same | is_different)) | sign));
+    });
+    if (kept) keep_derivatives(tile, tiling, i, *kept);
   }
   sums->same += 2.0 * sum_of(same), sums->different += 2.0 * sum_of(different);
   sums->same_count += 2 * count_of(same_count), sums->different_count += 2 * count_of(different_count);
@@ -116,7 +133,7 @@ Status window_from_attention(const AttentionArgs& args, const View<4>& out, void
   return Status::ok;
 }
 
-Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace, int threads) {
+Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, float* kept, void* workspace, int threads) {
   if (!fits(args, threads)) return Status::bad_argument;
   Arena arena(workspace);
   const Channels channels(args, arena, threads);
@@ -129,9 +146,11 @@ Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, Pai
     lanes.load(labels + b * args.height * args.width, tiling);
     pack_channels(args, b, channels, threads);
     std::fill(rows, rows + tiling.pairs, PairSums());
+    const Derivatives derivatives(tiling, kept ? kept + b * Derivatives::size(tiling) : nullptr);
+    if (kept) std::fill_n(derivatives.values, Derivatives::size(tiling), 0.0f);
     for_each_tile(
         tiling, buffers, threads, [&](int64_t y, float* row) { fill_products(channels, tiling, y, row); },
-        [&](const BandTile& tile) { add_pairs(tile, tiling, lanes, args.head_bias, rows + tile.y); });
+        [&](const BandTile& tile) { add_pairs(tile, tiling, lanes, args.head_bias, rows + tile.y, kept ? &derivatives : nullptr); });
     for (int64_t y = 0; y < tiling.pairs; ++y) add_sums(rows[y], sums);
   }
   return Status::ok;
@@ -166,8 +185,8 @@ Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspac
 #if AFA_ISA_IS_BASELINE
 AFA_DECLARE_PER_ISA(int64_t attention_bytes(const AttentionArgs& args, int threads))
 AFA_DECLARE_PER_ISA(Status window_from_attention(const AttentionArgs& args, const View<4>& out, void* workspace, int threads))
-AFA_DECLARE_PER_ISA(Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace,
-                                               int threads))
+AFA_DECLARE_PER_ISA(Status loss_from_attention(const AttentionArgs& args, const int32_t* labels, PairSums* sums, float* kept,
+                                               void* workspace, int threads))
 AFA_DECLARE_PER_ISA(int64_t maps_bytes(const MapsArgs& args, int threads))
 AFA_DECLARE_PER_ISA(Status window_from_maps(const MapsArgs& args, const View<4>& out, void* workspace, int threads))
 
@@ -177,9 +196,9 @@ int64_t window_affinity_cpu_workspace(const AttentionArgs& args, int threads) {
 Status window_affinity_cpu(const AttentionArgs& args, const View<4>& out, void* workspace, int threads) {
   AFA_DISPATCH(window_from_attention, args, out, workspace, threads)
 }
-Status attention_affinity_loss_cpu(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace,
+Status attention_affinity_loss_cpu(const AttentionArgs& args, const int32_t* labels, PairSums* sums, float* kept, void* workspace,
                                    int threads) {
-  AFA_DISPATCH(loss_from_attention, args, labels, sums, workspace, threads)
+  AFA_DISPATCH(loss_from_attention, args, labels, sums, kept, workspace, threads)
 }
 int64_t affinity_from_maps_cpu_workspace(const MapsArgs& args, int threads) { AFA_DISPATCH(maps_bytes, args, threads) }
 Status affinity_from_maps_cpu(const MapsArgs& args, const View<4>& out, void* workspace, int threads) {

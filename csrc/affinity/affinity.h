@@ -42,6 +42,7 @@ static inline void add_sums(const PairSums& from, PairSums* to) {
 struct PairGradient {
   const int32_t* labels = nullptr;  // [B, h, w]
   float same = 0, different = 0;
+  const float* kept = nullptr;      // what the loss has kept; null: the scores are computed again
   View<4> grad_window;              // [B, taps, h, w], used if labels is null
 };
 
@@ -54,7 +55,9 @@ struct AttentionGradients {
 // Bytes of scratch memory, 64-byte aligned.
 int64_t window_affinity_cpu_workspace(const AttentionArgs& args, int threads);
 Status window_affinity_cpu(const AttentionArgs& args, const View<4>& out, void* workspace, int threads);
-Status attention_affinity_loss_cpu(const AttentionArgs& args, const int32_t* labels, PairSums* sums, void* workspace, int threads);
+// `kept`, if not null: [B, N, r + 1, 2r + 1], r at most the longer side, what the backward needs of the scores, see Derivatives.
+Status attention_affinity_loss_cpu(const AttentionArgs& args, const int32_t* labels, PairSums* sums, float* kept, void* workspace,
+                                   int threads);
 
 int64_t attention_backward_cpu_workspace(const AttentionArgs& args, int threads);
 Status attention_backward_cpu(const AttentionArgs& args, const PairGradient& gradient, const AttentionGradients& out,

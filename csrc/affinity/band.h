@@ -259,6 +259,18 @@ struct Sigmoids {
   }
 };
 
+// What a loss keeps of one image for its backward, [N][r + 1][2r + 1]: the sigmoid's derivative of each pair that points down, or along
+// its row to the right, negative where the labels agree, 0 where the pair does not count.
+struct Derivatives {
+  int64_t width, radius, side;
+  float* values;
+  Derivatives(const Tiling& tiling, float* of_image)
+      : width(tiling.width), radius(tiling.radius), side(2 * tiling.radius + 1), values(of_image) {}
+  static int64_t size(const Tiling& tiling) { return tiling.height * tiling.width * (tiling.radius + 1) * (2 * tiling.radius + 1); }
+  // Those of one pixel with the row dy below it, its own column at 0.
+  float* row(int64_t y, int64_t x, int64_t dy) const { return values + ((y * width + x) * (radius + 1) + dy) * side + radius; }
+};
+
 // Labels of one image as the lanes of the tiles have them, [pairs of rows][row], negative where there is no pixel.
 struct LaneLabels {
   int64_t row;

@@ -1,5 +1,6 @@
 #include "affinity/affinity.h"
 
+#include <algorithm>
 #include <array>
 
 #include "bind/bind.h"
@@ -28,9 +29,18 @@ static MapsArgs maps_args(const View<4>& maps, const Head& head, const Grid& gri
   return args;
 }
 
-static PairGradient of_loss(uint64_t labels, float same, float different) {
+// What a loss keeps, of the size that its kernels take it to have; or null.
+static float* kept_at(const AttentionArgs& args, const View<4>& kept) {
+  if (kept.data == nullptr) return nullptr;
+  const int64_t radius = std::min(args.radius, std::max(args.height, args.width));
+  const int64_t wanted = args.query.size[0] * args.height * args.width * (radius + 1) * (2 * radius + 1) * int64_t(sizeof(float));
+  if (kept.dtype != DType::f32 || contiguous_bytes(kept) != wanted) throw std::runtime_error("kept: sizes or strides contradict each other");
+  return static_cast<float*>(kept.data);
+}
+
+static PairGradient of_loss(uint64_t labels, float same, float different, const float* kept) {
   PairGradient gradient;
-  gradient.labels = pointer<int32_t>(labels), gradient.same = same, gradient.different = different;
+  gradient.labels = pointer<int32_t>(labels), gradient.same = same, gradient.different = different, gradient.kept = kept;
   return gradient;
 }
 
@@ -66,12 +76,13 @@ static void bind_attention(py::module_& module) {
     check(window_affinity_cpu(args, out, pointer<void>(workspace), threads), "window_affinity_cpu");
   });
   module.def("attention_affinity_loss_cpu", [](const View<4>& query, const View<4>& key, const Head& head, const Grid& grid,
-                                               uint64_t labels, uint64_t workspace, int threads) {
+                                               uint64_t labels, const View<4>& kept, uint64_t workspace, int threads) {
     const AttentionArgs args = attention_args(query, key, head, grid);
+    float* derivatives = kept_at(args, kept);
     PairSums sums;
     {
       py::gil_scoped_release release;
-      check(attention_affinity_loss_cpu(args, pointer<int32_t>(labels), &sums, pointer<void>(workspace), threads),
+      check(attention_affinity_loss_cpu(args, pointer<int32_t>(labels), &sums, derivatives, pointer<void>(workspace), threads),
             "attention_affinity_loss_cpu");
     }
     return as_tuple(sums);
@@ -88,9 +99,11 @@ static void bind_attention(py::module_& module) {
   });
   module.def("attention_affinity_loss_backward_cpu",
              [](const View<4>& query, const View<4>& key, const Head& head, const Grid& grid, uint64_t labels, float same,
-                float different, const View<4>& grad_query, const View<4>& grad_key, uint64_t workspace, int threads) {
-               return attention_backward(attention_args(query, key, head, grid), of_loss(labels, same, different), grad_query,
-                                         grad_key, workspace, threads);
+                float different, const View<4>& kept, const View<4>& grad_query, const View<4>& grad_key, uint64_t workspace,
+                int threads) {
+               const AttentionArgs args = attention_args(query, key, head, grid);
+               return attention_backward(args, of_loss(labels, same, different, kept_at(args, kept)), grad_query, grad_key, workspace,
+                                         threads);
              });
 }
 

@@ -1,4 +1,4 @@
-"""What the fused affinity loss keeps for its backward on a GPU, against scores that are computed again."""
+"""What the fused affinity loss keeps for its backward, against scores that are computed again."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from torch.utils.checkpoint import checkpoint
 
 from afa_kernels import attention_affinity_loss
 from afa_kernels.ops.affinity import native as calls
+from afa_kernels.ops.affinity.losses import check_labels
 
-KEEPING = EMULATED if DEVICE == "cpu" else ["native"]
+ON_GPU = EMULATED if DEVICE == "cpu" else ["native"]
+NATIVE = [name for name in available("attention_affinity_loss") if name == "native"]
+KEEPING = [*NATIVE, *EMULATED]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = DTYPES[1:]
 # Of results that are rounded to the dtype, sums of factors that are: at most a few units in the last place.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-pytestmark = pytest.mark.skipif(not KEEPING, reason="no C++ compiler to build the emulator with")
+pytestmark = pytest.mark.skipif(not KEEPING, reason="no native kernels")
 
 
 @pytest.fixture(params=KEEPING)
 def keeping(request):
-    """The CUDA kernels are at work: of those that fuse products into sums, or not, or of a GPU."""
+    """The native kernels are at work, of this device or emulated; those that keep float32 whatever the queries are."""
+    with running(request.param):
+        yield "float32" if DEVICE == "cpu" and request.param == "native" else "as the queries"
+
+
+@pytest.fixture(params=ON_GPU)
+def on_gpu(request):
     with running(request.param):
         yield
 
@@ -43,9 +52,9 @@ def reference(leaves, labels, radius, upstream=1.0):
     return gradients(wide, labels, radius, upstream, backend="reference")
 
 
-def kept_of(leaves, labels, radius, keep=True):
+def kept_of(leaves, labels, radius):
     with torch.no_grad():
-        return torch.ops.afa.attention_affinity_loss(*leaves, labels, radius, 255, keep, "native")[3]
+        return torch.ops.afa.attention_affinity_loss(*leaves, check_labels(labels, 255), radius, -1, True, "native")[3]
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -63,8 +72,10 @@ def test_gradients_are_those_of_scores_computed_again(rng, keeping, dtype, heigh
         assert mine.dtype == dtype and float(theirs.norm()) > 0
         assert relative_error(mine, theirs) < 2 * TOLERANCES[dtype]
         assert relative_error(mine, other) < 2 * TOLERANCES[dtype]
-    if dtype == torch.float32:  # nothing is rounded on the way; the bias's sum alone has another order
+    if keeping == "float32" or dtype == torch.float32:  # nothing is rounded on the way
         assert all(torch.equal(mine, other) for mine, other in zip(got[:3], again[:3]))
+    if keeping == "float32":  # on a GPU the bias's sum has another order
+        assert torch.equal(got[3], again[3])
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator's device")
@@ -160,7 +171,7 @@ def pairs_of_tiles(rows: int, columns: int, reach: int):
         (7, 7, 30, torch.bfloat16),
     ],
 )
-def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, keeping, height, width, radius, dtype):
+def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, on_gpu, height, width, radius, dtype):
     """Pixel by pixel of a tile and of its neighbour; 0 beyond the grid's edge, and nowhere what memory held before."""
     (query, key, weight, bias), labels = random_case(rng, heads=1, height=height, width=width, depth=3, dtype=dtype)
     rows, columns = -(-height // 8), -(-width // 8)
@@ -187,7 +198,39 @@ def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, keeping, heigh
         assert found.norm() == 0 or relative_error(kept[:, at], found) < error
 
 
-def test_the_memory_is_what_the_documents_say(keeping):
+@pytest.mark.skipif(DEVICE != "cpu" or not NATIVE, reason="of the CPU's kernels")
+@pytest.mark.parametrize("height, width, radius", [(9, 10, 4), (2, 13, 5), (1, 6, 1), (5, 3, 30), (6, 6, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kept_of_the_cpu_are_those_of_each_pair_once(rng, height, width, radius, dtype):
+    (query, key, weight, bias), labels = random_case(rng, heads=1, height=height, width=width, depth=3, dtype=dtype)
+    kept = kept_of((query, key, weight, bias), labels, radius)
+    reach = min(radius, max(height, width))
+    assert kept.dtype == torch.float32 and kept.shape == (2, height * width, reach + 1, 2 * reach + 1)
+    maps = query[:, 0].double() @ key[:, 0].double().mT
+    z = (weight.double() * (maps + maps.mT) + bias.double()).detach()
+    wanted, classes = torch.zeros(kept.shape, dtype=torch.float64), labels.flatten(1)
+    for i, dy, dx in torch.cartesian_prod(*map(torch.arange, kept.shape[1:])).tolist():
+        y, x = i // width + dy, i % width + dx - reach
+        if y >= height or not 0 <= x < width or (dy == 0 and dx < reach):
+            continue
+        j = y * width + x
+        known = (classes[:, i] != 255) & (classes[:, j] != 255)
+        slope = torch.sigmoid(z[:, i, j]) * torch.sigmoid(-z[:, i, j])
+        wanted[:, i, dy, dx] = torch.where(known, torch.where(classes[:, i] == classes[:, j], -slope, slope), 0)
+    assert torch.equal(kept.sign(), wanted.sign()) and relative_error(kept, wanted) < 1e-5
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or not NATIVE, reason="of the CPU's kernels")
+def test_the_same_bits_with_any_number_of_threads(rng):
+    leaves, labels = random_case(rng, height=9, width=14)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append([kept_of(leaves, labels, 3), *gradients(leaves, labels, 3)])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results))
+
+
+def test_the_memory_is_what_the_documents_say(on_gpu):
     labels = torch.zeros(8, 32, 32, dtype=torch.int64, device=DEVICE)
     for dtype, size in ((torch.float32, 16384), (torch.float16, 8192), (torch.bfloat16, 8192)):
         query = torch.empty(8, 1, 1024, 1, device=DEVICE, dtype=dtype)
@@ -196,6 +239,13 @@ def test_the_memory_is_what_the_documents_say(keeping):
         assert f"{kept.nbytes / 1e6:.1f} MB" in attention_affinity_loss.__doc__
         assert calls.empty_derivatives(query, labels, 1000, True).nbytes == 8 * 136 * size  # all pairs of 16 tiles
         assert calls.empty_derivatives(query, labels, 8, False).nbytes == 0
+
+
+def test_the_memory_on_the_cpu_is_what_the_documents_say():
+    query, labels = torch.empty(8, 1, 1024, 1, dtype=torch.bfloat16), torch.zeros(8, 32, 32, dtype=torch.int64)
+    kept = calls.empty_derivatives(query, labels, 8, True)
+    assert kept.nbytes == 8 * 1024 * 4 * 9 * 17 and "4 (r + 1) (2r + 1) bytes" in attention_affinity_loss.__doc__
+    assert f"{kept.nbytes / 1e6:.1f} MB" in attention_affinity_loss.__doc__
 
 
 def test_nothing_is_kept_that_no_backward_will_ask_for(rng, keeping, monkeypatch):
@@ -272,11 +322,10 @@ def test_derivatives_of_another_call_are_refused(rng, keeping):
     still = [leaf.detach() for leaf in leaves]
     counts = torch.tensor(7, device=DEVICE), torch.tensor(9, device=DEVICE)
     good = kept_of(leaves, labels, 3)
-    for wrong in (good.half(), good[:1], good[:, :-1].contiguous(), good.mT):
+    inputs = *still, check_labels(labels, 255), torch.ones((), device=DEVICE), *counts
+    for wrong in (good.half(), good[:1], good[:, :-1].contiguous(), good.mT.contiguous()[..., :-1], good[..., :-1]):
         with pytest.raises(RuntimeError, match="sizes or strides contradict each other"):
-            torch.ops.afa.attention_affinity_loss_backward(
-                *still, labels, torch.ones((), device=DEVICE), *counts, wrong, 3, 255, [True, True], "native"
-            )
+            torch.ops.afa.attention_affinity_loss_backward(*inputs, wrong, 3, -1, [True, True], "native")
 
 
 @pytest.mark.parametrize("value", [1, None, "no"])

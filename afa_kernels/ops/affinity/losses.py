@@ -126,11 +126,12 @@ def attention_affinity_loss(
     Args:
         query, key, head_weight, head_bias, radius: as in `window_affinity`; N = h * w.
         labels, ignore_index: as in `affinity_loss`.
-        recompute: whether the backward computes the scores a second time. By default the native CUDA kernels keep
-            from the forward to the backward what it needs of them, where a gradient may be asked for: the derivatives
-            dA/dz, 8 KB for each pair of tiles of 8 x 8 pixels in the band, and 16 KB with float32 queries. At radius 8
-            a grid of 32 x 32 has 58 such pairs, and 8 of them keep 3.8 MB in half precision, 7.6 MB in float32.
-            Those who want that memory pass True. The CPU, Triton and the reference compute them again either way.
+        recompute: whether the backward computes the scores a second time. By default the native kernels keep from the
+            forward to the backward what it needs of them, the derivatives dA/dz, where a gradient may be asked for. On
+            a GPU that is 8 KB for each pair of tiles of 8 x 8 pixels in the band, 16 KB with float32 queries: at radius
+            8 a grid of 32 x 32 has 58 such pairs, and 8 of them keep 3.8 MB in half precision, 7.6 MB in float32. On
+            the CPU it is 4 (r + 1) (2r + 1) bytes for each pixel, 5.0 MB of the same. Those who want the memory pass
+            True, and wait for the scores again. Triton and the reference do as they do either way.
         backend: as in `window_affinity`.
 
     Returns:

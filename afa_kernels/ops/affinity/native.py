@@ -80,12 +80,17 @@ def window_affinity(
 
 
 def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
-    """What a loss on a GPU writes for its backward, [B, pairs of tiles, 64, 64]: see csrc/affinity/affinity.h."""
-    if not keep or not native_module.on_cuda(query):
+    """Where a loss writes what its backward needs: [B, N, r + 1, 2r + 1] with r cut to the grid, on a GPU [B, pairs of
+    tiles, 64, 64]. See csrc/affinity/affinity.h.
+    """
+    if not keep:
         return query.new_empty(0)
     batch, height, width = labels.shape
-    rows, columns = -(-height // TILE), -(-width // TILE)
-    reach = -(-min(radius, max(height, width)) // TILE)  # in tiles
+    if not native_module.on_cuda(query):
+        radius = min(radius, max(height, width))
+        return query.new_empty(batch, height * width, radius + 1, 2 * radius + 1, dtype=torch.float32)
+    rows, columns = -(-height // TILE), -(-width // TILE)  # of tiles
+    reach = -(-min(radius, max(height, width)) // TILE)
 
     def neighbours(count: int) -> int:  # pairs of two of so many tiles side by side
         rising = min(count, reach + 1)
@@ -126,7 +131,8 @@ def attention_affinity_loss(
     common = view(query), view(key), _head(head_weight, head_bias), grid
     threads = torch.get_num_threads()
     scratch = workspace(native.attention_cpu_workspace(*common, threads), query.device)
-    return _loss(native.attention_affinity_loss_cpu(*common, labels.data_ptr(), scratch.data_ptr(), threads))
+    options = labels.data_ptr(), _kept_view(kept), scratch.data_ptr(), threads
+    return _loss(native.attention_affinity_loss_cpu(*common, *options))
 
 
 def _attention_backward(
@@ -192,7 +198,7 @@ def attention_affinity_loss_backward(
         addresses = grad.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr()
         source = integer_view(labels), ignore_index, addresses, _kept_view(kept)
     else:
-        source = labels.data_ptr(), *_slopes(grad, pos_count, neg_count)
+        source = labels.data_ptr(), *_slopes(grad, pos_count, neg_count), _kept_view(kept)
     inputs = query, key, head_weight, head_bias, (*labels.shape[1:], radius), source, wanted
     return _attention_backward("attention_affinity_loss", *inputs)
 
