@@ -97,6 +97,23 @@ def test_a_tensor_that_its_memory_is_not(walk):
     assert torch.equal(random_walk(affinity, turned, 1), random_walk(affinity, cams, 1))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_loss_keeps_goes_either_way(rng, recompute):
+    leaves = [torch.rand(*shape, generator=rng).to(DEVICE) for shape in ((1, 2, 30, 4), (1, 2, 30, 4), (2,), (1,))]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    labels = torch.randint(3, (1, 5, 6), generator=rng).to(DEVICE)
+
+    def gradients():
+        loss = attention_affinity_loss(*leaves, labels, 2, recompute=recompute)[0]
+        return torch.autograd.grad(loss, leaves)
+
+    want = gradients()
+    with Seen() as seen:
+        got = gradients()
+    assert {"afa::attention_affinity_loss", "afa::attention_affinity_loss_backward"} <= set(seen.names)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want))
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_parameters_and_plain_tensors_have_the_same_gradients(walk, wrapped):
     kind = torch.nn.Parameter if wrapped else lambda tensor: tensor.requires_grad_()

@@ -11,7 +11,7 @@ from support.common import ROOT, available
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afa_kernels import use_backend, window_to_dense
+from afa_kernels import attention_affinity_loss, use_backend, window_to_dense
 from afa_model.labels.evidence import MapSettings
 from afa_model.labels.kinds import KINDS
 from afa_model.labels.label_maps import label_maps
@@ -87,6 +87,32 @@ def test_evaluation_forms_no_pairs():
         maps = label_maps(tiny(), image, sizes, how, present)
     assert tuple(maps.labels) == tuple(KINDS) and maps.affinity.shape == (25, 8, 11)
     assert not pairs.found
+
+
+class Kept(TorchDispatchMode):
+    """Notes the bytes that the fused loss gives, what it keeps for its backward among them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.name() == "afa::attention_affinity_loss":
+            self.bytes = sum(leaf.nbytes for leaf in tree_leaves(result))
+        return result
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_the_loss_keeps_grows_as_the_pixels(recompute):
+    """And not as their pairs: four times as many of them have four times the memory, and a little for the edges."""
+    sizes = []
+    for side in (24, 48):
+        query = torch.rand(1, 1, side * side, 4, requires_grad=True)
+        labels = torch.zeros(1, side, side, dtype=torch.int64)
+        with use_backend("native"), Kept() as kept:
+            attention_affinity_loss(query, query, torch.ones(1), torch.ones(1), labels, 2, recompute=recompute)
+        sizes.append(kept.bytes)
+    if recompute:
+        assert sizes == [4 + 8 + 8] * 2  # the loss and its counts
+    else:
+        assert 24 * 24 < sizes[0] < sizes[1] < 6 * sizes[0]
 
 
 def test_pairs_would_be_found(monkeypatch):

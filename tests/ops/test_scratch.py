@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.common import DEVICE
 
-from afa_kernels import par, random_walk
+from afa_kernels import attention_affinity_loss, par, random_walk
 from afa_kernels.core import native_module
 
 pytestmark = [
@@ -38,6 +38,24 @@ def test_what_an_earlier_call_left_plays_no_part(rng):
     images, masks = torch.rand(1, 3, 9, 11, generator=rng), torch.rand(1, 2, 9, 11, generator=rng)
     torch.testing.assert_close(par(images, masks, backend="native"), par(images, masks, backend="reference"))
     assert native_module._scratch.kept is kept
+
+
+def test_what_a_loss_keeps_for_its_backward_is_no_scratch(rng):
+    """Another call comes between the two, and takes the same scratch memory."""
+
+    def loss():
+        query, key = (torch.rand(1, 2, 63, 5, generator=rng).requires_grad_() for _ in range(2))
+        labels = torch.randint(3, (1, 7, 9), generator=rng)
+        inputs = query, key, torch.rand(2, generator=rng), torch.rand(1, generator=rng), labels, 3
+        return inputs, attention_affinity_loss(*inputs, backend="native")[0]
+
+    inputs, first = loss()
+    loss()
+    native_module._scratch.kept.fill_(255)
+    got = torch.autograd.grad(first, inputs[:2])
+    wanted = torch.autograd.grad(attention_affinity_loss(*inputs, backend="reference")[0], inputs[:2])
+    for mine, theirs in zip(got, wanted):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_large_scratch_is_not_kept():
