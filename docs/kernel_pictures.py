@@ -163,7 +163,7 @@ def affinity() -> str:
             (
                 "memory",
                 "out: the window's taps and their mirror images, or",
-                "the pair's share of the loss, or the scores' gradients",
+                "the pair's share of the loss and its derivatives, or G",
             ),
         ]
     )

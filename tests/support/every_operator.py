@@ -32,6 +32,7 @@ def everything(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
         afa_kernels.window_affinity(query, key, *head, *grid),
         afa_kernels.affinity_from_maps(maps, *head, *grid),
         afa_kernels.attention_affinity_loss(query, key, *head, labels, radius)[0],
+        afa_kernels.attention_affinity_loss(query, key, *head, labels, radius, recompute=True)[0],
         afa_kernels.affinity_loss(window, labels, radius)[0],
         afa_kernels.random_walk(window, masks, radius, num_steps=2),
         afa_kernels.path_affinity(masks[:, :1], 3),
