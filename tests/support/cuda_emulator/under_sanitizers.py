@@ -82,9 +82,9 @@ def run_affinity(native, grid: tuple, kind: str, depth: int) -> None:
     common = view(query), view(key)
     native.window_affinity_cuda(*common, *head, grid, view(window), 0, 0)
     scratch = scratch_of(native.attention_cuda_workspace(*common, grid))
-    tiles, reach = -(-height // 8) * -(-width // 8), -(-min(radius, max(height, width)) // 8)
-    places = tiles * (((2 * reach + 1) ** 2 + 1) // 2)
-    derivatives = np.empty((2, places, 64, 64), "float32" if kind == "float32" else "float16")
+    tiles, reach = list(np.ndindex(-(-height // 8), -(-width // 8))), -(-min(radius, max(height, width)) // 8)
+    met = sum(one <= other and max(abs(np.subtract(one, other))) <= reach for one in tiles for other in tiles)
+    derivatives = np.empty((2, met, 64, 64), "float32" if kind == "float32" else "float16")
     kept, nothing = view(derivatives), (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))
     for place in (nothing, kept):
         options = *labels, addresses, place, scratch.ctypes.data, 0, 0
