@@ -79,28 +79,30 @@ def window_affinity(
     return out
 
 
+def _neighbours(count: int, reach: int) -> int:
+    """Pairs of two of so many tiles side by side, at most ``reach`` apart."""
+    rising = min(count, reach + 1)
+    return rising * (rising - 1) // 2 + (count - rising) * reach
+
+
 def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
     """Where a loss writes what its backward needs: [B, N, r + 1, 2r + 1] with r cut to the grid, on a GPU [B, pairs of
     tiles, 64, 64]. See csrc/affinity/affinity.h.
     """
     if not keep:
-        return query.new_empty(0)
+        return torch.empty_strided((0,), (1,), dtype=torch.float32, device=query.device)
     batch, height, width = labels.shape
-    if not native_module.on_cuda(query):
-        radius = min(radius, max(height, width))
-        return query.new_empty(batch, height * width, radius + 1, 2 * radius + 1, dtype=torch.float32)
-    rows, columns = -(-height // TILE), -(-width // TILE)  # of tiles
-    reach = -(-min(radius, max(height, width)) // TILE)
-
-    def neighbours(count: int) -> int:  # pairs of two of so many tiles side by side
-        rising = min(count, reach + 1)
-        return rising * (rising - 1) // 2 + (count - rising) * reach
-
-    # A tile meets itself, those to its right, and below those on both sides.
-    right, below = neighbours(columns), neighbours(rows)
-    pairs = rows * (columns + right) + below * (columns + 2 * right)
-    dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
-    return query.new_empty(batch, pairs, TILE**2, TILE**2, dtype=dtype)
+    radius, dtype = min(radius, max(height, width)), torch.float32
+    if native_module.on_cuda(query):
+        rows, columns, reach = -(-height // TILE), -(-width // TILE), -(-radius // TILE)  # of tiles
+        # A tile meets itself, those to its right, and below those on both sides.
+        right, below = _neighbours(columns, reach), _neighbours(rows, reach)
+        pairs, tall, wide = rows * (columns + right) + below * (columns + 2 * right), TILE**2, TILE**2
+        dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
+    else:
+        pairs, tall, wide = height * width, radius + 1, 2 * radius + 1
+    strides = pairs * tall * wide, tall * wide, wide, 1
+    return torch.empty_strided((batch, pairs, tall, wide), strides, dtype=dtype, device=query.device)
 
 
 def _kept_view(kept: Tensor) -> tuple:

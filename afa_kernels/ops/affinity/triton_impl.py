@@ -109,7 +109,7 @@ def _loss(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
     """Nothing is kept: the backward computes the scores again."""
-    return query.new_empty(0)
+    return torch.empty(0, dtype=torch.float32, device=query.device)
 
 
 @on_device
