@@ -101,6 +101,7 @@ __device__ inline void keep_derivatives(const PairArgs& args, int64_t met_pair, 
   else
     store_results<float, kTensor>(static_cast<float*>(args.kept) + first, values, 1, thread);
 }
+
 // The type of G, which tensor cores multiply next. A window's gradient may be of any size, so that path keeps it in float.
 template <class Scores, Goal kGoal>
 struct GradientType {
@@ -171,8 +172,9 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
     if constexpr (kGoal == Goal::loss) {
       if (args.kept) keep_derivatives<kTensor>(args, args.grid.met_pair(b, tile, computed_here(int(blockIdx.y))), values, thread);
       keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch);
-    } else
+    } else {
       keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, thread, scratch);
+    }
   }
 }
 
@@ -231,7 +233,7 @@ static Status launch_products(const PairArgs& args, void* stream) {
   return launch_pairs<TensorScores<__nv_bfloat16>, kGoal>(args, stream);
 }
 
-static Status fits(const AttentionArgs& args) {
+Status fits(const AttentionArgs& args) {
   if (!same_size(args.query, args.key) || is_empty(args.query)) return Status::bad_argument;
   const bool agree = args.query.size[2] == args.height * args.width && args.radius >= 0 && args.query.dtype == args.key.dtype;
   if (!agree) return Status::bad_argument;

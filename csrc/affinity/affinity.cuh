@@ -210,6 +210,8 @@ struct PairBuffers {
   unsigned* counter = nullptr;  // set to 0, for the kernel that comes next
 };
 
+// Whether queries, keys and grid agree, and are of sizes that the kernels count with.
+Status fits(const AttentionArgs& args);
 // From the loss, in the operands' type if buffers.tensor; or from a window's gradient, always in float. By way of the scores.
 Status pair_gradients(const AttentionArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);
 Status pair_gradients(const MapsArgs& args, const DeviceHead& head, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream);

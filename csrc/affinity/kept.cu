@@ -93,6 +93,7 @@ static Status launch_kept(const KeptArgs& args, void* stream) {
 }
 
 Status kept_gradients(const AttentionArgs& args, const DeviceSlopes& slopes, const PairBuffers& buffers, void* stream) {
+  AFA_TRY(fits(args));
   if (!can_keep(args, slopes.kept)) return Status::bad_argument;
   const KeptArgs kept = {PairGrid(args.query.size[0], args.height, args.width, args.radius), slopes.kept.data, slopes, buffers};
   if (slopes.kept.dtype == DType::f32) return launch_kept<float, float>(kept, stream);
