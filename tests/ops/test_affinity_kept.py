@@ -317,6 +317,22 @@ def test_compiled_in_one_graph(rng, keeping, dtype):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted))
 
 
+def test_one_graph_for_grids_of_any_shape(rng, keeping):
+    """The memory's size follows from the grid's: what is compiled must not ask more about it than it has to."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda *x: attention_affinity_loss(*x, 3)[0], fullgraph=True, dynamic=True, backend=counting)
+    for height, width in ((17, 20), (20, 17), (30, 18)):
+        leaves, labels = random_case(rng, batch=1, heads=1, height=height, width=width, depth=2)
+        got = torch.autograd.grad(step(*leaves, labels), leaves)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, gradients(leaves, labels, 3)))
+    assert len(graphs) == 1
+
+
 def test_derivatives_of_another_call_are_refused(rng, keeping):
     leaves, labels = random_case(rng, height=9, width=10)
     still = [leaf.detach() for leaf in leaves]

@@ -92,7 +92,9 @@ def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) ->
     if not keep:
         return torch.empty_strided((0,), (1,), dtype=torch.float32, device=query.device)
     batch, height, width = labels.shape
-    radius, dtype = min(radius, max(height, width)), torch.float32
+    dtype = torch.float32
+    if radius > height and radius > width:  # not by max(): a graph for any grid must not ask which side is longer
+        radius = max(height, width)
     if native_module.on_cuda(query):
         rows, columns, reach = -(-height // TILE), -(-width // TILE), -(-radius // TILE)  # of tiles
         # A tile meets itself, those to its right, and below those on both sides.
