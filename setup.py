@@ -139,4 +139,4 @@ class CMakeBuild(build_ext):
 
 # Optional: without a C++ compiler there is no file to install. A compiler that fails still stops the installation.
 native = Extension("afa_kernels._native", sources=[], optional=True)
-setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild}, license="MIT")

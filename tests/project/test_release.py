@@ -22,6 +22,7 @@ from support.source_tree import SOURCES, TOP, package_files, sdist
 
 import afa_kernels
 
+LICENSE = (ROOT / "LICENSE").read_text().split()[0]  # MIT License ...
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 PYTHONS = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]
 
@@ -36,7 +37,7 @@ def source_distribution(tmp_path_factory) -> Path:
 
 def test_the_version_stands_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+([ab]|rc)?\d*", afa_kernels.__version__)
-    assert project["dynamic"] == ["version"] and "version" not in project
+    assert "version" in project["dynamic"] and "version" not in project
     assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text(), re.M)
     heading = re.search(r"^## ([\d.]+)(?:, | \()", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert heading[1] == afa_kernels.__version__, "of the newest entry"
@@ -45,7 +46,7 @@ def test_the_version_stands_in_one_place():
 def test_the_citation_is_of_the_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
-    assert cited["license"] == project["license"]["text"]
+    assert cited["license"] == LICENSE
     paper = cited["preferred-citation"]
     assert paper["year"] == 2022 and [each["family-names"] for each in paper["authors"]] == ["Ru", "Zhan", "Yu", "Du"]
     assert "Learning Affinity from Attention" in paper["title"]
@@ -106,7 +107,8 @@ def test_a_source_distribution_says_what_it_needs(source_distribution):
         told = email.message_from_binary_file(files.extractfile(name))
     assert source_distribution.name == f"afa-{afa_kernels.__version__}.tar.gz"
     assert told["Version"] == afa_kernels.__version__ and told["Requires-Python"] == project["requires-python"]
-    assert told["License-File"] == "LICENSE" and told["Description-Content-Type"] == "text/markdown"
+    assert told["License"] == LICENSE and told["License-File"] == "LICENSE"
+    assert told["Description-Content-Type"] == "text/markdown"
     needed = told.get_all("Requires-Dist")
     assert [each for each in needed if "extra ==" not in each] == project["dependencies"]
     assert {"train", "coco", "export", "real", "serve", "all"} <= set(told.get_all("Provides-Extra"))
