@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from afa_model.web.settings import ServeSettings
 
-gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'afa[serve]'")
+if TYPE_CHECKING:
+    import gradio as gr
+
+# Looked for, and imported by a test that runs: it takes as long as to collect all else, in each of pytest's processes.
+missing = importlib.util.find_spec("gradio") is None
+pytestmark = pytest.mark.skipif(missing, reason="gradio is not installed: pip install 'afa[serve]'")
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def empty_page() -> gr.Blocks:
+    from afa_model.web.quiet_gradio import gr
+
     with gr.Blocks() as page:
         gr.HTML("nothing")
     return page
