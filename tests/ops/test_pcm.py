@@ -237,14 +237,15 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
 
 
 @pytest.mark.skipif(not EMULATED_CHIPS, reason="no emulator here")
-def test_any_order_of_cuda_threads_gives_the_same_bits(rng):
+@pytest.mark.parametrize("kind", build.kinds())
+def test_any_order_of_cuda_threads_gives_the_same_bits(rng, kind):
     """On chips that have several blocks share a tile's sums, and channels."""
     case = random_case(rng, classes=40, depth=70, height=9, width=15)
     grad = torch.randn(case[0].shape, generator=rng)
     for chip in CHIPS.values():
         found = []
         for order in range(3):
-            with emulated(build.load("plain"), order) as emulator:
+            with emulated(build.load(kind), order) as emulator:
                 emulator.set_device(*chip)
                 found.append((afa_kernels.pcm(*case), *gradients(afa_kernels.pcm, case, grad)))
         for others in found[1:]:

@@ -35,22 +35,28 @@ ADDRESS = ["-g1", "-fsanitize=address,undefined", f"-fno-sanitize={COVERED}", "-
 ADDRESS += ["-fno-sanitize-recover=undefined", "--param", "asan-instrumentation-with-call-threshold=0"]
 THREAD = ["-g1", "-fsanitize=thread"]
 BINDINGS = "bindings.cpp"  # all of them in one, for pybind11's headers take longer than what is bound
+# Parsed once for each set of flags: that takes longer than most files' own code.
+COMMON = {
+    ".cu": ["common/cuda_common.cuh", "common/arena.h", "algorithm"],
+    ".cpp": ["common/simd.h", "common/threads.h", "common/rows.h", "algorithm", "cmath", "vector"],
+}
 # A call less at every use of a thread's own variables, in processes that load little else.
 FAST_LOCALS = "-ftls-model=initial-exec"
 
 
 def _flags_of(file: Path, kind: str) -> list[str]:
     """Optimised and sanitized is only what a test is about: the emulated sources, or for "thread" the CPU's kernels."""
-    if kind == "host":  # the kernels do not run, so what is between Python and them is made fast
-        if file.name == BINDINGS:
-            return ["-O2"]
-        kind = kinds()[-1]
+    if kind == "host" and file.name == BINDINGS:  # the kernels do not run, so what is between Python and them is fast
+        return ["-O2"]
+    if kind == "host" or (kind == "thread" and (file.suffix == ".cu" or file.parent == HERE)):
+        kind = kinds()[-1]  # does not run: as it is there already
     if kind == "contracted" and file.suffix == ".cu":
         return CONTRACTED
     if kind == "races" and (file.suffix == ".cu" or file.parent == HERE):
         return ["-O1", "-DAFA_EMULATOR_RACES", FAST_LOCALS, *(THREAD if file.suffix == ".cu" else [])]
     if file.suffix == ".cu" or file.parent == HERE:
-        return ["-O1", *([*ADDRESS, FAST_LOCALS] if kind == "address" else [])]
+        level = "-O0" if kind == "address" and file.suffix == ".cu" else "-O1"
+        return [level, *([*ADDRESS, FAST_LOCALS] if kind == "address" else [])]
     if kind == "thread" and file.name != BINDINGS:
         return ["-O1", "-fopenmp", *THREAD]
     return ["-O0"]
@@ -116,21 +122,43 @@ def _bindings(folder: Path) -> Path:
     return folder / BINDINGS
 
 
+def _compiled(cxx: str, file: Path, flags: list[str], target: Path, language: str = "c++") -> Path:
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([cxx, *flags, "-x", language, "-c", str(file), "-o", str(unfinished)], check=True)
+        unfinished.rename(target)
+    return target
+
+
+def _key(cxx: str, flags: list[str], content: bytes) -> str:
+    return hashlib.sha256(_headers_digest() + content + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
+
+
+def _precompiled(cxx: str, folder: Path, suffix: str, flags: list[str]) -> Path:
+    """A header that includes what most sources of this suffix do, with its compiled form beside it."""
+    text = "".join(f"#include <{name}>\n" for name in COMMON[suffix])
+    header = folder / f"{_key(cxx, flags, text.encode())}{suffix}.h"
+    if not header.exists():
+        header.write_text(text)
+    _compiled(cxx, header, flags, Path(f"{header}.gch"), "c++-header")
+    return header
+
+
 def _build(cxx: str, folder: Path, files: list[Path], kind: str) -> Path:
-    common = _flags()
+    common, kernels = _flags(), sources("AFA_CUDA_SOURCES", "AFA_CPU_KERNELS")
+    flags_of = {file: [*common, *_flags_of(file, kind)] for file in files}
+    sets = {(file.suffix, *flags_of[file]): file for file in kernels}
 
     def compile_one(file: Path) -> Path:
-        flags = [*common, *_flags_of(file, kind)]
-        key = hashlib.sha256(_headers_digest() + file.read_bytes() + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
+        flags = flags_of[file]
         # Operators' files share names: csrc/affinity/backward.cpp, csrc/random_walk/backward.cpp.
-        target = folder / f"{'.'.join(file.relative_to(ROOT).parts)}.{key}.o"
-        if not target.exists():
-            unfinished = target.with_suffix(f".{os.getpid()}")
-            subprocess.run([cxx, *flags, "-x", "c++", "-c", str(file), "-o", str(unfinished)], check=True)
-            unfinished.rename(target)
-        return target
+        target = folder / f"{'.'.join(file.relative_to(ROOT).parts)}.{_key(cxx, flags, file.read_bytes())}.o"
+        parsed = headers.get((file.suffix, *flags)) if file in kernels else None
+        return _compiled(cxx, file, [*flags, *(["-include", str(parsed)] if parsed else [])], target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda key: _precompiled(cxx, folder, key[0], flags_of[sets[key]]), sets)
+        headers = dict(zip(sets, made))
         objects = list(pool.map(compile_one, files))
     link = {"address": ADDRESS, "thread": THREAD, "races": THREAD}.get(kind, [])
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
