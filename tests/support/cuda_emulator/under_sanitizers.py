@@ -162,8 +162,8 @@ def run_sinkhorn(native, grid: tuple, kind: str, symmetric: bool) -> None:
 CLOUDS = [(1, 1, 1, 1), (7, 3, 1, 5), (90, 2, 2, 21), (130, 5, 1, 5), (6, 5, 2, 130)]  # points, dims, images, channels
 
 
-def run_lattice(native, cloud: tuple, transpose: bool) -> None:
-    """Build, weigh, and a step of each kind, with a matrix and without."""
+def run_lattice(native, cloud: tuple, transpose: bool, turn: int | None) -> None:
+    """Build, weigh, and a step of each kind, with a matrix and without: each of them so, or by turns, 0 and then 1."""
     points, dims, images, channels = cloud
     points -= points % images
     features, factor, row = 4 * floats(points, dims), floats(points), (channels + 3) // 4 * 4
@@ -180,8 +180,11 @@ def run_lattice(native, cloud: tuple, transpose: bool) -> None:
     rows = [floats(points, row) for _ in range(7)]
     source, near, base, q, out, logits, total = (array.ctypes.data for array in rows)
     matrix = floats(row, row)
-    for finish, mixing in itertools.product(range(3), (0, matrix.ctypes.data)):
-        given = source, near, base, mixing, q, out, logits, total
+    mixings = 0, matrix.ctypes.data
+    for finish, at in itertools.product(range(3), range(2)):
+        if turn not in (None, (finish + at) % 2):
+            continue
+        given = source, near, base, mixings[at], q, out, logits, total
         native.dense_crf_cuda(kernels, points, channels, given, transpose, finish, scratch.ctypes.data, 0, 0)
 
 
@@ -260,7 +263,7 @@ def main(sanitizer: str, fault: str | None = None) -> None:
         for grid, kind in zip([(5, 33, 3)] if races else [*GRIDS[1:], (18, 33, 4)], kinds[::-1] + kinds):
             run_path(emulator.native, grid, kind)
         for turn, cloud in enumerate(CLOUDS[3:] if races else CLOUDS):
-            run_lattice(emulator.native, cloud, transpose=bool(order + turn & 1))
+            run_lattice(emulator.native, cloud, transpose=bool(order + turn & 1), turn=order if races else None)
         for count, bits in ((9001, 9),) if races else ((1, 1), (4097, 32), (9001, 9)):
             run_sort(emulator.native, count, bits)
         for shape, kind in itertools.product(shapes, kinds):
