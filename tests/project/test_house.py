@@ -7,6 +7,7 @@ their room into the list.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +66,7 @@ class Import(NamedTuple):
     name: str | None
 
 
+@functools.cache
 def modules_of(folder: Path) -> dict[str, ast.Module]:
     """The modules of a package by their paths."""
     files = sorted(folder.rglob("*.py"))
