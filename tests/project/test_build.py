@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.common import ROOT
+from support.cuda_emulator.build import precompiled, sources
 from support.cuda_tools import build_backend, disassembler
 from support.source_tree import SOURCES, copy, package_files
 
@@ -36,21 +37,12 @@ def test_per_instruction_set_copies_share_no_function(tmp_path):
     nm, cxx = shutil.which("nm"), shutil.which("g++")
     if not nm or not cxx:
         pytest.skip("needs g++ and nm")
-    kernels = re.search(r"set\(AFA_CPU_KERNELS([^)]*)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
-    for source in kernels:
+    flags = ["-std=c++17", "-O2", "-fPIC", "-mavx2", "-mfma", "-DAFA_ISA=avx2", "-DAFA_WITH_X86_ISAS=1", "-Wno-psabi"]
+    flags.append(f"-I{ROOT / 'csrc'}")
+    flags += ["-include", str(precompiled(cxx, tmp_path, ".cpp", flags))]
+    for source in sources("AFA_CPU_KERNELS"):
         out = tmp_path / "kernel.o"
-        flags = [
-            "-std=c++17",
-            "-O2",
-            "-fPIC",
-            "-mavx2",
-            "-mfma",
-            "-DAFA_ISA=avx2",
-            "-DAFA_WITH_X86_ISAS=1",
-            "-Wno-psabi",
-            f"-I{ROOT / 'csrc'}",
-        ]
-        subprocess.run([cxx, *flags, "-c", str(ROOT / source), "-o", str(out)], check=True)
+        subprocess.run([cxx, *flags, "-c", str(source), "-o", str(out)], check=True)
         symbols = subprocess.run([nm, "-C", str(out)], capture_output=True, text=True, check=True).stdout
         shared = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line) and "afa::avx2::" not in line]
         assert not shared, f"{source}: {shared}"

@@ -134,7 +134,7 @@ def _key(cxx: str, flags: list[str], content: bytes) -> str:
     return hashlib.sha256(_headers_digest() + content + " ".join([cxx, *flags]).encode()).hexdigest()[:16]
 
 
-def _precompiled(cxx: str, folder: Path, suffix: str, flags: list[str]) -> Path:
+def precompiled(cxx: str, folder: Path, suffix: str, flags: list[str]) -> Path:
     """A header that includes what most sources of this suffix do, with its compiled form beside it."""
     text = "".join(f"#include <{name}>\n" for name in COMMON[suffix])
     header = folder / f"{_key(cxx, flags, text.encode())}{suffix}.h"
@@ -157,7 +157,7 @@ def _build(cxx: str, folder: Path, files: list[Path], kind: str) -> Path:
         return _compiled(cxx, file, [*flags, *(["-include", str(parsed)] if parsed else [])], target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda key: _precompiled(cxx, folder, key[0], flags_of[sets[key]]), sets)
+        made = pool.map(lambda key: precompiled(cxx, folder, key[0], flags_of[sets[key]]), sets)
         headers = dict(zip(sets, made))
         objects = list(pool.map(compile_one, files))
     link = {"address": ADDRESS, "thread": THREAD, "races": THREAD}.get(kind, [])
