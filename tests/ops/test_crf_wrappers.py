@@ -210,6 +210,24 @@ def test_floats_of_another_range_draw_a_warning(rng, name):
             _of_images(name, right)
 
 
+@pytest.mark.parametrize("name", ["filter", "crf", "energy"])
+def test_grey_levels_slightly_below_0_draw_none(rng, name):
+    """As denormalising leaves black, and a bicubic resize what is beside white."""
+    photo = (256 * torch.rand(1, 3, H, W, generator=rng)).floor()
+    photo[..., : W // 2] = 0
+    mean = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
+    deviation = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for levels in (photo, torch.zeros_like(photo)):
+            denormalised = (levels - mean) / deviation * deviation + mean
+            assert denormalised.min() < 0
+            _of_images(name, denormalised)
+        _of_images(name, photo - 12)
+    with pytest.warns(UserWarning, match=r"must be in 0\.\.255"):
+        _of_images(name, (photo * 0.1 - mean) / deviation)  # dark: below 0 throughout
+
+
 def test_a_deviation_below_one_is_of_images_in_0_to_1(rng):
     images, values = torch.rand(1, 3, H, W, generator=rng), torch.ones(1, 1, H, W)
     with warnings.catch_warnings():

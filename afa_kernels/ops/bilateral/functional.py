@@ -25,6 +25,7 @@ from . import reference
 METHODS = ("exact", "lattice")
 # Further from one pixel, in sigmas, than the lattice has coordinates in float32: what is farther apart does not meet.
 MOST_SIGMAS = 1 << 16
+MOST_NORMALISED = 10.0  # above what photographs reach whose mean and deviation were taken off, 2.7
 APART = 0.2  # of a pixel's side or a grey level: as a standard deviation it lets no neighbour in, 4e-6
 
 # --- checks ---
@@ -44,8 +45,10 @@ def check_images(images: Tensor, name: str = "images") -> None:
 
 
 def warn_unless_grey_levels(images: Tensor, sigma_rgb: float | None, name: str = "images") -> None:
-    """Where the images are floats of another range than 0..255 and sigma_rgb is one of grey levels: no colour is then
-    told from another, and the result looks plausible. Looked at on a CPU only, for a GPU would have to be waited for.
+    """Where the images are floats in 0..1, or normalised, and sigma_rgb is one of grey levels: no colour is then told
+    from another, and the result looks plausible. Looked at on a CPU only, for a GPU would have to be waited for.
+
+    Nothing is said of what a denormalisation's roundings or a bicubic resize leave below 0: those are grey levels.
     """
     if sigma_rgb is None or sigma_rgb < 1 or images.device.type != "cpu" or not images.is_floating_point():
         return
@@ -53,7 +56,8 @@ def warn_unless_grey_levels(images: Tensor, sigma_rgb: float | None, name: str =
     if traced or torch._C._are_functorch_transforms_active():
         return
     lowest, highest = (bound.item() for bound in torch.aminmax(images.detach()))
-    if lowest < 0 or 0 < highest <= 1:
+    normalised = lowest < -0.1 and highest < MOST_NORMALISED
+    if normalised or 0 < highest <= 1:
         expected = f"{name} must be in 0..255, as sigma_rgb = {sigma_rgb:g} grey levels is"
         warnings.warn(f"{expected}; these are in {lowest:.3g}..{highest:.3g}", UserWarning, stacklevel=3)
 
@@ -86,7 +90,8 @@ def bilateral_filter(
 
     Args:
         images: [B, 3, H, W] in 0..255; uint8, or float32, float16 or bfloat16 (float64 in the reference path). No
-            gradient reaches them. On a CPU floats of another range draw a warning, unless sigma_rgb is below 1.
+            gradient reaches them. On a CPU floats in 0..1, and normalised ones, draw a warning, unless sigma_rgb is
+            below 1.
         values: [B, K, H, W], any range; floats likewise.
         sigma_rgb: standard deviation in grey levels, positive; None for a Gaussian of place alone.
         sigma_xy: standard deviation in pixels, positive.

@@ -103,7 +103,7 @@ def dense_crf(
 
     Args:
         images: [B, 3, H, W] in 0..255; uint8, or float32, float16 or bfloat16 (float64 in the reference path). On a CPU
-            floats of another range draw a warning, unless bi_rgb_std is below 1.
+            floats in 0..1 and normalised ones draw a warning, unless bi_rgb_std is below 1.
         probs: [B, C, H, W] in 0..1; floats likewise. Those below 1e-5 count as 1e-5. Gradients reach them.
         num_iter: iterations of mean field, at least 0.
         pos_w, pos_xy_std: weight of the Gaussian of place, and its standard deviation in pixels.
