@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.common import DEVICE, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import afa_kernels
 import afa_kernels.compat.crf as copies
@@ -226,6 +228,16 @@ def test_grey_levels_slightly_below_0_draw_none(rng, name):
         _of_images(name, photo - 12)
     with pytest.warns(UserWarning, match=r"must be in 0\.\.255"):
         _of_images(name, (photo * 0.1 - mean) / deviation)  # dark: below 0 throughout
+
+
+def test_images_are_not_looked_at_where_numbers_may_not_be_asked_for(rng):
+    images, values = torch.rand(1, 3, H, W, generator=rng), torch.ones(1, 1, H, W)
+    graph = make_fx(lambda *tensors: bilateral_filter(*tensors, 15, 5))(images, values)
+    with pytest.warns(UserWarning, match=r"must be in 0\.\.255"):
+        wanted = bilateral_filter(images, values, 15, 5)
+    assert torch.equal(graph(images, values), wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert bilateral_filter(images, values, 15, 5).shape == values.shape
 
 
 def test_a_deviation_below_one_is_of_images_in_0_to_1(rng):

@@ -53,8 +53,8 @@ def warn_unless_grey_levels(images: Tensor, sigma_rgb: float | None, name: str =
     if sigma_rgb is None or sigma_rgb < 1 or images.device.type != "cpu" or not images.is_floating_point():
         return
     traced = torch.compiler.is_compiling() or type(images) not in (Tensor, torch.nn.Parameter)
-    if traced or torch._C._are_functorch_transforms_active():
-        return
+    if traced or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+        return  # the last: fake tensors and make_fx, whose tensors may be plain ones, let no number out
     lowest, highest = (bound.item() for bound in torch.aminmax(images.detach()))
     normalised = lowest < -0.1 and highest < MOST_NORMALISED
     if normalised or 0 < highest <= 1:
