@@ -240,6 +240,13 @@ def test_images_are_not_looked_at_where_numbers_may_not_be_asked_for(rng):
         assert bilateral_filter(images, values, 15, 5).shape == values.shape
 
 
+def test_colours_that_do_not_count_draw_none(rng):
+    images, probs = torch.rand(1, 3, H, W, generator=rng), torch.full((1, C, H, W), 1 / C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dense_crf(images, probs, 1, bi_w=0)
+
+
 def test_a_deviation_below_one_is_of_images_in_0_to_1(rng):
     images, values = torch.rand(1, 3, H, W, generator=rng), torch.ones(1, 1, H, W)
     with warnings.catch_warnings():

@@ -103,7 +103,7 @@ def dense_crf(
 
     Args:
         images: [B, 3, H, W] in 0..255; uint8, or float32, float16 or bfloat16 (float64 in the reference path). On a CPU
-            floats in 0..1 and normalised ones draw a warning, unless bi_rgb_std is below 1.
+            floats in 0..1 and normalised ones draw a warning, unless bi_rgb_std is below 1 or bi_w 0.
         probs: [B, C, H, W] in 0..1; floats likewise. Those below 1e-5 count as 1e-5. Gradients reach them.
         num_iter: iterations of mean field, at least 0.
         pos_w, pos_xy_std: weight of the Gaussian of place, and its standard deviation in pixels.
@@ -138,7 +138,7 @@ def dense_crf(
     check_same_device(images, "images", probs=probs)
     num_iter = check_int(num_iter, "num_iter", 0)
     kernels = check_kernels(pos_w, pos_xy_std, bi_w, bi_xy_std, bi_rgb_std)
-    warn_unless_grey_levels(images, bi_rgb_std)
+    warn_unless_grey_levels(images, bi_rgb_std if bi_w else None)
     if compat is not None:
         check_tensor(compat, "compat", ("C", "C"), FLOATS, C=probs.shape[1])
         check_same_device(images, "images", compat=compat)
