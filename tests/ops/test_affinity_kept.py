@@ -317,19 +317,22 @@ def test_compiled_in_one_graph(rng, keeping, dtype):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted))
 
 
-def test_one_graph_for_grids_of_any_shape(rng, keeping):
-    """The memory's size follows from the grid's: what is compiled must not ask more about it than it has to."""
+@pytest.mark.parametrize("radius", [3, 19, 40])
+def test_one_graph_for_grids_of_any_shape(rng, keeping, radius):
+    """The memory's size follows from the grid's, or the radius: what is compiled must not ask which is larger."""
     graphs = []
 
     def counting(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(lambda *x: attention_affinity_loss(*x, 3)[0], fullgraph=True, dynamic=True, backend=counting)
-    for height, width in ((17, 20), (20, 17), (30, 18)):
+    step = torch.compile(
+        lambda *x: attention_affinity_loss(*x, radius)[0], fullgraph=True, dynamic=True, backend=counting
+    )
+    for height, width in ((17, 20), (20, 17), (30, 18), (16, 15)):
         leaves, labels = random_case(rng, batch=1, heads=1, height=height, width=width, depth=2)
         got = torch.autograd.grad(step(*leaves, labels), leaves)
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, gradients(leaves, labels, 3)))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, gradients(leaves, labels, radius)))
     assert len(graphs) == 1
 
 

@@ -79,9 +79,14 @@ def window_affinity(
     return out
 
 
+def _least(one: int, other: int) -> int:
+    """Their minimum. Of a graph for any grid they are symbols, which must not be asked which of them is smaller."""
+    return min(one, other) if type(one) is int and type(other) is int else torch.sym_min(one, other)
+
+
 def _neighbours(count: int, reach: int) -> int:
     """Pairs of two of so many tiles side by side, at most ``reach`` apart."""
-    rising = min(count, reach + 1)
+    rising = _least(count, reach + 1)
     return rising * (rising - 1) // 2 + (count - rising) * reach
 
 
@@ -93,8 +98,7 @@ def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) ->
         return torch.empty_strided((0,), (1,), dtype=torch.float32, device=query.device)
     batch, height, width = labels.shape
     dtype = torch.float32
-    if radius > height and radius > width:  # not by max(): a graph for any grid must not ask which side is longer
-        radius = max(height, width)
+    radius = _least(radius, -_least(-height, -width))  # the longer side at most
     if native_module.on_cuda(query):
         rows, columns, reach = -(-height // TILE), -(-width // TILE), -(-radius // TILE)  # of tiles
         # A tile meets itself, those to its right, and below those on both sides.
