@@ -171,8 +171,9 @@ def pairs_of_tiles(rows: int, columns: int, reach: int):
         (7, 7, 30, torch.bfloat16),
     ],
 )
-def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, on_gpu, height, width, radius, dtype):
+def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, on_gpu, height, width, radius, dtype, monkeypatch):
     """Pixel by pixel of a tile and of its neighbour; 0 beyond the grid's edge, and nowhere what memory held before."""
+    monkeypatch.setattr(calls, "MOST_KEPT", math.inf)
     (query, key, weight, bias), labels = random_case(rng, heads=1, height=height, width=width, depth=3, dtype=dtype)
     rows, columns = -(-height // 8), -(-width // 8)
     classes = torch.full((2, 8 * rows, 8 * columns), 255, device=DEVICE)
@@ -201,7 +202,8 @@ def test_kept_are_the_derivatives_with_the_class_in_the_sign(rng, on_gpu, height
 @pytest.mark.skipif(DEVICE != "cpu" or not NATIVE, reason="of the CPU's kernels")
 @pytest.mark.parametrize("height, width, radius", [(9, 10, 4), (2, 13, 5), (1, 6, 1), (5, 3, 30), (6, 6, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kept_of_the_cpu_are_those_of_each_pair_once(rng, height, width, radius, dtype):
+def test_kept_of_the_cpu_are_those_of_each_pair_once(rng, height, width, radius, dtype, monkeypatch):
+    monkeypatch.setattr(calls, "MOST_KEPT", math.inf)
     (query, key, weight, bias), labels = random_case(rng, heads=1, height=height, width=width, depth=3, dtype=dtype)
     kept = kept_of((query, key, weight, bias), labels, radius)
     reach = min(radius, max(height, width))
@@ -237,7 +239,8 @@ def test_the_memory_is_what_the_documents_say(on_gpu):
         kept = calls.empty_derivatives(query, labels, 8, True)
         assert kept.nbytes == 8 * 58 * size
         assert f"{kept.nbytes / 1e6:.1f} MB" in attention_affinity_loss.__doc__
-        assert calls.empty_derivatives(query, labels, 1000, True).nbytes == 8 * 136 * size  # all pairs of 16 tiles
+        wide = torch.empty(8, 16, 1024, 64, device=DEVICE, dtype=dtype)
+        assert calls.empty_derivatives(wide, labels, 32, True).nbytes == 8 * 136 * size  # all pairs of 16 tiles
         assert calls.empty_derivatives(query, labels, 8, False).nbytes == 0
 
 
@@ -246,6 +249,40 @@ def test_the_memory_on_the_cpu_is_what_the_documents_say():
     kept = calls.empty_derivatives(query, labels, 8, True)
     assert kept.nbytes == 8 * 1024 * 4 * 9 * 17 and "4 (r + 1) (2r + 1) bytes" in attention_affinity_loss.__doc__
     assert f"{kept.nbytes / 1e6:.1f} MB" in attention_affinity_loss.__doc__
+
+
+@pytest.mark.parametrize(("channels", "widest"), [((1, 8), (21, 16)), ((16, 16), (21, 16)), ((16, 32), (31, 24))])
+def test_nothing_is_kept_of_a_window_too_wide_for_its_channels(rng, keeping, channels, widest):
+    """Beyond 1024 numbers a pixel and beyond four times the channels; with a GPU's tiles that is another radius."""
+    heads, depth = channels
+    leaves, labels = random_case(rng, heads=heads, height=3, width=60, depth=depth)
+    radius = widest[0] if keeping == "float32" else widest[1]
+    assert kept_of(leaves, labels, radius).numel() > 0 and kept_of(leaves, labels, radius + 1).numel() == 0
+    again = gradients(leaves, labels, radius + 1, recompute=True)
+    assert all(torch.equal(mine, other) for mine, other in zip(gradients(leaves, labels, radius + 1), again))
+
+
+def test_what_is_kept_may_come_back_with_other_strides(rng, keeping):
+    """As hooks of saved tensors may lay it out."""
+    leaves, labels = random_case(rng, height=5, width=9)
+
+    def turned(tensor):
+        return tensor.movedim(-1, 0).contiguous().movedim(0, -1) if tensor.dim() == 4 else tensor
+
+    want = gradients(leaves, labels, 2)
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda tensor: tensor):
+        got = gradients(leaves, labels, 2)
+    assert all(torch.equal(mine, other) for mine, other in zip(got, want))
+
+
+def test_no_number_shows_also_where_every_score_is_sure(keeping):
+    """Where derivatives underflow, as float32 can tell: times no number they are none."""
+    if keeping != "float32":
+        pytest.skip("a GPU keeps 0 of a pair that counts for nothing, and of one whose derivative has underflown")
+    leaves = [torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), torch.ones(1), torch.full((1,), 120.0)]
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+    assert gradients(leaves, labels, 1, math.nan)[3].isnan().all()
+    assert (gradients(leaves, labels, 1)[3] == 0).all()
 
 
 def test_nothing_is_kept_that_no_backward_will_ask_for(rng, keeping, monkeypatch):

@@ -127,11 +127,13 @@ def attention_affinity_loss(
         query, key, head_weight, head_bias, radius: as in `window_affinity`; N = h * w.
         labels, ignore_index: as in `affinity_loss`.
         recompute: whether the backward computes the scores a second time. By default the native kernels keep from the
-            forward to the backward what it needs of them, the derivatives dA/dz, where a gradient may be asked for. On
-            a GPU that is 8 KB for each pair of tiles of 8 x 8 pixels in the band, 16 KB with float32 queries: at radius
-            8 a grid of 32 x 32 has 58 such pairs, and 8 of them keep 3.8 MB in half precision, 7.6 MB in float32. On
-            the CPU it is 4 (r + 1) (2r + 1) bytes for each pixel, 5.0 MB of the same. Those who want the memory pass
-            True, and wait for the scores again. Triton and the reference do as they do either way.
+            forward to the backward what it needs of them, the derivatives dA/dz, wherever gradients are enabled and one
+            of the inputs requires one. On a GPU that is 8 KB for each pair of tiles of 8 x 8 pixels in the band, 16 KB
+            with float32 queries: at radius 8 a grid of 32 x 32 has 58 such pairs, and 8 of them keep 3.8 MB in half
+            precision, 7.6 MB in float32. On the CPU it is 4 (r + 1) (2r + 1) bytes for each pixel, 5.0 MB of the same.
+            Where the window is so wide that it would be more than 1024 numbers a pixel and than twice those of its
+            queries and keys, nothing is kept either way. True is for those who want that memory rather than the time.
+            Triton and the reference do as they do either way.
         backend: as in `window_affinity`.
 
     Returns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ...core.native_module import integer_view, native, view, workspace
 
 UNWANTED = (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))  # the view of a tensor nobody asked for
 TILE = 8  # the side of the tiles of pixels that a GPU pairs
+MOST_KEPT = 1024  # numbers for each pixel that a loss keeps whatever its queries and keys have
 
 
 def _head(head_weight: Tensor, head_bias: Tensor) -> list[float]:
@@ -90,11 +93,20 @@ def _neighbours(count: int, reach: int) -> int:
     return rising * (rising - 1) // 2 + (count - rising) * reach
 
 
+def _pays(query: Tensor, radius: int) -> bool:
+    """Whether keeping does: of a wide window and few channels the scores are computed again in less time than they are
+    kept, and the memory grows with the square of the radius. Of a grid smaller than the window less would be kept than
+    is said here; but then a graph for any grid would have to ask which it is.
+    """
+    side, tile = (-(-radius // TILE), TILE**2) if native_module.on_cuda(query) else (radius, 1)
+    return tile * (side + 1) * (2 * side + 1) <= max(MOST_KEPT, 4 * query.shape[1] * query.shape[3])
+
+
 def empty_derivatives(query: Tensor, labels: Tensor, radius: int, keep: bool) -> Tensor:
     """Where a loss writes what its backward needs: [B, N, r + 1, 2r + 1] with r cut to the grid, on a GPU [B, pairs of
-    tiles, 64, 64]. See csrc/affinity/affinity.h.
+    tiles, 64, 64]. See csrc/affinity/affinity.h. Empty if it is not to, or if that does not pay.
     """
-    if not keep:
+    if not keep or not _pays(query, radius):
         return torch.empty_strided((0,), (1,), dtype=torch.float32, device=query.device)
     batch, height, width = labels.shape
     dtype = torch.float32
@@ -202,11 +214,15 @@ def attention_affinity_loss_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = grad.float()
+    kept = kept if kept.is_contiguous() else kept.contiguous()  # as hooks of saved tensors may give it back
     if native_module.on_cuda(query):
         addresses = grad.data_ptr(), pos_count.data_ptr(), neg_count.data_ptr()
         source = integer_view(labels), ignore_index, addresses, _kept_view(kept)
     else:
-        source = labels.data_ptr(), *_slopes(grad, pos_count, neg_count), _kept_view(kept)
+        slopes = _slopes(grad, pos_count, neg_count)
+        # A derivative that is 0 may be of a pair that counts, and then no number times it must be none.
+        places = _kept_view(kept) if all(map(math.isfinite, slopes)) else UNWANTED
+        source = labels.data_ptr(), *slopes, places
     inputs = query, key, head_weight, head_bias, (*labels.shape[1:], radius), source, wanted
     return _attention_backward("attention_affinity_loss", *inputs)
 
