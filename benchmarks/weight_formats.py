@@ -129,7 +129,8 @@ def main() -> None:
     found = measure(options.photos, options.size)
     show(found)
     if options.json:
-        Path(options.json).write_text(json.dumps({"commit": commit(), "deviation": found}, indent=1) + "\n")
+        told = {"commit": commit(), "size": options.size, "deviation": found}
+        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from support.common import DEVICE, available, cut_off, relative_error
 
 import afa_kernels
-from afa_kernels import bilateral_filter
+from afa_kernels import DenseEnergyLoss, bilateral_filter, dense_crf
 from afa_kernels.core import native_module
 
 BACKENDS = available("bilateral_filter")
@@ -301,3 +301,17 @@ def test_the_default_device_is_no_business_of_filter_and_crf(rng, method):
     with torch.device("meta"):
         got = both()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted))
+
+
+@pytest.mark.parametrize("method", ["exact", "lattice"])
+def test_tensors_without_memory_have_shapes(method):
+    images, values = torch.rand(2, 3, 8, 12, device="meta"), torch.rand(2, 4, 12, 8, device="meta").mT.requires_grad_()
+    found = [
+        bilateral_filter(images, values, 15, 5, method),
+        dense_crf(images, values, 3, method=method),
+        *dense_crf(images, values, 3, method=method, convergence=True),
+        DenseEnergyLoss(method=method)(images, values, images[:, 0], images[:, :1]),
+    ]
+    assert [tuple(each.shape) for each in found] == [(2, 4, 8, 12)] * 3 + [(2, 4), (1,)]
+    assert all(each.is_meta and each.is_contiguous() for each in found)
+    assert all(each.requires_grad == (at != 3) for at, each in enumerate(found))

@@ -125,6 +125,8 @@ def bilateral_filter(
     if check_method(method) == "lattice":
         sigma_rgb, sigma_xy = lattice_sigmas(images.shape, sigma_rgb, sigma_xy)
     chosen = backends.choose("bilateral_filter" if method == "exact" else "lattice_filter", backend, values)
+    if values.is_meta:  # no numbers: the lattice could not say which of its points are the same
+        return values.clone(memory_format=torch.contiguous_format)
     images = images.detach().to(torch.promote_types(values.dtype, torch.float32))
     if chosen == "reference":
         with torch.autocast(values.device.type, enabled=False):

@@ -147,6 +147,9 @@ def dense_crf(
     tolerance = check_float(tolerance, "tolerance")
     chosen = backends.choose("dense_crf", backend, probs)
     wide = torch.promote_types(probs.dtype, torch.float32)
+    if probs.is_meta:
+        refined = probs.clone(memory_format=torch.contiguous_format)
+        return (refined, probs.new_empty(len(probs), num_iter + 1, dtype=torch.float64)) if convergence else refined
     with torch.autocast(probs.device.type, enabled=False):
         unary = probs.to(wide).clamp(LEAST_PROBABILITY, 1)
         # In place where it can be: fresh memory costs page faults.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.checks import FLOATS, INTEGERS, check_float, check_same_device, check_tensor
+from ...core.transforms import no_autocast
 from .functional import bilateral_filter, check_method
 
 UNLABELLED = 255
@@ -73,7 +74,7 @@ class DenseEnergyLoss(nn.Module):
         check_tensor(ROIs, "ROIs", ("B", "H", "W"), kinds, **sizes)
         check_tensor(seg_label, "seg_label", ("B", 1, "H", "W"), kinds[1:], **sizes)
         check_same_device(images, "images", probs=probs, ROIs=ROIs, seg_label=seg_label)
-        with torch.autocast(probs.device.type, enabled=False):
+        with no_autocast(probs.device):
             return self.weight * self._energy(images.detach(), probs, ROIs.detach()[:, None], seg_label.detach())
 
     def _energy(self, images: Tensor, probs: Tensor, roi: Tensor, label: Tensor) -> Tensor:
