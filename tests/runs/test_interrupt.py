@@ -221,7 +221,15 @@ def send(number: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [])  # looks for signals
 
 
-def test_every_stopping_signal_is_noted_and_handlers_come_back():
+@pytest.fixture
+def hangs_up():
+    """SIGHUP does what it does without nohup, under which this may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_every_stopping_signal_is_noted_and_handlers_come_back(hangs_up):
     before = [signal.getsignal(number) for number in STOPPING]
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP} == set(STOPPING)
     for number in STOPPING:
