@@ -5,6 +5,7 @@ int64 label matrices, the window a mask made beforehand (`published`). "referenc
 maps, boolean labels; for the window it is the dense way, with one gather at the end.
 At N = 9216 the maps alone are 5.4 GB, and a backward pass holds several times that. There the first provider, "by
 rows", is dense arithmetic for eight lines of pixels at a time against the lines in their reach.
+"native, recomputed" keeps nothing of the scores for the backward: what keeping them is worth.
 
 Peaks are over the inputs (``harness.peak_memory``); the gradients of query and key, as large as these, are in them.
 """
@@ -120,6 +121,8 @@ def loss_case(
         if compiling:
             ways["torch.compile"] = compiled(ways["reference"])
     ways |= {name: partial(loss, backend=name) for name in kernels("attention_affinity_loss", device)}
+    if "native" in ways:
+        ways["native, recomputed"] = partial(ways["native"], recompute=True)
     providers |= {name: partial(with_gradients, way, inputs, labels) for name, way in ways.items()}
     return Case(
         title("loss and gradients", batch, side, dtype, heads),
