@@ -1,7 +1,7 @@
 // Affinity and its loss on a GPU: the scores of pairs of tiles (affinity.cuh) and what becomes of them.
 //
 // Data flow of pair_kernel: a block sums the 64 x 64 scores of one pair of tiles, both orders at once (q_i k_j and k_i q_j), over all
-// heads, in registers; steps of 64 bytes of channels of the four operands arrive in shared memory ahead of it (operands.cuh).
+// heads, in registers; steps of up to 128 bytes of channels of the four operands arrive in shared memory ahead of it (operands.cuh).
 // Half precision goes through tensor cores, head by head, so that the head's weight meets the float32 sum and not the operands;
 // float32 through fused multiply-adds, never TF32. Then, in registers: the sigmoid, and either the window's taps of both orders, or the
 // pair's share of the loss, or the gradient of the scores, from the loss or from a window's gradient. Shares of the loss are summed in a
@@ -58,13 +58,13 @@ __device__ inline void finish_loss(const PairArgs& args, SharedArena& arena) {
   if (!comes_last(args.counter, last)) return;
   double same = 0, different = 0, same_count = 0, different_count = 0;
   const int64_t pairs = args.grid.batch * args.grid.tiles() * args.grid.neighbours;
-  for (int64_t pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+  for (int64_t pair = threadIdx.x; pair < pairs; pair += kPairThreads) {
     const float4 share = __ldcg(args.shares + pair);
     same += share.x, different += share.y;
     same_count += __float_as_int(share.z), different_count += __float_as_int(share.w);
   }
-  same = block_sum(same, sums), different = block_sum(different, sums);
-  same_count = block_sum(same_count, sums), different_count = block_sum(different_count, sums);
+  same = block_sum(same, sums, kPairThreads / 32), different = block_sum(different, sums, kPairThreads / 32);
+  same_count = block_sum(same_count, sums, kPairThreads / 32), different_count = block_sum(different_count, sums, kPairThreads / 32);
   if (threadIdx.x == 0) write_loss(args.results, same, different, same_count, different_count);
 }
 
@@ -118,10 +118,13 @@ __device__ inline float at_tap(const View<4>& view, int64_t b, int tap, int64_t 
 
 // One pair of tiles of image b.
 template <class Scores, Goal kGoal>
-__device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile, int64_t other, int64_t pair, bool mirrored,
-                                   const float (&scores)[16], SharedArray<int> labels, SharedArray<float> scratch) {
+__device__ inline void finish_pair(const PairArgs& args, int64_t b, const float (&scores)[16], SharedArray<int> labels,
+                                   SharedArray<float> scratch) {
   constexpr bool kTensor = Scores::kTensor;
-  const TilePlace place(args.grid, computed_here(int(tile))), other_place(args.grid, computed_here(int(other)));
+  const int tile = computed_here(int(blockIdx.x)), neighbour = computed_here(int(blockIdx.y));
+  const bool mirrored = neighbour > 0;
+  const int64_t pair = args.grid.pair(b, tile, neighbour);
+  const TilePlace place(args.grid, tile), other_place(args.grid, neighbour_of(args.grid, tile, middle_of(args.grid) + neighbour));
   const unsigned thread = unsigned(computed_here(int(threadIdx.x)));
   const float bias = bias_of(args.head);
   if constexpr (kGoal == Goal::window) {
@@ -141,7 +144,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
     float values[16];
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
-      const ScorePlace at = score_place<kTensor>(args, place, other_place, thread, e);
+      const ScorePlace at = score_place<kTensor>(args, place, other_place, unsigned(computed_here(int(thread))), e);
       values[e] = 0;
       if (!at.near) continue;
       const float decay = __expf(-fabsf(scores[e] + bias)), inverse = reciprocal(1.0f + decay);
@@ -170,7 +173,7 @@ __device__ inline void finish_pair(const PairArgs& args, int64_t b, int64_t tile
       }
     }
     if constexpr (kGoal == Goal::loss) {
-      if (args.kept) keep_derivatives<kTensor>(args, args.grid.met_pair(b, tile, computed_here(int(blockIdx.y))), values, thread);
+      if (args.kept) keep_derivatives<kTensor>(args, args.grid.met_pair(b, tile, neighbour), values, thread);
       keep_share(args, pair, mirrored, same, different, same_count, different_count, scratch);
     } else {
       keep_gradients<typename GradientType<Scores, kGoal>::type, kTensor>(args.buffers, pair, mirrored, values, thread, scratch);
@@ -189,8 +192,8 @@ __device__ inline void walk_pairs(const PairArgs& args) {
   const bool first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0;
   if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && first) *args.buffers.counter = 0;
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
-    const int64_t pair = args.grid.pair(b, tile, neighbour);
     if (other < 0) {
+      const int64_t pair = args.grid.pair(b, tile, neighbour);
       if (kGoal == Goal::loss && threadIdx.x == 0) args.shares[pair] = make_float4(0, 0, __int_as_float(0), __int_as_float(0));
       if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && threadIdx.x == 0) args.buffers.sums[pair] = 0;
       continue;
@@ -207,7 +210,7 @@ __device__ inline void walk_pairs(const PairArgs& args) {
     SharedArena operands = arena;
     float scores[16] = {};
     Scores::sum(args, b, tile, other, operands, scores);
-    finish_pair<Scores, kGoal>(args, b, tile, other, pair, neighbour > 0, scores, labels, scratch);
+    finish_pair<Scores, kGoal>(args, b, scores, labels, scratch);
   }
   if (kGoal == Goal::loss) finish_loss(args, arena);
 }
@@ -223,7 +226,12 @@ template <class Scores, Goal kGoal>
 static Status launch_pairs(const PairArgs& args, void* stream) {
   const int64_t finish = SharedArena::bytes<double>(kPairThreads / 32) + SharedArena::bytes<int>(1), sum = Scores::shared_bytes();
   const int64_t fixed = SharedArena::bytes<int>(2 * kTilePixels) + SharedArena::bytes<float>(3 * kPairThreads / 32);
-  return launch(pair_kernel<Scores, kGoal>, args.grid.shape(fixed + (sum > finish ? sum : finish)), stream, args);
+  LaunchShape shape = args.grid.shape(fixed + (sum > finish ? sum : finish));
+  // As many pairs as multiprocessors or fewer: more than half of the shared memory for each, or two would share one and leave another idle.
+  const DeviceLimits device = device_limits();
+  if (args.grid.batch * args.grid.met() <= device.multiprocessors && shape.shared_bytes < device.shared_bytes / 2)
+    shape.shared_bytes = device.shared_bytes / 2 + 1024;
+  return launch(pair_kernel<Scores, kGoal>, shape, stream, args);
 }
 
 template <Goal kGoal>
@@ -250,6 +258,10 @@ static PairArgs pair_args(const AttentionArgs& args, const DeviceHead& head, boo
   pairs.tensor = tensor && args.query.dtype != DType::f32;
   // Without tensor cores half precision is widened on its way in, one element at a time.
   pairs.wide = near_vectors(args.query) && near_vectors(args.key) && (pairs.tensor || args.query.dtype == DType::f32);
+  if (pairs.tensor)
+    count_steps<__half>(&pairs);
+  else
+    count_steps<float>(&pairs);
   return pairs;
 }
 

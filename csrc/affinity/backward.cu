@@ -66,31 +66,44 @@ __device__ inline float write_rows(const ProductArgs& args, const Item& item, in
   const float weight = weight_of(args.head, item.head);
   float dot = 0;
   if (kWide && args.wide_out[item.of_key]) {
+    constexpr int kStep = 32 / kParts, kTurns = kLines / kStep, kAhead = 4;
+    const int part = lane % kParts * kVector, c = item.channel + part;
+    const T* own_row = static_cast<const T*>(query.data) + offset_of(query, b, item.head, 0) + c;
+    T* to = static_cast<T*>(out.data) + offset_of(out, b, item.head, 0) + c;
 #pragma unroll 1
-    for (int at = lane; at < kLines * kParts; at += 32) {
-      const int line = at / kParts, part = at % kParts * kVector, i = pixel_of(line), c = item.channel + part;
-      if (!place.inside(args.grid, i) || c >= depth) continue;
-      const int64_t n = place.pixel(args.grid, i);
-      float values[kVector];
+    for (int turn = 0; turn < kTurns; turn += kAhead) {
+      uint4 words[kAhead];
+      int64_t pixel[kAhead];
+      bool there[kAhead];
 #pragma unroll
-      for (int e = 0; e < kVector; e += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(&rows[line * pitch + part + e]);
-        values[e] = four.x * scale, values[e + 1] = four.y * scale, values[e + 2] = four.z * scale, values[e + 3] = four.w * scale;
+      for (int a = 0; a < kAhead; ++a) {
+        const int i = pixel_of(lane / kParts + (turn + a) * kStep);
+        there[a] = c < depth && place.inside(args.grid, i), pixel[a] = place.pixel(args.grid, i);
+        words[a] = make_uint4(0, 0, 0, 0);
+        if (!item.of_key && there[a]) words[a] = __ldg(reinterpret_cast<const uint4*>(own_row + pixel[a] * query.stride[2]));
       }
-      T packed[kVector];
-      uint4 words;
-      if (!item.of_key) {
-        const T* own = static_cast<const T*>(query.data) + offset_of(query, b, item.head, n) + c;
-        words = finite_or_zero<T>(__ldg(reinterpret_cast<const uint4*>(own)));
-        memcpy(packed, &words, 16);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) dot = fmaf(to_float(packed[e]), values[e], dot);
+      for (int a = 0; a < kAhead; ++a) {
+        const int line = lane / kParts + (turn + a) * kStep;
+        float values[kVector];
+#pragma unroll
+        for (int e = 0; e < kVector; e += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(&rows[line * pitch + part + e]);
+          values[e] = four.x * scale, values[e + 1] = four.y * scale, values[e + 2] = four.z * scale, values[e + 3] = four.w * scale;
+        }
+        T packed[kVector];
+        if (!item.of_key) {
+          words[a] = finite_or_zero<T>(words[a]);
+          memcpy(packed, &words[a], 16);
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) dot = fmaf(to_float(packed[e]), values[e], dot);
+        }
+        if (!there[a] || !args.write[item.of_key]) continue;
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) packed[e] = from_float<T>(weight * values[e]);
+        memcpy(&words[a], packed, 16);
+        *reinterpret_cast<uint4*>(to + pixel[a] * out.stride[2]) = words[a];
       }
-      if (!args.write[item.of_key]) continue;
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) packed[e] = from_float<T>(weight * values[e]);
-      memcpy(&words, packed, 16);
-      *reinterpret_cast<uint4*>(static_cast<T*>(out.data) + offset_of(out, b, item.head, n) + c) = words;
     }
     return dot;
   }
@@ -143,9 +156,10 @@ __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_c
   SharedArena stages = arena;
   SharedArray<T> shared = arena.take<T>(Sums::kStages * Sums::kStage);
   SharedArray<float> rows = stages.take<float>(kStagedSums);
-  const int tile = int(blockIdx.x), first = int(blockIdx.y) * kItems;
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
-    if (threadIdx.x < kItems) items[threadIdx.x] = ItemSource(args, b, first + int(threadIdx.x));
+    const unsigned block = unsigned(computed_here(int(blockIdx.x)));
+    const int tile = tile_in_turn(args.grid, b, int(block / args.groups));
+    if (threadIdx.x < kItems) items[threadIdx.x] = ItemSource(args, b, int(block % args.groups) * kItems + int(threadIdx.x));
     float sums[Sums::kSums], unit;
     // Rarely twice: all over again, without the queries and keys that are no finite numbers.
 #pragma unroll 1
@@ -155,17 +169,17 @@ __global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_c
       unit = Sums::sum(args, b, tile, items, clean != 0, shared, sums);
       bool odd = false;
 #pragma unroll
-      for (int e = 0; e < Sums::kSums; ++e) odd = odd || !is_finite(sums[e]);
+      for (int e = 0; e < Sums::kSums; ++e) odd |= !is_finite(sums[e]);
       if (!__syncthreads_or(odd)) break;
     }
     const int thread = computed_here(int(threadIdx.x));
-    const Item item(args, first + thread / kItemThreads);
+    const Item item = items[thread / kItemThreads].item;
     float dot = write_sums<T, kTensor, kWide>(args, item, b, TilePlace(args.grid, computed_here(tile)), rows, sums, unit);
     for (int distance = 16; distance > 0; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
     if (thread % 32 == 0) scratch[thread / 32] = dot;
     __syncthreads();
     if (item.there && !item.of_key && thread % kItemThreads == 0)
-      args.dots[(b * args.grid.tiles() + tile) * (args.items / args.sides) + item.share] =
+      args.dots[(b * args.grid.tiles() + tile) * args.shares + item.share] =
           scratch[thread / 32] + scratch[thread / 32 + 1];
   }
   finish_head(found, last);
@@ -257,9 +271,9 @@ static Status launch_product(const ProductArgs& args, const HeadSums& found, boo
   typedef Product<T, kTensor, true> Sums;
   const int64_t stages = SharedArena::bytes<T>(Sums::kStages * Sums::kStage), rows = SharedArena::bytes<float>(kStagedSums);
   LaunchShape shape = args.grid.shape(finish_bytes() + SharedArena::bytes<ItemSource>(kItems) + (stages > rows ? stages : rows));
-  const int64_t groups = blocks_for(args.items, kItems);
-  if (groups > 65535) return Status::unsupported;
-  shape.grid.y = unsigned(groups);
+  const int64_t blocks = args.grid.tiles() * args.groups;
+  if (blocks > 0x7fffffff) return Status::unsupported;
+  shape.grid = dim3(unsigned(blocks), 1, shape.grid.z);
   return launch(wide ? product_kernel<T, kTensor, true> : product_kernel<T, kTensor, false>, shape, stream, args, found);
 }
 
@@ -275,16 +289,18 @@ Status attention_backward_cuda(const AttentionArgs& args, const DeviceHead& head
   product.buffers = pieces.buffers;
   product.query = args.query, product.key = args.key, product.grad_query = out.query, product.grad_key = out.key;
   product.write[0] = out.query.data != nullptr, product.write[1] = out.key.data != nullptr;
-  const bool wide = whole_vectors(args.query) && whole_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
+  const bool wide = near_vectors(args.query) && near_vectors(args.key) && (tensor || args.query.dtype == DType::f32);
   for (int side = 0; side < 2; ++side) {
-    const View<4>& to = side ? out.key : out.query;
+    const View<4>&of = side ? args.query : args.key, &to = side ? out.key : out.query;
+    product.pieces[side] = int(of.stride[2] / vector_elements(of));
     product.wide_out[side] = to.data == nullptr || (to.dtype == args.query.dtype && whole_vectors(to));
   }
   product.head = head, product.dots = pieces.dots, product.chunks = int(blocks_for(args.query.size[3], kItemChannels));
   product.sides = product.write[1] ? 2 : 1;
   const int64_t items = args.query.size[1] * product.chunks * product.sides;
   if (items > (1 << 30)) return Status::unsupported;
-  product.items = int(items);
+  product.items = int(items), product.shares = int(items / product.sides);
+  product.groups = unsigned(blocks_for(items, kItems));
   const HeadSums found = {pieces.dots, product.grid.batch * product.grid.tiles(), int(args.query.size[1]), product.chunks,
                           pieces.buffers.sums, product.grid.pairs(), pieces.buffers.counter, out.head};
   AFA_TRY(slopes.kept.data ? kept_gradients(args, slopes, pieces.buffers, stream)

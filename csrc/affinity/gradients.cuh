@@ -36,11 +36,11 @@ __device__ inline float keep_sums(const PairBuffers& buffers, int64_t pair, bool
   float sum = 0, largest = 0;
 #pragma unroll
   for (int e = 0; e < 16; ++e) sum += values[e], largest = fmaxf(largest, fabsf(values[e]));
-  sum = block_sum(sum, scratch);
+  sum = block_sum(sum, scratch, kPairThreads / 32);
   if (threadIdx.x == 0) buffers.sums[pair] = mirrored ? 2 * sum : sum;
   float inverse = 1;
   if (std::is_same<T, __half>::value) {
-    largest = block_max(largest, scratch);
+    largest = block_max(largest, scratch, kPairThreads / 32);
     // Not below 2^-60, so that one pair's sums may be put into the units of another's.
     const unsigned power = min(max(__float_as_uint(largest) & 0x7f800000u, 0x21800000u), 0x7e800000u);
     inverse = __uint_as_float(0x7f000000u - power);

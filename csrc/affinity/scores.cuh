@@ -1,8 +1,9 @@
 // The scores of one pair of tiles, both orders at once, over all heads: what pair_kernel (affinity.cu) sums up and how.
 //
-// Groups of warps share the work of a step, each for all 64 x 64 scores in large pieces, so that shared memory is read seldom: with
-// tensor cores a group for each order; without, two for each order, with half of the step's channels. In the end what the groups have
-// is summed, in their order, and each thread has 16 of the pair's scores, placed by ResultPlace (affinity.cuh).
+// Each thread has 16 of the pair's scores in the end, placed by ResultPlace (affinity.cuh). With tensor cores it sums these from the
+// start, for which few registers suffice. Without, groups of warps share the work of a step, each for all
+// 64 x 64 scores in large pieces, so that shared memory is read seldom: two groups for each order, with half of the step's channels;
+// then what the groups have is summed, in their order.
 #pragma once
 
 #include "affinity/operands.cuh"
@@ -16,7 +17,7 @@ struct SimtScores {
   static constexpr int kStages = 3, kGroups = 4, kGroupThreads = kPairThreads / kGroups;
   typedef StageLayout<float> Layout;
   static_assert(kStages * Layout::kStage >= kGroups * (kGroups - 1) * 16 * kGroupThreads, "the groups' sums lie where the stages did");
-  static int64_t shared_bytes() { return SharedArena::bytes<float>(kStages * Layout::kStage); }
+  static int64_t shared_bytes() { return SharedArena::bytes<float>(kStages * Layout::kStage) + SharedArena::bytes<float>(kPairThreads); }
 
   // One step's products, q_i k_j or k_i q_j, of the thread's 8 x 8 pairs.
   __device__ static __forceinline__ void multiply(SharedArray<float> stage, float (&total)[8][8]) {
@@ -77,7 +78,7 @@ struct SimtScores {
     SharedArray<float> shared = arena.take<float>(kStages * Layout::kStage);
     // Only what stands on the left is multiplied by the weight, so a tile that is its own neighbour is there twice.
     OperandReader<float> operands(args, b, tile, other, false, shared);
-    HeadWeight weight(args.head, args.query.size[1]);
+    HeadWeights weight(args.head, args.query.size[1], arena.take<float>(kPairThreads));
     float sums[8][8] = {};
     int chunk = 0;
     auto scale = [&](int stage) {
@@ -87,73 +88,85 @@ struct SimtScores {
         const float4 four = *own;
         *own = make_float4(four.x * weight.now, four.y * weight.now, four.z * weight.now, four.w * weight.now);
       }
-      if (++chunk == operands.chunks) chunk = 0, weight.turn();
+      if (++chunk == args.chunks) chunk = 0, weight.turn();
     };
-    walk_steps<kStages>(operands, args.wide, scale, [&](int stage) { multiply(shared + stage * Layout::kStage, sums); }, [] {});
+    walk_steps<kStages>(args, operands, scale,
+               [&](int stage, bool, auto ask) {
+#pragma unroll
+                 for (int k = 0; k < 4; ++k) ask(k);
+                 multiply(shared + stage * Layout::kStage, sums);
+               },
+               [] {});
     exchange(shared, sums, total);
   }
 };
 
-// Scores by tensor cores, for operands that are both of type T.
+// Scores by tensor cores, for operands that are both of type T. A warp has 32 x 16 pairs, placed by ResultPlace, both orders in the
+// same sums.
 template <class T>
 struct TensorScores {
   static constexpr bool kTensor = true;
-  static constexpr int kStages = 4, kGroupThreads = kPairThreads / 2;
+  static constexpr int kStages = 2;
   typedef StageLayout<T> Layout;
-  static_assert(kStages * Layout::kStage >= 2 * 2 * 16 * kGroupThreads, "the groups' sums lie where the stages did");
-  static int64_t shared_bytes() { return SharedArena::bytes<T>(kStages * Layout::kStage); }
+  static constexpr int kTurns = Layout::kParts / 2;  // of 16 channels in a step
+  static int64_t shared_bytes() { return SharedArena::bytes<T>(kStages * Layout::kStage) + SharedArena::bytes<float>(kPairThreads); }
 
-  // One step's products, q_i k_j or k_i q_j, of the warp's 32 x 32 pairs.
-  __device__ static __forceinline__ void multiply(SharedArray<T> stage, bool twice, float (&sums)[2][4][4]) {
-    const int warp = threadIdx.x / 32, order = warp / 4, row = warp / 2 % 2 * 32, column = warp % 2 * 32;
-    const SharedArray<T> left = stage + order * Layout::kOperand;
-    const SharedArray<T> right = stage + ((twice ? 1 : 3) - order) * Layout::kOperand;
+  // Where a lane's rows of the fragments lie in a stage, for each 16 channels: a tile's own queries, and its neighbour's keys. Kept, for
+  // working them out anew would cost more than all products of a step.
+  struct Rows {
+    int left[kTurns], right[kTurns];
+    __device__ Rows(bool twice) {
+      const unsigned thread = threadIdx.x, first = thread & ~31u;
+      const int m = int(thread % 32 / 8), r = int(thread % 8);
+      const int row = ResultPlace<true>::row(first, 0) + m % 2 * 8 + r, column = ResultPlace<true>::column(first, 0) + m / 2 * 8 + r;
 #pragma unroll
-    for (int part = 0; part < Layout::kParts; part += 2) {
-      unsigned a[2][4], b[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        load_matrices<false>(a[half], [&](int m, int r) { return &left[Layout::at(row + m % 2 * 8 + r, part + m / 2) + half * 16 * Layout::kChannels]; });
-        load_matrices<false>(b[half], [&](int m, int r) { return &right[Layout::at(column + m / 2 * 8 + r, part + m % 2) + half * 16 * Layout::kChannels]; });
+      for (int k = 0; k < kTurns; ++k) {
+        const int turned = 2 * Layout::kVector * k;
+        left[k] = computed_here(Layout::at(row, m / 2) ^ turned);
+        right[k] = computed_here((Layout::at(column, m % 2) ^ turned) + (twice ? 1 : 3) * Layout::kOperand);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_fragments<T>(sums[i][j], a[i], &b[j / 2][j % 2 * 2]);
     }
-  }
+  };
 
-  // Columns 0..15 of each warp's 32 are the first group's to sum up, 16..31 the second's.
-  __device__ static __forceinline__ void exchange(SharedArray<float> shared, const float (&sums)[2][4][4], float (&total)[16]) {
-    const int own_thread = computed_here(int(threadIdx.x)), group = own_thread / kGroupThreads, thread = own_thread % kGroupThreads;
+  // One step's products, q_i k_j + k_i q_j, added to `sums` unless `first`. Meanwhile the next operands are asked for, one at a time: all
+  // at once would have registers wait for the queue that takes their addresses.
+  template <class Ask>
+  __device__ static __forceinline__ void multiply(SharedArray<T> stage, const Rows& rows, bool first, float (&sums)[2][2][4], Ask ask) {
 #pragma unroll
-    for (int e = 0; e < 16; ++e) {
-      const float low = sums[e / 8][e / 4 % 2][e % 4], high = sums[e / 8][2 + e / 4 % 2][e % 4];
-      shared[(group * 16 + e) * kGroupThreads + thread] = group ? low : high;
-      total[e] = group ? high : low;
+    for (int k = 0; k < kTurns; ++k) {
+      const SharedArray<T> left = stage + rows.left[k], right = stage + rows.right[k];
+#pragma unroll
+      for (int order = 0; order < 2; ++order) {
+        unsigned a[2][4], b[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) load_matrices_of<false>(a[i], &left[order * Layout::kOperand + i * 16 * Layout::kChannels]);
+        load_matrices_of<false>(b, &right[-order * Layout::kOperand]);
+        if (order == 0) ask(k);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = e / 2, j = e % 2;
+          if (k == 0 && order == 0 && first)
+            first_fragments<T>(sums[i][j], a[i], &b[2 * j]);
+          else
+            multiply_fragments<T>(sums[i][j], a[i], &b[2 * j]);
+        }
+      }
     }
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < 16; ++e) total[e] += shared[((1 - group) * 16 + e) * kGroupThreads + thread];
-    __syncthreads();
   }
 
   __device__ static void sum(const PairArgs& args, int64_t b, int64_t tile, int64_t other, SharedArena& arena, float (&total)[16]) {
-    SharedArena again = arena;
     SharedArray<T> shared = arena.take<T>(kStages * Layout::kStage);
+    HeadWeights weight(args.head, args.query.size[1], arena.take<float>(kPairThreads));
     OperandReader<T> operands(args, b, tile, other, args.wide, shared);
-    HeadWeight weight(args.head, args.query.size[1]);
-    float sums[2][4][4] = {}, products[2][4][4] = {};
+    const Rows rows(operands.twice);
+    float products[2][2][4];
     auto add = [&] {
 #pragma unroll
-      for (int e = 0; e < 32; ++e) {
-        float& product = products[e / 16][e / 4 % 4][e % 4];
-        sums[e / 16][e / 4 % 4][e % 4] = fmaf(weight.now, product, sums[e / 16][e / 4 % 4][e % 4]), product = 0;
-      }
+      for (int e = 0; e < 16; ++e) total[e] = fmaf(weight.now, products[e / 8][e / 4 % 2][e % 4], total[e]);
       weight.turn();
     };
-    walk_steps<kStages>(operands, args.wide, [](int) {}, [&](int stage) { multiply(shared + stage * Layout::kStage, operands.twice, products); }, add);
-    exchange(again.take<float>(2 * 16 * kGroupThreads), sums, total);
+    walk_steps<kStages>(args, operands, [](int) {},
+                        [&](int stage, bool first, auto ask) { multiply(shared + stage * Layout::kStage, rows, first, products, ask); }, add);
   }
 };
 

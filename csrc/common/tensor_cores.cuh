@@ -46,6 +46,18 @@ __device__ inline void load_matrices(unsigned (&to)[4], Row row) {
 #endif
 }
 
+// The same where each lane has the address of its own row at hand: of row lane % 8 of matrix lane / 8.
+template <bool kTranspose, class T>
+__device__ __forceinline__ void load_matrices_of(unsigned (&to)[4], const T* own_row) {
+#if defined(AFA_CUDA_EMULATOR)
+  const uint64_t* rows = emulator::warp_exchange(0xffffffffu, reinterpret_cast<uint64_t>(own_row), {__FILE__, __LINE__});
+  load_matrices<kTranspose>(to, [&](int m, int r) { return reinterpret_cast<const T*>(rows[8 * m + r]); });
+  emulator::warp_exchange(0xffffffffu, 0, {__FILE__, __LINE__});
+#else
+  load_matrices<kTranspose>(to, [&](int, int) { return own_row; });
+#endif
+}
+
 #if defined(AFA_CUDA_EMULATOR)
 // sum += a b by the definition of the fragments: every lane shows its registers to the others, which is no race.
 template <class T>
@@ -71,7 +83,28 @@ __attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&su
     }
   emulator::warp_exchange(0xffffffffu, 0, {__FILE__, __LINE__});
 }
+template <class T>
+inline void first_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
+  for (float& element : sum) element = 0;
+  multiply_fragments<T>(sum, a, b);
+}
 #else
+// sum [16 x 8] = a [16 x 16] b [16 x 8], in float32: no zeros have to be written to registers first.
+template <class T>
+__device__ inline void first_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
+#if AFA_TENSOR_CORES
+  if constexpr (std::is_same<T, __half>::value)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+#else
+  __trap();
+#endif
+}
 // sum [16 x 8] += a [16 x 16] b [16 x 8], in float32.
 template <class T>
 __device__ inline void multiply_fragments(float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {
