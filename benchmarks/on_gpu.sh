@@ -159,6 +159,7 @@ else
   fi
   check racecheck 45 "${checked[@]}" racecheck "$python" tests/support/every_operator.py
   stage affinity 45 "${bench[@]}" affinity
+  stage batches 15 "$python" benchmarks/bench_affinity_batches.py --device "$device"
   stage random_walk 25 "${bench[@]}" random_walk
   if [ $device = cpu ]; then
     leave_out host "without a GPU benchmarks/bench_host.py counts and needs no rehearsal"

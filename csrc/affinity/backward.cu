@@ -6,11 +6,12 @@
 //   dL/dq_h = w_h G k_h,   dL/dk_h = w_h G q_h,   dL/dw_h = sum q_h . (G k_h),   dL/dbias = 1/2 sum G .
 // Data flow of product_kernel (products.cuh): a block owns a tile of 64 pixels and four items, 64 channels of one head of the queries'
 // gradient or the keys'; it walks over the tile's neighbours, whose G (mirrored for those above and to the left) and values arrive in
-// shared memory while the last ones are multiplied, and sums in registers. Gradients are written by way of shared memory, 16 bytes at a
-// time. The block that comes last adds up what all found for the head, in order: two launches, the first of which sets the counter of
-// the second to 0. A query or key that is no finite number counts as 0 there, lest 0 times it reach pixels outside its window, or, where
-// its label is ignored, any: the pairs that it does count in have a G that is NaN, or 0 at the sigmoid's ends. Since any such value
-// shows in the sums, the block looks at those, and only then does all over again with zeros in its place.
+// shared memory while the last ones are multiplied, and sums in registers. Tiles with most neighbours are taken first. Gradients are
+// written by way of shared memory, 16 bytes at a time. The block that comes last adds up what all found for the head, in order: two
+// launches, the first of which sets the counter of the second to 0. A query or key that is no finite number counts as 0 there, lest 0 times
+// it reach pixels outside its window, or, where its label is ignored, any: the pairs that it does count in have a G that is NaN, or 0 at
+// the sigmoid's ends. Since any such value shows in the sums, the block looks at those, and only then does all over again with zeros in
+// its place.
 // Floor: 4 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band.
 // Occupancy: product_kernel 256 x 2, map_product_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 // Wide loads: product_kernel<__half, true, true>, product_kernel<__nv_bfloat16, true, true>, product_kernel<float, false, true>.
@@ -147,7 +148,8 @@ __device__ inline float write_sums(const ProductArgs& args, const Item& item, in
 }
 
 template <class T, bool kTensor, bool kWide>
-__global__ void __launch_bounds__(kPairThreads, 2) product_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ HeadSums found) {
+__global__ void __launch_bounds__(kPairThreads, 2)
+    product_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ HeadSums found) {
   typedef Product<T, kTensor, kWide> Sums;
   SharedArena arena;
   SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);

@@ -75,7 +75,8 @@ struct OperandReader {
     to = shared + Layout::at(pixel, part);
   }
 
-  // Operand k, 0 to 3 in order, of the step after the last one that was asked for, rows in pieces of 16 bytes; zeros if there is no `more`.
+  // Operand k, 0 to 3 in order, of the step after the last one that was asked for, rows in pieces of 16 bytes; zeros where there is no
+  // step `more`.
   __device__ __forceinline__ void ask(int stage, int k, bool more) {
     const bool within = more && chunk * Layout::kChannels + part * Layout::kVector < int(args.query.size[3]);
 #pragma unroll
@@ -124,7 +125,9 @@ struct HeadWeights {
   int count;
   unsigned next = 0;
   float now = 0;
-  __device__ HeadWeights(const DeviceHead& of, int64_t heads, SharedArray<float> shared) : head(of), held(shared), count(int(heads)) { turn(); }
+  __device__ HeadWeights(const DeviceHead& of, int64_t heads, SharedArray<float> shared) : head(of), held(shared), count(int(heads)) {
+    turn();
+  }
   __device__ __forceinline__ void turn() {
     if (next % kPairThreads == 0) {
       __syncthreads();

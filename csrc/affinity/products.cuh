@@ -303,7 +303,9 @@ struct Product<T, true, kWide> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (kMirrored)
-          load_matrices<true>(left[i], [&](int m, int r) { return &stage[(Reader::at(m / 2 * 8 + r, row / 8 + m % 2) ^ 2 * i * kTurn) + down]; });
+          load_matrices<true>(left[i], [&](int m, int r) {
+            return &stage[(Reader::at(m / 2 * 8 + r, row / 8 + m % 2) ^ 2 * i * kTurn) + down];
+          });
         else
           load_matrices<false>(left[i], [&](int m, int r) {
             return &stage[(Reader::at(row + m % 2 * 8 + r, m / 2) ^ 2 * k * kTurn) + i * 16 * kTilePixels];
@@ -314,7 +316,10 @@ struct Product<T, true, kWide> {
       for (int c = 0; c < 8; c += 2) {
         load_matrices<true>(right, [&](int m, int r) { return &values[(Reader::at(m % 2 * 8 + r, m / 2) ^ c * kTurn) + down]; });
 #pragma unroll
-        for (int i = 0; i < 2; ++i) multiply_fragments<T>(sums[i][c], left[i], right), multiply_fragments<T>(sums[i][c + 1], left[i], right + 2);
+        for (int i = 0; i < 2; ++i) {
+          multiply_fragments<T>(sums[i][c], left[i], right);
+          multiply_fragments<T>(sums[i][c + 1], left[i], right + 2);
+        }
       }
     };
     if constexpr (kWide) {
@@ -327,8 +332,8 @@ struct Product<T, true, kWide> {
   }
 
   // Returns the unit of the sums.
-  static __device__ __forceinline__ float sum(const ProductArgs& args, int64_t b, int tile, SharedArray<ItemSource> items, bool clean, SharedArray<T> shared,
-                                              float (&total)[kSums]) {
+  static __device__ __forceinline__ float sum(const ProductArgs& args, int64_t b, int tile, SharedArray<ItemSource> items, bool clean,
+                                              SharedArray<T> shared, float (&total)[kSums]) {
     constexpr bool kScaled = std::is_same<T, __half>::value;
     const Reader values(args, items);
     const int64_t first_pair = args.grid.pair(b, 0, 0);

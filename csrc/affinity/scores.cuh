@@ -1,9 +1,9 @@
 // The scores of one pair of tiles, both orders at once, over all heads: what pair_kernel (affinity.cu) sums up and how.
 //
 // Each thread has 16 of the pair's scores in the end, placed by ResultPlace (affinity.cuh). With tensor cores it sums these from the
-// start, for which few registers suffice. Without, groups of warps share the work of a step, each for all
-// 64 x 64 scores in large pieces, so that shared memory is read seldom: two groups for each order, with half of the step's channels;
-// then what the groups have is summed, in their order.
+// start, which leaves registers for the products ahead. Without, groups of warps share the work of a step, each for all 64 x 64 scores in
+// large pieces, so that shared memory is read seldom: two groups for each order, with half of the step's channels; then what the groups
+// have is summed, in their order.
 #pragma once
 
 #include "affinity/operands.cuh"
@@ -166,7 +166,8 @@ struct TensorScores {
       weight.turn();
     };
     walk_steps<kStages>(args, operands, [](int) {},
-                        [&](int stage, bool first, auto ask) { multiply(shared + stage * Layout::kStage, rows, first, products, ask); }, add);
+                        [&](int stage, bool first, auto ask) { multiply(shared + stage * Layout::kStage, rows, first, products, ask); },
+                        add);
   }
 };
 

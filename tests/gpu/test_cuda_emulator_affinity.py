@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.affinity_cases import random_case
 from support.common import relative_error
 from support.cuda_emulator.marks import ON_THE_EMULATOR
 from support.cuda_emulator.operators import emulated
@@ -78,6 +79,20 @@ def test_code_without_tensor_cores_gives_the_same_numbers(emulator, dtype):
     error = 2e-3 if dtype == torch.float16 else 2e-2
     for got, want in zip(*results):
         assert relative_error(got.float(), want.float()) < error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_few_pairs_of_tiles_have_a_multiprocessor_each(rng, emulator, dtype):
+    """No two blocks fit on one while another has none; where there are more pairs than that, two do fit."""
+    half = 227 * 1024 // 2
+    leaves, labels = random_case(rng, batch=1, heads=1, height=8, width=16, depth=8, dtype=dtype)  # 3 pairs
+    for multiprocessors, alone in ((4, True), (3, True), (2, False)):
+        with emulated(emulator):
+            emulator.set_device(multiprocessors=multiprocessors)
+            emulator.launches()
+            attention_affinity_loss(*leaves, labels, 8)
+            (launch,) = emulator.launches()
+            assert (int(launch.split(" x ")[2]) > half) == alone
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")

@@ -19,7 +19,7 @@ import afa_kernels
 
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 FIRST = ["build", "doctor", "self_check", "cuda_tests", "planted_fault", "memcheck", "par", "plans", "operators"]
-SECOND = ["build", "racecheck", "affinity", "random_walk", "host", "others", "bilateral"]
+SECOND = ["build", "racecheck", "affinity", "batches", "random_walk", "host", "others", "bilateral"]
 SECOND += ["train_step", "train_step_graph", "suite", "par_compiled"]
 
 

@@ -78,6 +78,17 @@ def test_gradients_are_those_of_scores_computed_again(rng, keeping, dtype, heigh
         assert torch.equal(got[3], again[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, width, depth", [(259, 8, 3), (3, 10, 136)])
+def test_many_heads_and_deep_ones(rng, keeping, dtype, heads, width, depth):
+    """A GPU takes the weights of 256 heads at a time, and 16 or 64 channels of one: here the second of each begins."""
+    leaves, labels = random_case(rng, batch=1, heads=heads, height=2, width=width, depth=depth, dtype=dtype)
+    with torch.no_grad():
+        leaves[2] /= heads**0.5
+    for mine, theirs in zip(gradients(leaves, labels, 2), reference(leaves, labels, 2)):
+        assert relative_error(mine, theirs) < 2 * TOLERANCES[dtype]
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator's device")
 @pytest.mark.parametrize("dtype", HALF)
 def test_without_tensor_cores(rng, dtype):

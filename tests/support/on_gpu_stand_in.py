@@ -27,6 +27,7 @@ case "$all" in
   *--cuda-graph*) name=train_step_graph ;;
   *train_step*) name=train_step ;;
   *bench_host*) name=host ;;
+  *bench_affinity_batches*) name=batches ;;
   *path_affinity*) name=others ;;
   *) name=${!#} ;;
 esac

@@ -216,7 +216,9 @@ class Emulator:
         return launches.value, memsets.value
 
     def launches(self) -> list[str]:
-        """Kernels launched since the last call, as ``cooperative 4 x 1024`` or ``8 x 128``."""
+        """Kernels launched since the last call, as ``cooperative 4 x 1024 x 512`` or ``8 x 128 x 0``: blocks, threads,
+        bytes of shared memory.
+        """
         self._switches.afa_emulator_launches.restype = ctypes.c_char_p
         return self._switches.afa_emulator_launches().decode().splitlines()
 

@@ -394,7 +394,8 @@ bool run(const Launch& launch) {
                2048 / threads, uint64_t(settings().shared_bytes) / std::max<uint64_t>(1, launch.shared_bytes)))
     error = "a cooperative grid of " + std::to_string(blocks) + " blocks is not resident at once";
   if (!error.empty()) return false;
-  launch_log() += (launch.cooperative ? "cooperative " : "") + std::to_string(blocks) + " x " + std::to_string(threads) + "\n";
+  launch_log() += (launch.cooperative ? "cooperative " : "") + std::to_string(blocks) + " x " + std::to_string(threads) + " x " +
+                  std::to_string(launch.shared_bytes) + "\n";
   running = &launch;
   scheduler_fiber = races::current_fiber();
   places.begin_launch();
