@@ -121,7 +121,7 @@ template <class Scores, Goal kGoal>
 __device__ inline void finish_pair(const PairArgs& args, int64_t b, const float (&scores)[16], SharedArray<int> labels,
                                    SharedArray<float> scratch) {
   constexpr bool kTensor = Scores::kTensor;
-  const int tile = computed_here(int(blockIdx.x)), neighbour = computed_here(int(blockIdx.y));
+  const int tile = block_x_here(), neighbour = block_y_here();
   const bool mirrored = neighbour > 0;
   const int64_t pair = args.grid.pair(b, tile, neighbour);
   const TilePlace place(args.grid, tile), other_place(args.grid, neighbour_of(args.grid, tile, middle_of(args.grid) + neighbour));
@@ -193,7 +193,7 @@ __device__ inline void walk_pairs(const PairArgs& args) {
   if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && first) *args.buffers.counter = 0;
   for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
     if (other < 0) {
-      const int64_t pair = args.grid.pair(b, tile, neighbour);
+      const int64_t pair = args.grid.pair(b, tile, block_y_here());
       if (kGoal == Goal::loss && threadIdx.x == 0) args.shares[pair] = make_float4(0, 0, __int_as_float(0), __int_as_float(0));
       if ((kGoal == Goal::gradient || kGoal == Goal::window_gradient) && threadIdx.x == 0) args.buffers.sums[pair] = 0;
       continue;

@@ -81,6 +81,25 @@ __device__ __forceinline__ int computed_here(int number) {
 #endif
   return number;
 }
+// The block's place in the grid, read here: no register holds it until then.
+__device__ __forceinline__ int block_x_here() {
+#if defined(__CUDA_ARCH__)
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+#else
+  return int(blockIdx.x);
+#endif
+}
+__device__ __forceinline__ int block_y_here() {
+#if defined(__CUDA_ARCH__)
+  int y;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+  return y;
+#else
+  return int(blockIdx.y);
+#endif
+}
 // Of a number from 1 to 2, to an ulp or so: no division's special cases.
 __device__ __forceinline__ float reciprocal(float number) {
 #if defined(__CUDA_ARCH__)

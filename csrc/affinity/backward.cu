@@ -153,14 +153,16 @@ __global__ void __launch_bounds__(kPairThreads, 2)
   typedef Product<T, kTensor, kWide> Sums;
   SharedArena arena;
   SharedArray<float> scratch = arena.take<float>(kPairThreads / 32);
-  SharedArray<int> last = arena.take<int>(1);
+  SharedArray<int> last = arena.take<int>(2), own_tile = last + 1;  // the tile is read again behind the sums: registers are short
   SharedArray<ItemSource> items = arena.take<ItemSource>(kItems);
   SharedArena stages = arena;
   SharedArray<T> shared = arena.take<T>(Sums::kStages * Sums::kStage);
   SharedArray<float> rows = stages.take<float>(kStagedSums);
-  for (int64_t b = blockIdx.z; b < args.grid.batch; b += gridDim.z) {
+  for (unsigned image = blockIdx.z; image < args.grid.batch; image += gridDim.z) {
+    const int64_t b = image;
     const unsigned block = unsigned(computed_here(int(blockIdx.x)));
     const int tile = tile_in_turn(args.grid, b, int(block / args.groups));
+    if (threadIdx.x == 0) own_tile[0] = tile;
     if (threadIdx.x < kItems) items[threadIdx.x] = ItemSource(args, b, int(block % args.groups) * kItems + int(threadIdx.x));
     float sums[Sums::kSums], unit;
     // Rarely twice: all over again, without the queries and keys that are no finite numbers.
@@ -176,12 +178,12 @@ __global__ void __launch_bounds__(kPairThreads, 2)
     }
     const int thread = computed_here(int(threadIdx.x));
     const Item item = items[thread / kItemThreads].item;
-    float dot = write_sums<T, kTensor, kWide>(args, item, b, TilePlace(args.grid, computed_here(tile)), rows, sums, unit);
+    float dot = write_sums<T, kTensor, kWide>(args, item, b, TilePlace(args.grid, own_tile[0]), rows, sums, unit);
     for (int distance = 16; distance > 0; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
     if (thread % 32 == 0) scratch[thread / 32] = dot;
     __syncthreads();
     if (item.there && !item.of_key && thread % kItemThreads == 0)
-      args.dots[(b * args.grid.tiles() + tile) * args.shares + item.share] =
+      args.dots[(b * args.grid.tiles() + own_tile[0]) * args.shares + item.share] =
           scratch[thread / 32] + scratch[thread / 32 + 1];
   }
   finish_head(found, last);

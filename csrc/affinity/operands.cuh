@@ -139,8 +139,8 @@ struct HeadWeights {
   }
 };
 
-// Calls ready(stage) for what the thread itself has brought of a step; multiply(stage, first, ask) for what all have, `first` in a
-// head's first step, which calls ask(k) for each operand of a later step; and done() after each head.
+// Calls ready(stage, last) for what the thread itself has brought of a step, the last one of a head or not; multiply(stage, first, ask) for
+// what all have, the first of a head or not, which calls ask(k) for each operand of a later step; and done() after each head.
 template <int kStages, class T, class Ready, class Multiply, class Done>
 __device__ __forceinline__ void walk_steps(const PairArgs& args, OperandReader<T>& operands, Ready ready, Multiply multiply, Done done) {
   int chunk = 0;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void walk_steps(const PairArgs& args, OperandReader<T
 #pragma unroll 1
     for (int step = 0; step < args.steps; ++step) {
       operands.bring();
-      ready(0);
+      ready(0, chunk + 1 == args.chunks);
       __syncthreads();
       multiply(0, chunk == 0, [](int) {});
       if (++chunk == args.chunks) chunk = 0, done();
@@ -166,7 +166,7 @@ __device__ __forceinline__ void walk_steps(const PairArgs& args, OperandReader<T
 #pragma unroll 1
   for (int step = 0; step < args.steps; ++step) {
     wait_copies<kStages - 2>();
-    ready(stage);
+    ready(stage, chunk + 1 == args.chunks);
     __syncthreads();
     const bool more = step + kStages - 1 < args.steps;
     multiply(stage, chunk == 0, [&](int k) { operands.ask(free, k, more); });

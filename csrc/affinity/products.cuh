@@ -30,7 +30,9 @@ struct ProductArgs {
 // Tiles in the order in which blocks take them. Those in the middle have most neighbours, and what takes longest is not to begin last: from
 // the middle outwards in a batch's last image, and the other way round in every second one before it, so that a multiprocessor that is
 // given blocks of two images has long ones and short ones.
-__device__ inline int middle_out(int rank, int count) { return count / 2 + (rank % 2 != 0 ? -(rank + 1) / 2 : rank / 2); }
+__device__ inline int middle_out(unsigned rank, unsigned count) {
+  return int(rank % 2 != 0 ? count / 2 - (rank + 1) / 2 : count / 2 + rank / 2);
+}
 __device__ inline int tile_in_turn(const PairGrid& grid, int64_t b, int rank) {
   if ((grid.batch - 1 - b) % 2 != 0) rank = int(grid.tiles()) - 1 - rank;
   return middle_out(rank / grid.tiles_x, grid.tiles_y) * grid.tiles_x + middle_out(rank % grid.tiles_x, grid.tiles_x);
@@ -78,9 +80,8 @@ __device__ inline bool is_finite(float value) { return fabsf(value) <= 3.4028234
 // The neighbours of a tile one after the other, those above and to the left, itself, those to the right and below: at (dy, dx) from it.
 struct Neighbours {
   const PairGrid& grid;
-  int tile, tile_y, tile_x, dy, dx;
-  __device__ Neighbours(const PairGrid& of, int number) : grid(of), tile(number), tile_y(number / grid.tiles_x) {
-    tile_x = tile - tile_y * grid.tiles_x;
+  int tile_y, tile_x, dy, dx;
+  __device__ Neighbours(const PairGrid& of, int tile) : grid(of), tile_y(tile / grid.tiles_x), tile_x(tile % grid.tiles_x) {
     dy = -min(grid.reach, tile_y), dx = -min(grid.reach, tile_x);
   }
   __device__ bool done() const { return dy > min(grid.reach, grid.tiles_y - 1 - tile_y); }
@@ -94,7 +95,10 @@ struct Neighbours {
   // A neighbour above or to the left holds the pair, the other way round.
   __device__ bool mirrored() const { return place() < 0; }
   // Among those of the image.
-  __device__ int pair() const { return (place() < 0 ? tile + dy * grid.tiles_x + dx : tile) * grid.neighbours + abs(place()); }
+  __device__ int pair() const {
+    const int holder = place() < 0 ? (tile_y + dy) * grid.tiles_x + tile_x + dx : tile_y * grid.tiles_x + tile_x;
+    return holder * grid.neighbours + abs(place());
+  }
 };
 
 // ---- values ----------------------------------------------------------------------------------------------------------------

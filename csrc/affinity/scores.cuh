@@ -80,15 +80,14 @@ struct SimtScores {
     OperandReader<float> operands(args, b, tile, other, false, shared);
     HeadWeights weight(args.head, args.query.size[1], arena.take<float>(kPairThreads));
     float sums[8][8] = {};
-    int chunk = 0;
-    auto scale = [&](int stage) {
+    auto scale = [&](int stage, bool last) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         float4* own = reinterpret_cast<float4*>(&operands.to[stage * Layout::kStage + k * Layout::kOperand]);
         const float4 four = *own;
         *own = make_float4(four.x * weight.now, four.y * weight.now, four.z * weight.now, four.w * weight.now);
       }
-      if (++chunk == args.chunks) chunk = 0, weight.turn();
+      if (last) weight.turn();
     };
     walk_steps<kStages>(args, operands, scale,
                [&](int stage, bool, auto ask) {
@@ -165,7 +164,7 @@ struct TensorScores {
       for (int e = 0; e < 16; ++e) total[e] = fmaf(weight.now, products[e / 8][e / 4 % 2][e % 4], total[e]);
       weight.turn();
     };
-    walk_steps<kStages>(args, operands, [](int) {},
+    walk_steps<kStages>(args, operands, [](int, bool) {},
                         [&](int stage, bool first, auto ask) { multiply(shared + stage * Layout::kStage, rows, first, products, ask); },
                         add);
   }
