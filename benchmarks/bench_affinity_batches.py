@@ -64,9 +64,13 @@ def row(batch: int, side: int, device: str, dtype: torch.dtype) -> str:
             loss()
 
     timed = in_a_graph if device == "cuda" else on_the_cpu
-    calls = alone, lambda: torch.autograd.grad(loss(), leaves), lambda: torch.autograd.grad(loss(recompute=True), leaves)
-    cells = f"B={batch}, {side}x{side}, {HEADS} heads", str(dtype).removeprefix("torch."), *(f"{timed(call):.1f}" for call in calls)
-    return " | ".join(cells)
+    calls = [
+        alone,
+        lambda: torch.autograd.grad(loss(), leaves),
+        lambda: torch.autograd.grad(loss(recompute=True), leaves),
+    ]
+    case = f"B={batch}, {side}x{side}, {HEADS} heads"
+    return " | ".join([case, str(dtype).removeprefix("torch."), *(f"{timed(call):.1f}" for call in calls)])
 
 
 def main(arguments: list[str] | None = None) -> None:
