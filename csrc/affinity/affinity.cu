@@ -10,7 +10,7 @@
 // -1 where ignored on their way to shared memory, and the head's weights are read in their own type: the loss is one launch and a memset
 // of its counter.
 // Floor: 2 * N * (2r+1)^2 * heads * d operations; at r = 8 the tiles hold twice as many pairs as the band. Bytes: queries and keys,
-// each tile read (reach + 1) * (2 reach + 1) times, from L2.
+// each tile read for every pair that it is in, (2 reach + 1)^2 of them away from the edge, from L2.
 // Occupancy: pair_kernel 256 x 2 (threads x blocks a multiprocessor, by registers).
 // Wide loads: pair_kernel<SimtScores, *>, pair_kernel<TensorScores<__half>, *>, pair_kernel<TensorScores<__nv_bfloat16>, *>.
 #include "affinity/gradients.cuh"

@@ -181,10 +181,10 @@ __global__ void __launch_bounds__(kPairThreads, 2)
     float dot = write_sums<T, kTensor, kWide>(args, item, b, TilePlace(args.grid, own_tile[0]), rows, sums, unit);
     for (int distance = 16; distance > 0; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
     if (thread % 32 == 0) scratch[thread / 32] = dot;
+    const int place = own_tile[0];  // before the barrier: behind it the first thread goes on to the next image's
     __syncthreads();
     if (item.there && !item.of_key && thread % kItemThreads == 0)
-      args.dots[(b * args.grid.tiles() + own_tile[0]) * args.shares + item.share] =
-          scratch[thread / 32] + scratch[thread / 32 + 1];
+      args.dots[(b * args.grid.tiles() + place) * args.shares + item.share] = scratch[thread / 32] + scratch[thread / 32 + 1];
   }
   finish_head(found, last);
 }

@@ -65,6 +65,33 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, dtype):
         assert all(torch.equal(got, want) for got, want in zip(result, results[0]))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved but not allocated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_block_of_several_images_gives_the_same_bits_too(rng, emulator, dtype):
+    """From 65536 images on the first blocks take two of them, here of two tiles and so in turns. They alone run; the
+    head's part is what they leave in the workspace, behind the gradients of the scores.
+    """
+    native, view, nothing = emulator.native, native_module.view, (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))
+    batch, heads, width, depth = 65536, 2, 9, 8
+    query, key = torch.randn(2, 1, heads, width, depth, generator=rng).to(dtype).expand(2, batch, -1, -1, -1).unbind()
+    labels = torch.zeros(1, 1, width, dtype=torch.uint8).expand(batch, -1, -1)
+    head, found = (torch.ones(heads), torch.zeros(1)), (torch.empty(heads), torch.empty(1))
+    grad, count, grid = torch.ones(()), torch.ones((), dtype=torch.int64), (1, width, 0)
+    slopes = grad.data_ptr(), count.data_ptr(), count.data_ptr()
+    inputs = view(query), view(key), *map(view, head), grid, native_module.integer_view(labels), 255, slopes, nothing
+    size = native.attention_backward_cuda_workspace(view(query), view(key), grid, 0)
+    results = []
+    for order in (1, 0, 2):
+        scratch = reserved(size // 4 + 1)
+        with emulated(emulator, order):
+            emulator.set_blocks(0, 2)
+            places = nothing, nothing, *map(view, found), scratch.data_ptr(), 0, 0
+            native.attention_affinity_loss_backward_cuda(*inputs, *places)
+        results.append(scratch[2 * batch * 64 * 64 :].clone())
+        assert results[-1].count_nonzero() >= 2 * 2 * heads  # of both tiles of both images
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 # --- paths that the operators' tests do not name ----------------------------------------------------------------------
 
 
