@@ -12,7 +12,7 @@
 namespace afa {
 
 // The first `valid` bytes, 0 to 16, are read; zeros stand in for the rest. Both addresses are multiples of 16; that of none is not
-// looked at but must be a pointer into the array all the same.
+// looked at and may lie beyond the array.
 template <class T>
 __device__ __forceinline__ void copy_async_16(SharedArray<T> to, const void* from, int valid) {
 #if defined(AFA_CUDA_EMULATOR)
