@@ -74,13 +74,20 @@ __attribute__((no_sanitize("thread"))) inline void multiply_fragments(float (&su
     memcpy(&value, &bits, 2);
     return to_float(value);
   };
-  for (int e = 0; e < 4; ++e)
-    for (int k = 0; k < 16; ++k) {
-      const int row = lane / 4 + e / 2 * 8, column = 2 * (lane % 4) + e % 2;
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = 2 * (lane % 4) + e % 2;
+    unsigned any = 0;  // nothing but zeros behind the last channel, where most time would go
+    for (int p = 0; p < 4; ++p) {
+      const auto* left = reinterpret_cast<const Fragments*>(all[row % 8 * 4 + p]);
+      const auto* right = reinterpret_cast<const Fragments*>(all[column * 4 + p]);
+      any |= left->a[row / 8] | left->a[row / 8 + 2] | right->b[0] | right->b[1];
+    }
+    for (int k = 0; k < 16 && any != 0; ++k) {
       const auto* left = reinterpret_cast<const Fragments*>(all[row % 8 * 4 + k % 8 / 2]);
       const auto* right = reinterpret_cast<const Fragments*>(all[column * 4 + k % 8 / 2]);
       sum[e] += element(left->a[row / 8 + 2 * (k / 8)], k % 2) * element(right->b[k / 8], k % 2);
     }
+  }
   emulator::warp_exchange(0xffffffffu, 0, {__FILE__, __LINE__});
 }
 template <class T>
