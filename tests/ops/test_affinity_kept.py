@@ -78,31 +78,6 @@ def test_gradients_are_those_of_scores_computed_again(rng, keeping, dtype, heigh
         assert torch.equal(got[3], again[3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, width, depth", [(259, 8, 3), (3, 10, 136)])
-def test_many_heads_and_deep_ones(rng, keeping, dtype, heads, width, depth):
-    """A GPU takes the weights of 256 heads at a time, and 16 or 64 channels of one: here the second of each begins."""
-    leaves, labels = random_case(rng, batch=1, heads=heads, height=2, width=width, depth=depth, dtype=dtype)
-    with torch.no_grad():
-        leaves[2] /= heads**0.5
-    for mine, theirs in zip(gradients(leaves, labels, 2), reference(leaves, labels, 2)):
-        assert relative_error(mine, theirs) < 2 * TOLERANCES[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wider", [0, 1])
-def test_queries_and_keys_of_different_strides(rng, keeping, dtype, wider):
-    """One of them in rows that are longer, as a part of a larger tensor; read 16 bytes at a time all the same."""
-    leaves, labels = random_case(rng, batch=2, height=9, width=10, depth=16, dtype=dtype)
-    rows = leaves[wider].detach()
-    leaves[wider] = torch.cat((rows, torch.full_like(rows, 100.0)), 3)[..., :16]
-    assert leaves[wider].stride(2) == 32
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]  # no clones: of the same strides
-    got = torch.autograd.grad(attention_affinity_loss(*leaves, labels, 3)[0], leaves)
-    for mine, theirs in zip(got, reference(leaves, labels, 3)):
-        assert relative_error(mine, theirs) < 2 * TOLERANCES[dtype]
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the emulator's device")
 @pytest.mark.parametrize("dtype", HALF)
 def test_without_tensor_cores(rng, dtype):
